@@ -1,0 +1,68 @@
+"""Turns a stream of requests into steps on the device. Knows tokens, lanes and pages; not text, not HTTP.
+
+Importing this package imports no jax: `Engine` and what else needs the device is loaded when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .client import EngineClient
+from .config import EngineConfig
+from .errors import (
+    DeadlineExceeded,
+    EngineError,
+    EngineLost,
+    EngineStopped,
+    InvalidRequest,
+    Overloaded,
+    PlanError,
+    RequestFailed,
+)
+from .request import (
+    MAX_TOP_LOGPROBS,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    LogprobsMode,
+    ProgramInfo,
+    Request,
+    SamplingParams,
+    StepOutput,
+    Timing,
+    TokenOutput,
+)
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = [
+    "MAX_TOP_LOGPROBS",
+    "DeadlineExceeded",
+    "Engine",
+    "EngineClient",
+    "EngineConfig",
+    "EngineError",
+    "EngineInfo",
+    "EngineLost",
+    "EngineStats",
+    "EngineStopped",
+    "FinishReason",
+    "InvalidRequest",
+    "LogprobsMode",
+    "Overloaded",
+    "PlanError",
+    "ProgramInfo",
+    "Request",
+    "RequestFailed",
+    "SamplingParams",
+    "StepOutput",
+    "Timing",
+    "TokenOutput",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        from .engine import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""The client seam: all that the rest of the world may ask of an engine, whether it lives here or elsewhere.
+
+Implementations: `local.LocalClient` (an engine in this process), `rpc_client.RpcClient` (another process over gRPC),
+`replay.ReplayingClient` (wraps either and survives the loss of an engine). All pass the same tests.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from .request import EngineInfo, EngineStats, Request, StepOutput
+
+
+class EngineClient(Protocol):
+    """An engine as its users see it. All methods are called from one asyncio event loop."""
+
+    def submit(self, request: Request) -> AsyncIterator[StepOutput]:
+        """Run a request. Closing the iterator (`aclose`) cancels it and frees its lane within two steps.
+
+        Raises, on first iteration: InvalidRequest, Overloaded, EngineStopped.
+        Raises, while running: RequestFailed, DeadlineExceeded, EngineLost.
+        """
+        ...
+
+    async def info(self) -> EngineInfo:
+        """What is served. Raises EngineLost if no engine answers."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Counters now. Raises EngineLost if no engine answers."""
+        ...
+
+    async def health(self) -> bool:
+        """True if the engine is ready and its device loop has moved recently while it had work."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, let the running ones finish, abort what is left after `timeout_s`."""
+        ...
+
+    async def close(self) -> None:
+        """Release the connection; requests still running through it end with EngineLost."""
+        ...

@@ -1,0 +1,44 @@
+"""Every choice an engine is built with, in one frozen value. Built by the command line or by a test; read everywhere."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to serve a model. `None` means: decide from the model and the device, and say what was decided."""
+
+    model_id: str
+    """Hub repository, directory of safetensors, GGUF file, or `demo`."""
+    revision: str | None = None
+    """Hub revision: branch, tag, commit or `refs/pr/N`."""
+    load_format: str = "auto"
+    """`auto` reads the checkpoint; `dummy` fills the weights with small random numbers, for benchmarks."""
+    dtype: str | None = None
+    """`float32` or `bfloat16`, for weights, activations and KV; default float32 on CPU, bfloat16 elsewhere."""
+
+    data_parallel: int = 1
+    """Size of the mesh axis `data`: lanes are split over it."""
+    model_parallel: int | None = None
+    """Size of the mesh axis `model`: heads, feed-forward and vocabulary are split over it; default all devices left."""
+
+    lanes: int | None = None
+    """Most sequences that decode at once (rows of the largest decode program)."""
+    max_total_tokens: int | None = None
+    """Most tokens of one request, prompt and output; default the model's context."""
+    max_input_tokens: int | None = None
+    """Most prompt tokens; default `max_total_tokens` - 1."""
+    page_tokens: int = 32
+    """Tokens per KV page."""
+    kv_bytes: int | None = None
+    """Memory for the KV pool; default what is left after weights and the programs' temporaries."""
+    memory_fraction: float = 0.9
+    """Share of the device's memory the engine may use in all."""
+    prefill_chunk_tokens: int | None = None
+    """Most prompt tokens computed in one launch, so the longest a decode step waits for a prefill."""
+    max_queued: int = 128
+    """Requests that may wait for a lane before Overloaded is raised."""
+
+    kernels: str = "auto"
+    """`auto`, `xla` or `native` (CPU only)."""
+    cache_dir: str | None = None
+    """Where compiled programs are kept between starts; None keeps none."""

@@ -1,0 +1,176 @@
+"""What the engine is asked and what it answers: plain values that cross the client seam. No text, no arrays.
+
+`Request` goes in, a stream of `StepOutput` comes out; the last one carries a `finish_reason`.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+MAX_TOP_LOGPROBS = 20
+"""Most alternatives a step can report per token (the width of its packed result)."""
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """A stop token (end of sequence) was sampled; it is the last token of the output."""
+    LENGTH = "length"
+    """The token budget is used up."""
+    ABORT = "abort"
+    """Cancelled by the client, or the engine is stopping."""
+
+
+class LogprobsMode(StrEnum):
+    """Which distribution reported log-probabilities come from."""
+
+    RAW = "raw"
+    """The model's own, before penalties and temperature (OpenAI)."""
+    PROCESSED = "processed"
+    """The one sampled from, after every transform (TGI)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one sequence picks its tokens. Neutral values switch a transform off; `temperature` 0 is greedy."""
+
+    max_tokens: int
+    """Most tokens to generate, at least 1."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the largest logit."""
+    top_k: int = 0
+    """Keep the k largest; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set whose mass reaches p, in (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest, in [0, 1]."""
+    typical_p: float = 1.0
+    """Keep the most typical tokens until their mass reaches p, in (0, 1] (Meister et al. 2022)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al. 2019)."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per earlier occurrence in the output (OpenAI's definition)."""
+    presence_penalty: float = 0.0
+    """Subtracted once if the token occurs in the output (OpenAI's definition)."""
+    seed: int = 0
+    """64-bit unsigned; with the position it alone decides the randomness of a token."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the sequence; empty means `ignore_eos`."""
+    logprobs: bool = False
+    """Report the log-probability of each chosen token."""
+    top_logprobs: int = 0
+    """Report this many alternatives a token, 0 … MAX_TOP_LOGPROBS; needs `logprobs`."""
+    logprobs_mode: LogprobsMode = LogprobsMode.RAW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate."""
+
+    id: str
+    """Unique among the requests now in the engine."""
+    prompt_ids: tuple[int, ...]
+    """The prompt, at least one token."""
+    sampling: SamplingParams
+    resume_ids: tuple[int, ...] = ()
+    """Tokens already generated for this request by an engine that was lost. They are computed again but not sent
+    again, count against `max_tokens`, and randomness goes on as if nothing had happened."""
+    priority: int = 0
+    """Lower runs first among the waiting."""
+    deadline_s: float | None = None
+    """Seconds from submission after which the request fails with DeadlineExceeded; None waits for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One generated token."""
+
+    id: int
+    logprob: float | None = None
+    """Natural log, float32; None unless asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of the likeliest tokens, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to a request, in seconds since it was submitted to the engine."""
+
+    queue_s: float
+    """Until its first prefill chunk was launched."""
+    first_token_s: float
+    """Until its first token was read back."""
+    total_s: float
+    """Until its last token was read back."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one request got from one turn of the engine."""
+
+    request_id: str
+    tokens: tuple[TokenOutput, ...]
+    """New tokens in order; may be empty only in the last output."""
+    finish_reason: FinishReason | None = None
+    """Set on the last output only."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the cache; meaningful on the first output."""
+    timing: Timing | None = None
+    """Set on the last output only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramInfo:
+    """One compiled program."""
+
+    name: str
+    compile_s: float
+    argument_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine serves and with which limits; constant after it is ready."""
+
+    model_id: str
+    model_sha: str | None
+    dtype: str
+    platform: str
+    """`cpu`, `gpu` or `tpu`."""
+    device_kind: str
+    device_count: int
+    vocab_size: int
+    max_total_tokens: int
+    """Most tokens, prompt and output together, of one request."""
+    max_input_tokens: int
+    lanes: int
+    pages: int
+    page_tokens: int
+    max_queued: int
+    kernels: str
+    """Which attention and matmul implementation was chosen, and why."""
+    programs: tuple[ProgramInfo, ...] = field(default=())
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine, cheap to take."""
+
+    lanes_active: int
+    queued: int
+    pages_free: int
+    pages_total: int
+    steps: int
+    """Decode launches since start."""
+    prefill_tokens: int
+    decode_tokens: int
+    preemptions: int
+    compiles_after_ready: int
+    step_ms: float
+    """Median device time of the last decode steps, with read-back."""
+    gap_ms: float
+    """Median host time between the end of one turn's launch work and the next, over the last turns."""

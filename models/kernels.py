@@ -1,0 +1,64 @@
+"""What a decoder needs computed by somebody who knows the platform: matmul with stored weights, and paged attention.
+
+The plain-XLA versions are in `attention.py` and here; native and Pallas ones are handed in by the engine. A kernel
+knows arrays only, not which request a row belongs to.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class PagedBatch(NamedTuple):
+    """Where the T tokens of one launch stand. A pytree of int32 arrays."""
+
+    positions: jax.Array
+    """int32[T]: position of each token in its sequence; -1 marks padding, which writes nothing and may return anything
+    finite."""
+    rows: jax.Array
+    """int32[T]: the row of `table` each token belongs to. Tokens of one row are adjacent and in order of position."""
+    table: jax.Array
+    """int32[R, Pmax]: page ids of each row in order of position. Pages beyond a row's tokens may hold anything."""
+
+
+class KvLayer(NamedTuple):
+    """The KV pool of one layer."""
+
+    k: jax.Array
+    """[K, P, W, H]"""
+    v: jax.Array
+    """[K, P, W, H]"""
+
+
+class Kernels(Protocol):
+    """One platform's way to compute. Pure functions of arrays; called while tracing."""
+
+    name: str
+    """Shown to the user: which implementation."""
+    packed: bool
+    """Weights are stored as panels (see `spec.pack`)."""
+
+    def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+        """x [T, D] times a stored weight -> [T, outputs], accumulated in float32, in x's dtype."""
+        ...
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv: KvLayer,
+        batch: PagedBatch,
+        *,
+        window: int | None,
+        scale: float,
+        one_token_rows: bool,
+    ) -> tuple[jax.Array, KvLayer]:
+        """Write k, v [T, K, H] into the pages of their rows, then attend q [T, N, H] causally -> [T, N, H].
+
+        A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
+        very call included. `one_token_rows` promises rows == arange(T) (a decode step). Query head n reads kv head
+        n // G. The pool arrays are consumed.
+        """
+        ...

@@ -1,0 +1,63 @@
+"""One description of every parameter: path, shape, axes, physical form. Init, loading, sharding and byte counts read it.
+
+Knows no checkpoint names (families do) and no devices (sharding does).
+
+The paths and logical shapes of a decoder (letters as in the room's docstring, G = N/K):
+
+    embed.weight                 [V, D]
+    layers.{i}.attn_norm.scale   [D]
+    layers.{i}.qkv.weight        [K, G+2, H, D]   per kv head: its G query heads, its key head, its value head
+    layers.{i}.qkv.bias          [K, G+2, H]
+    layers.{i}.q_norm.scale      [H]              (and k_norm)
+    layers.{i}.out.weight        [D, N*H]         (out.bias [D])
+    layers.{i}.mlp_norm.scale    [D]
+    layers.{i}.gate_up.weight    [2, F, D]        gate, then up (gate_up.bias [2, F])
+    layers.{i}.down.weight       [D, F]           (down.bias [D])
+    norm.scale                   [D]
+    head.weight                  [V, D]           absent when embeddings are tied
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+PANEL = 16
+"""Output features per panel of a packed weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter. A weight contracts its last axis; the axes before it are outputs."""
+
+    path: str
+    shape: tuple[int, ...]
+    """Logical shape."""
+    dtype: str
+    axes: tuple[str | None, ...]
+    """Logical axis names, one per dimension; None is never split."""
+    packed: bool = False
+    """Stored as panels (`pack`), for the native CPU kernels; never together with a sharded mesh."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the array on the device."""
+        if not self.packed:
+            return self.shape
+        *outputs, inputs = self.shape
+        return (-(-math.prod(outputs) // PANEL), inputs, PANEL)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, all shards together."""
+        return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
+
+
+def pack(weight: np.ndarray) -> np.ndarray:
+    """[..., inputs] -> [ceil(outputs/PANEL), inputs, PANEL]: each panel streams through memory in order. Zero padded."""
+    flat = weight.reshape(-1, weight.shape[-1])
+    outputs, inputs = flat.shape
+    panels = -(-outputs // PANEL)
+    if panels * PANEL != outputs:
+        flat = np.concatenate([flat, np.zeros((panels * PANEL - outputs, inputs), flat.dtype)])
+    return np.ascontiguousarray(flat.reshape(panels, PANEL, inputs).swapaxes(1, 2))
