@@ -1,0 +1,198 @@
+"""From named tensors in files to the parameters of a decoder: which tensors make each one, checked, then read in slices.
+
+A format (safetensors, GGUF) implements `TensorSource`; a table of `Recipe`s says what each parameter path is made of;
+`Weights` joins the two into the `WeightSource` that the loader reads. Knows no file format, no family and no device.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from .errors import CheckpointError
+from .spec import ParamSpec
+
+MOST_REPORTED = 10
+"""Problems listed in one error; the rest are counted."""
+
+Index = tuple[slice, ...]
+"""One slice a dimension, step 1, as `jax.make_array_from_callback` hands out."""
+
+
+class TensorSource(Protocol):
+    """Named arrays of one checkpoint, in the layout of the table's names. Safe to read from several threads."""
+
+    def names(self) -> Iterable[str]:
+        """Every tensor that the files hold."""
+        ...
+
+    def where(self, name: str) -> str:
+        """The file a tensor lies in, for messages."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Row-major, outputs first (GGUF lists its dimensions the other way round)."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """What `read_rows` returns; for a quantised tensor what it is dequantised to."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries start … stop-1 of the first axis, touching only their bytes. The caller may keep the array."""
+        ...
+
+
+class WeightSource(Protocol):
+    """Parameters by spec, wherever they come from."""
+
+    def check(self, specs: Sequence[ParamSpec]) -> None:
+        """Raise CheckpointError unless these specs and the tensors fit each other exactly."""
+        ...
+
+    def read(self, spec: ParamSpec, index: Index) -> np.ndarray:
+        """A slice of the logical array (`spec.shape`) in `spec.dtype`. Safe to call from several threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What one parameter is made of. `{i}` in a name stands for the layer."""
+
+    kind: Literal["plain", "qkv", "gate_up"]
+    """`plain`: one tensor of the same shape. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …].
+    `gate_up`: gate, then up, [2, F, …]."""
+    names: tuple[str, ...]
+
+    def of_layer(self, layer: str) -> "Recipe":
+        """This recipe with its layer filled in."""
+        return Recipe(self.kind, tuple(name.replace("{i}", layer) for name in self.names))
+
+    def source_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shape each source must have for a parameter of this logical shape."""
+        if self.kind == "plain":
+            return (shape,)
+        if self.kind == "gate_up":
+            return (shape[1:],) * 2
+        kv_heads, parts, head_dim, *rest = shape
+        queries, keys = (kv_heads * (parts - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
+        return (queries, keys, keys)
+
+
+def plain(name: str) -> Recipe:
+    """One tensor as it is."""
+    return Recipe("plain", (name,))
+
+
+def qkv(query: str, key: str, value: str) -> Recipe:
+    """Three projections fused, grouped by kv head."""
+    return Recipe("qkv", (query, key, value))
+
+
+def gate_up(gate: str, up: str) -> Recipe:
+    """Two feed-forward projections, stacked."""
+    return Recipe("gate_up", (gate, up))
+
+
+class Weights:
+    """A `WeightSource` out of named tensors and a table of recipes."""
+
+    def __init__(
+        self, tensors: TensorSource, table: Mapping[str, Recipe], ignored: Iterable[str] = ()
+    ) -> None:
+        """Join a format's tensors with a family's table.
+
+        Args:
+            tensors: the files.
+            table: parameter path, with `{i}` for the layer, to recipe.
+            ignored: regular expressions (whole name) of tensors that need not be used.
+        """
+        self._tensors = tensors
+        self._table = table
+        self._ignored = tuple(re.compile(pattern) for pattern in ignored)
+
+    def check(self, specs: Sequence[ParamSpec]) -> None:
+        """Every spec mapped, every tensor present, well shaped and used. Raises CheckpointError listing what is not."""
+        present = set(self._tensors.names())
+        used: set[str] = set()
+        problems: list[str] = []
+        for spec in specs:
+            recipe = self._find(spec.path)
+            if recipe is None:
+                problems.append(f"parameter {spec.path} has no entry in the weight table")
+                continue
+            used.update(recipe.names)
+            problems += self._misfits(spec, recipe, present)
+        for name in sorted(present - used):
+            if not any(pattern.fullmatch(name) for pattern in self._ignored):
+                problems.append(
+                    f"{self._tensors.where(name)}: tensor {name} is used by no parameter of this model"
+                )
+        refuse_if_any(problems)
+
+    def read(self, spec: ParamSpec, index: Index) -> np.ndarray:
+        """A slice of the logical array in `spec.dtype`. Call `check` first."""
+        recipe = self._find(spec.path)
+        if recipe is None:
+            raise CheckpointError(f"parameter {spec.path} has no entry in the weight table")
+        return assemble(recipe, self._tensors, spec, index)
+
+    def _find(self, path: str) -> Recipe | None:
+        match = re.match(r"layers\.(\d+)\.", path)
+        if match is None:
+            return self._table.get(path)
+        recipe = self._table.get("layers.{i}." + path[match.end() :])
+        return recipe and recipe.of_layer(match[1])
+
+    def _misfits(self, spec: ParamSpec, recipe: Recipe, present: set[str]) -> list[str]:
+        problems: list[str] = []
+        for name, expected in zip(recipe.names, recipe.source_shapes(spec.shape), strict=True):
+            if name not in present:
+                problems.append(f"tensor {name} is missing (needed for {spec.path})")
+            elif (found := self._tensors.shape(name)) != expected:
+                where = self._tensors.where(name)
+                problems.append(
+                    f"{where}: tensor {name} has shape {found}, the configuration asks for {expected}"
+                )
+        return problems
+
+
+def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Index) -> np.ndarray:
+    """Read a slice of one parameter from its sources, in `spec.dtype`."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
+    dtype = np.dtype(spec.dtype)
+    if recipe.kind == "plain":
+        rows = tensors.read_rows(recipe.names[0], *bounds[0])
+        return np.ascontiguousarray(rows[(slice(None), *index[1:])], dtype)
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    if recipe.kind == "gate_up":
+        for place, which in enumerate(range(*bounds[0])):
+            rows = tensors.read_rows(recipe.names[which], *bounds[1])
+            out[place] = rows[(slice(None), *index[2:])]
+        return out
+    # [k, parts, h, …]: which of the G queries, the key and the value lie in the slice
+    first_head, last_head = bounds[0]
+    group, head_dim = spec.shape[1] - 2, spec.shape[2]
+    for name, width, start in zip(recipe.names, (group, 1, 1), (0, group, group + 1), strict=True):
+        low, high = (min(max(bound - start, 0), width) for bound in bounds[1])
+        if low == high:
+            continue
+        rows = tensors.read_rows(name, first_head * width * head_dim, last_head * width * head_dim)
+        heads = rows.reshape(last_head - first_head, width, head_dim, *spec.shape[3:])
+        out[:, start + low - bounds[1][0] : start + high - bounds[1][0]] = heads[
+            (slice(None), slice(low, high), *index[2:])
+        ]
+    return out
+
+
+def refuse_if_any(problems: Sequence[str]) -> None:
+    """Raise CheckpointError listing the problems, if there are any."""
+    if not problems:
+        return
+    listed = list(problems[:MOST_REPORTED])
+    if len(problems) > MOST_REPORTED:
+        listed.append(f"… and {len(problems) - MOST_REPORTED} more")
+    heading = "the checkpoint cannot be used: "
+    raise CheckpointError(heading + (listed[0] if len(listed) == 1 else "\n  " + "\n  ".join(listed)))
