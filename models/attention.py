@@ -1,0 +1,170 @@
+"""Matmul and paged attention in plain XLA: what runs where no kernel is better, and the reference for those that are.
+
+Cost follows the tokens that rows hold, not the width of the page table: loops over blocks of pages end where the
+longest row (decode) or the last block (prefill) ends. Softmax is accumulated block by block (Milakov and Gimelshein
+2018; Rabe and Staats 2021), so no array of prompt times context exists. Knows nothing of requests.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .kernels import KvLayer, PagedBatch
+
+BLOCK_TOKENS = 128
+"""Keys looked at per turn of the loop: large enough to hide the loop, small enough to waste little at the end."""
+
+MASKED = -1e30
+"""Stands for minus infinity, but two of them subtract to 0 and not to NaN."""
+
+
+class XlaKernels:
+    """`Kernels` in plain XLA, for any platform and mesh."""
+
+    name = "xla"
+    packed = False
+
+    def __init__(self, platform: str) -> None:
+        self._cpu = platform == "cpu"
+
+    def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+        """x [T, D] @ weight [..., D] -> [T, outputs]."""
+        if self._cpu and 1 < x.shape[0] <= 64:
+            # XLA:CPU repacks its right operand at each call; with few rows the weight must be the left one.
+            product = jax.lax.dot_general(
+                weight,
+                x,
+                (((weight.ndim - 1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            product = jnp.moveaxis(product, -1, 0)
+        else:
+            product = jax.lax.dot_general(
+                x,
+                weight,
+                (((1,), (weight.ndim - 1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+        return product.reshape(x.shape[0], outputs).astype(x.dtype)
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv: KvLayer,
+        batch: PagedBatch,
+        *,
+        window: int | None,
+        scale: float,
+        one_token_rows: bool,
+    ) -> tuple[jax.Array, KvLayer]:
+        """See `Kernels.attend`."""
+        kv = write(kv, k, v, batch)
+        tokens, heads, head_dim = q.shape
+        kv_heads = kv.k.shape[0]
+        # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
+        grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).swapaxes(0, 1).astype(jnp.float32) * scale
+        attend = _attend_rows if one_token_rows else _attend_packed
+        out = attend(grouped, kv, batch, window)
+        return out.swapaxes(0, 1).reshape(tokens, heads, head_dim).astype(q.dtype), kv
+
+
+def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLayer:
+    """Put k, v [T, K, H] where their rows' pages are; padding is dropped. In place when the pool is donated."""
+    pages, page_tokens = kv.k.shape[1:3]
+    index = jnp.clip(batch.positions // page_tokens, 0, batch.table.shape[1] - 1)
+    page = jnp.where(batch.positions >= 0, batch.table[batch.rows, index], pages)
+    slot = jnp.maximum(batch.positions, 0) % page_tokens
+
+    def put(pool: jax.Array, new: jax.Array) -> jax.Array:
+        return pool.at[:, page, slot].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
+
+    return KvLayer(put(kv.k, k), put(kv.v, v))
+
+
+def _block_pages(table: jax.Array, page_tokens: int) -> tuple[jax.Array, int]:
+    """The table padded to whole blocks, and the number of pages in a block."""
+    count = max(1, min(BLOCK_TOKENS // page_tokens, table.shape[1]))
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % count))), count
+
+
+def _accumulate(carry, scores, seen, values, pattern: str):
+    """One block of online softmax. scores, seen [..., S]; values by `pattern` -> new (maximum, total, sum)."""
+    maximum, total, acc = carry
+    scores = jnp.where(seen, scores, MASKED)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_maximum[..., None]), 0.0)
+    fade = jnp.exp(maximum - new_maximum)
+    acc = acc * fade[..., None] + jnp.einsum(pattern, weights, values, preferred_element_type=jnp.float32)
+    return new_maximum, total * fade + weights.sum(axis=-1), acc
+
+
+def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """Causal, and inside the window if there is one."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _attend_rows(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None) -> jax.Array:
+    """Decode: row t has one query. q [K, T, G, H] -> the same shape."""
+    kv_heads, rows, group, head_dim = q.shape
+    page_tokens = kv.k.shape[2]
+    table, count = _block_pages(batch.table, page_tokens)
+    size = count * page_tokens
+    position = batch.positions[None, :, None, None]
+
+    def gather(pool: jax.Array, pages: jax.Array) -> jax.Array:
+        return pool[:, pages].reshape(kv_heads, rows, size, head_dim).astype(jnp.float32)
+
+    def body(block: jax.Array, carry):
+        pages = jax.lax.dynamic_slice_in_dim(table, block * count, count, axis=1)
+        scores = jnp.einsum("ktgh,ktsh->ktgs", q, gather(kv.k, pages))
+        seen = _visible(position, block * size + jnp.arange(size, dtype=jnp.int32), window)
+        return _accumulate(carry, scores, seen, gather(kv.v, pages), "ktgs,ktsh->ktgh")
+
+    blocks = (batch.positions.max() + size) // size
+    return _run(blocks, body, (kv_heads, rows, group), head_dim)
+
+
+def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None) -> jax.Array:
+    """Prefill: several rows' tokens side by side. Each turn takes one block of one row. q [K, T, G, H]."""
+    kv_heads, tokens, group, head_dim = q.shape
+    page_tokens = kv.k.shape[2]
+    table, count = _block_pages(batch.table, page_tokens)
+    size = count * page_tokens
+    held = jnp.zeros(table.shape[0], jnp.int32).at[batch.rows].max(batch.positions + 1)
+    row_blocks = (held + size - 1) // size
+    ends = jnp.cumsum(row_blocks)
+    position = batch.positions[None, :, None, None]
+
+    def gather(pool: jax.Array, pages: jax.Array) -> jax.Array:
+        return pool[:, pages].reshape(kv_heads, size, head_dim).astype(jnp.float32)
+
+    def body(turn: jax.Array, carry):
+        row = jnp.searchsorted(ends, turn, side="right").astype(jnp.int32)
+        block = turn - (ends[row] - row_blocks[row])
+        pages = jax.lax.dynamic_slice(table, (row, block * count), (1, count))[0]
+        scores = jnp.einsum("ktgh,ksh->ktgs", q, gather(kv.k, pages))
+        mine = (batch.rows == row)[None, :, None, None]
+        seen = mine & _visible(position, block * size + jnp.arange(size, dtype=jnp.int32), window)
+        return _accumulate(carry, scores, seen, gather(kv.v, pages), "ktgs,ksh->ktgh")
+
+    return _run(ends[-1], body, (kv_heads, tokens, group), head_dim)
+
+
+def _run(turns: jax.Array, body, shape: tuple[int, ...], head_dim: int) -> jax.Array:
+    """Loop `body` and normalise; queries that saw nothing (padding) give 0."""
+    start = (
+        jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+    _, total, acc = jax.lax.fori_loop(0, turns, body, start)
+    return acc / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def default_scale(head_dim: int) -> float:
+    """1/sqrt(H), Vaswani et al. 2017."""
+    return 1.0 / math.sqrt(head_dim)

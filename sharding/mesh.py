@@ -1,0 +1,69 @@
+"""Devices arranged as a grid of (data, model), and how arrays are laid on it. Knows axis names, not layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .rules import partition
+
+
+class MeshError(Exception):
+    """The devices at hand cannot be arranged as asked."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh with the rule table applied: says where each array goes."""
+
+    mesh: Mesh
+
+    @property
+    def data_size(self) -> int:
+        """Devices along `data`."""
+        return self.mesh.shape["data"]
+
+    @property
+    def model_size(self) -> int:
+        """Devices along `model`."""
+        return self.mesh.shape["model"]
+
+    @property
+    def single(self) -> bool:
+        """One device in all: kernels that know nothing of meshes may be used."""
+        return self.mesh.size == 1
+
+    def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        """The sharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, partition(axes))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A whole copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """While tracing: lay x out like this, where the sizes allow it."""
+        spec = partition(axes)
+        fits = (
+            name if name is not None and size % self.mesh.shape[str(name)] == 0 else None
+            for name, size in zip(spec, x.shape, strict=True)
+        )
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*fits)))
+
+
+def make_placement(data: int = 1, model: int | None = None, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """A (data, model) mesh over the first data*model devices; `model` None takes all that are left.
+
+    Raises MeshError if there are too few devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    model = max(1, len(devices) // data) if model is None else model
+    if data < 1 or model < 1 or data * model > len(devices):
+        raise MeshError(
+            f"a mesh of data={data} x model={model} needs {data * model} devices, but there are {len(devices)}: "
+            "lower --data-parallel or --num-shard"
+        )
+    return Placement(Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model")))
