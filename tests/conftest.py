@@ -1,0 +1,45 @@
+"""What every test runs under: the CPU, eight simulated devices, strict arrays, no network. Set before jax is imported.
+
+Everything is set through the environment, so engines started as child processes run under the same rules.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+SIMULATED_DEVICES = 8
+
+_RULES = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}",
+    # A float that silently becomes float64, or a [D] that silently meets a [T, D], is a bug in a served model.
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # The same small programs are compiled by many tests and by every run.
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"xlane-tests-{os.getuid()}"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def _apply(rules: Mapping[str, str]) -> None:
+    for name, value in rules.items():
+        if name == "XLA_FLAGS":
+            value = f"{os.environ.get(name, '')} {value}".strip()
+            os.environ[name] = value
+        else:
+            os.environ.setdefault(name, value)
+
+
+_apply(_RULES)
+
+
+@pytest.fixture
+def one_device_env() -> dict[str, str]:
+    """The environment for a child process that should see one device, as on a user's machine."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -1,0 +1,48 @@
+"""The names each room offers to others: adding or dropping one is a decision, written down here."""
+
+import importlib
+
+import pytest
+
+PUBLIC = {
+    "xlane.engine": {
+        "MAX_TOP_LOGPROBS", "DeadlineExceeded", "Engine", "EngineClient", "EngineConfig", "EngineError",
+        "EngineInfo", "EngineLost", "EngineStats", "EngineStopped", "FinishReason", "InvalidRequest",
+        "LogprobsMode", "Overloaded", "PlanError", "ProgramInfo", "Request", "RequestFailed", "SamplingParams",
+        "StepOutput", "Timing", "TokenOutput",
+    },
+    "xlane.models": set[str](),
+    "xlane.sharding": set[str](),
+    "xlane.server": set[str](),
+    "xlane.tpu": set[str](),
+}  # fmt: skip
+
+NO_SUCH = "no_such_name"
+
+
+def exported(room: str) -> list[str]:
+    return list(getattr(importlib.import_module(room), "__all__", []))
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_public_names(room: str):
+    assert set(exported(room)) == PUBLIC[room]
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_every_public_name_is_there(room: str):
+    module = importlib.import_module(room)
+    missing = [name for name in exported(room) if not hasattr(module, name)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_no_public_name_twice(room: str):
+    names = exported(room)
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_an_unknown_name_is_an_attribute_error(room: str):
+    with pytest.raises(AttributeError, match=NO_SUCH):
+        getattr(importlib.import_module(room), NO_SUCH)
