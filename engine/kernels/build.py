@@ -1,0 +1,107 @@
+"""Compiles `native.cc` for the machine at hand and keeps the result.
+
+Knows compilers and files; does not load the library and does not know what is in it. The file name carries a hash of
+everything the machine code depends on, so a cached library is right or absent, never stale. Importing does nothing.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-w")
+"""-ffp-contract=fast: one rounding per multiply-add, everywhere alike. -ffast-math would reorder sums; never here."""
+TIMEOUT_S = 300
+
+_SOURCE = Path(__file__).with_name("native.cc")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A library that is ready to load."""
+
+    path: Path
+    seconds: float
+    """What compiling took; 0 when it was found in the cache."""
+
+
+def build(cache_dir: Path, *, search: str | None = None, fresh: bool = False) -> Built | str:
+    """Return the compiled kernels, or why there are none.
+
+    Args:
+        cache_dir: where libraries are kept; made if missing.
+        search: where compilers are looked for, in the form of PATH; None is the process's own.
+        fresh: compile even if the cache has it, because what it has does not load.
+    """
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name, path=search))), None)
+    if compiler is None:
+        return f"no C++ compiler ({', '.join(COMPILERS)}) is on the PATH; install g++ or clang++"
+    path = cache_dir / f"xlane-native-{_key(compiler)}.so"
+    if path.exists() and not fresh:
+        return Built(path, 0.0)
+    return _compile(compiler, path)
+
+
+def _key(compiler: str) -> str:
+    source = _SOURCE.read_text(encoding="utf-8")
+    parts = (source, _output([compiler, "--version"]), " ".join(FLAGS), version("jaxlib"), _cpu())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What -march=native looks at. The flags count too: two machines of one model may hide different ones."""
+    try:
+        lines = (
+            Path("/proc/cpuinfo")
+            .read_text(encoding="utf-8", errors="replace")
+            .split("\n\n", 1)[0]
+            .splitlines()
+        )
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(wanted))])
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _compile(compiler: str, path: Path) -> Built | str:
+    start = time.perf_counter()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
+        os.close(handle)
+    except OSError as error:
+        return f"cannot write to {path.parent}: {error.strerror}"
+    partial = Path(name)
+    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines()
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            return f"{compiler} failed with status {done.returncode}: {first}"
+        os.chmod(name, 0o755)
+        # Whoever else compiles the same thing at this moment gets the same file: last one in wins, nobody sees a half.
+        os.replace(partial, path)
+    except subprocess.TimeoutExpired:
+        return f"{compiler} did not finish within {TIMEOUT_S} s"
+    except OSError as error:
+        return f"{compiler} could not be run: {error.strerror}"
+    finally:
+        partial.unlink(missing_ok=True)
+    return Built(path, time.perf_counter() - start)

@@ -1,0 +1,615 @@
+// float32 decoder kernels for the CPU: matmul with panel-packed weights, and paged attention.
+//
+// Called by XLA through its FFI, on XLA's own threads. Knows buffers only: neither models nor requests. Re-entrant:
+// nothing here is shared between two calls but thread-local scratch memory.
+//
+// The promise everything here keeps: a row's result never depends, in a single bit, on what else is in the launch.
+//   linear   y[t, n] is one accumulator, fed by d = 0, 1, 2, … in that order, whatever the blocking.
+//   attend   keys are met in blocks of KEYS by absolute position; a masked key adds exactly nothing. So a query's result
+//            is also the same however its prompt was cut into chunks, and whether it came in a prefill or a decode.
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using i64 = int64_t;
+using F32x2 = ffi::Buffer<ffi::F32, 2>;
+using F32x3 = ffi::Buffer<ffi::F32, 3>;
+using F32x4 = ffi::Buffer<ffi::F32, 4>;
+using I32x1 = ffi::Buffer<ffi::S32, 1>;
+using I32x2 = ffi::Buffer<ffi::S32, 2>;
+
+constexpr int PANEL = 16;  // outputs of a packed weight that lie side by side; models/spec.py has the same number
+constexpr int KEYS = 64;   // keys of one softmax block
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 12;
+constexpr const char* kIsa = "AVX-512";
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8, BUDGET = 12, MAX_ROWS = 6;
+constexpr const char* kIsa = "AVX2";
+#elif defined(__aarch64__)
+constexpr int LANES = 4, BUDGET = 24, MAX_ROWS = 6;
+constexpr const char* kIsa = "NEON";
+#else
+constexpr int LANES = 4, BUDGET = 8, MAX_ROWS = 2;
+constexpr const char* kIsa = "portable";
+#endif
+// BUDGET: accumulators that stay in registers. MAX_ROWS: rows that share one load of a weight.
+
+constexpr int VECTORS = PANEL / LANES;  // registers per panel
+
+typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef int ivec __attribute__((vector_size(LANES * 4), may_alias));
+
+inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline vec splat(float x) { return x - vec{}; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Outlives the call: a helper that wakes late finds nothing left to claim and touches nothing else.
+struct Job {
+  std::atomic<i64> next{0}, done{0};
+  i64 total = 0, grain = 1, workers = 1;
+  std::mutex mutex;
+  std::condition_variable finished;
+
+  // Takes the next units: long runs first, single grains at the end, so that workers finish together.
+  bool claim(i64* begin, i64* end) {
+    i64 at = next.load(std::memory_order_relaxed);
+    while (at < total) {
+      i64 take = (total - at) / (2 * workers) / grain * grain;
+      i64 to = std::min(total, at + std::max(take, grain));
+      if (next.compare_exchange_weak(at, to, std::memory_order_acq_rel)) {
+        *begin = at, *end = to;
+        return true;
+      }
+    }
+    return false;
+  }
+};
+
+// body(begin, end) for all of [0, total). The caller works too and could do everything alone, so a pool whose threads are
+// all busy (or all waiting here) only costs time.
+template <typename Body>
+void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
+  if (total <= 0) return;
+  i64 workers = std::min<i64>(pool.num_threads(), (total + grain - 1) / grain);
+  if (workers <= 1) return body(i64{0}, total);
+  auto job = std::make_shared<Job>();
+  job->total = total, job->grain = grain, job->workers = workers;
+  auto work = [&body](Job& job) {
+    i64 begin, end;
+    while (job.claim(&begin, &end)) {
+      body(begin, end);
+      if (job.done.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == job.total) {
+        std::lock_guard<std::mutex> lock(job.mutex);
+        job.finished.notify_all();
+      }
+    }
+  };
+  for (i64 i = 1; i < workers; ++i) pool.Schedule([job, work] { work(*job); });
+  work(*job);
+  // The others are inside their last grain: some microseconds. Sleeping costs more than that; spinning for long costs
+  // whoever else needs the core.
+  for (int spin = 0; spin < 2000; ++spin) {
+    if (job->done.load(std::memory_order_acquire) == total) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(job->mutex);
+  job->finished.wait(lock, [&] { return job->done.load(std::memory_order_acquire) == total; });
+}
+
+// Memory that a thread keeps between calls. `slot` keeps users that are alive at the same time apart.
+enum Slot { kRows, kAttend, kPages, kSlots };
+float* scratch(Slot slot, i64 floats) {
+  struct Buffer {
+    float* data = nullptr;
+    i64 size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffers[kSlots];
+  Buffer& buffer = buffers[slot];
+  if (buffer.size < floats) {
+    std::free(buffer.data);
+    buffer.size = (floats + 1023) / 1024 * 1024;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, buffer.size * sizeof(float)));
+  }
+  return buffer.data;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The one inner loop: rows of x times panels of w
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Lines that a later call will read, fetched into L2 while this one computes.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int lines = 0;  // per 8 steps of depth
+};
+
+// out[r, 16 p + j] (+)= sum over d of x[r, d] * w[p, d, j], for MR rows and NP panels.
+template <int MR, int NP, int XR, int XD, bool Add>
+inline void micro(const float* x, const float* w, i64 wd, i64 wp, i64 depth, float* out, i64 stride, Ahead& ahead) {
+  vec acc[MR][NP * VECTORS];
+  for (int r = 0; r < MR; ++r)
+    for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] = Add ? load(out + r * stride + c * LANES) : vec{};
+  i64 d = 0;
+  auto step = [&] {
+    vec weights[NP * VECTORS];
+    for (int p = 0; p < NP; ++p)
+      for (int v = 0; v < VECTORS; ++v) weights[p * VECTORS + v] = load(w + p * wp + v * LANES);
+    for (int r = 0; r < MR; ++r) {
+      vec xr = splat(x[r * XR]);
+      for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] += xr * weights[c];
+    }
+    x += XD;
+    w += wd;
+  };
+  for (; d + 8 <= depth; d += 8) {
+    for (int i = 0; i < ahead.lines && ahead.at < ahead.end; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) step();
+  }
+  for (; d < depth; ++d) step();
+  for (int r = 0; r < MR; ++r)
+    for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
+}
+
+constexpr int panels_at_once(int rows) {
+  int fit = BUDGET / (rows * VECTORS);
+  return fit < 1 ? 1 : fit > 4 ? 4 : fit;
+}
+
+struct Tile {
+  const float* x;   // linear and scores: [depth, rows]; values: [rows, KEYS]
+  const float* w;
+  i64 wd, wp;       // strides of w: per step of depth, per panel
+  i64 depth;
+  i64 panels;
+  float* out;
+  i64 stride;       // of out, per row
+};
+
+// Packed: x is [depth, MR]. Otherwise [MR, KEYS], the probabilities of a key block, and the result is added to out.
+template <int MR, bool Packed>
+void tile(const Tile& t, Ahead& ahead) {
+  constexpr int NP = panels_at_once(MR), XR = Packed ? 1 : KEYS, XD = Packed ? MR : 1;
+  i64 p = 0;
+  for (; p + NP <= t.panels; p += NP)
+    micro<MR, NP, XR, XD, !Packed>(t.x, t.w + p * t.wp, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+  for (; p < t.panels; ++p)
+    micro<MR, 1, XR, XD, !Packed>(t.x, t.w + p * t.wp, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+}
+
+using TileFn = void (*)(const Tile&, Ahead&);
+template <bool Packed, int... I>
+TileFn tile_of(int rows, std::integer_sequence<int, I...>) {
+  static constexpr TileFn table[] = {&tile<I + 1, Packed>...};
+  return table[rows - 1];
+}
+inline TileFn packed_tile(int rows) { return tile_of<true>(rows, std::make_integer_sequence<int, MAX_ROWS>()); }
+inline TileFn value_tile(int rows) { return tile_of<false>(rows, std::make_integer_sequence<int, MAX_ROWS>()); }
+
+// Even cuts: 16 rows are 8 + 8, not 12 + 4.
+struct Cut {
+  i64 rows, tiles;
+  explicit Cut(i64 rows) : rows(rows), tiles((rows + MAX_ROWS - 1) / MAX_ROWS) {}
+  i64 begin(i64 tile) const { return tile * (rows / tiles) + std::min(tile, rows % tiles); }
+  int size(i64 tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+};
+
+// x[rows, depth] -> [depth, rows]
+void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
+  for (i64 d = 0; d < depth; ++d)
+    for (int r = 0; r < rows; ++r) to[d * rows + r] = x[r * stride + d];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// linear
+// ---------------------------------------------------------------------------------------------------------------------
+
+ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w,
+                  ffi::Result<F32x2> y) {
+  const i64 T = x.dimensions()[0], D = x.dimensions()[1], panels = w.dimensions()[0], N = y->dimensions()[1];
+  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > panels * PANEL)
+    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
+  if (T == 0 || N == 0) return ffi::Error::Success();
+  const float* xs = x.typed_data();
+  const float* ws = w.typed_data();
+  float* out = y->typed_data();
+  const i64 used = (N + PANEL - 1) / PANEL;
+  const Cut cut(T);
+
+  const float* shared = nullptr;
+  const bool few = T <= PANEL;  // then every worker packs for itself: cheaper than waiting for each other
+  if (!few) {
+    float* packed = scratch(kRows, T * D);
+    parallel(pool, cut.tiles, 1, [&](i64 begin, i64 end) {
+      for (i64 i = begin; i < end; ++i)
+        pack_rows(xs + cut.begin(i) * D, D, cut.size(i), D, packed + cut.begin(i) * D);
+    });
+    shared = packed;
+  }
+
+  const i64 group = panels_at_once(cut.size(0));
+  parallel(pool, used, group, [&](i64 begin, i64 end) {
+    const float* rows = shared;
+    if (T == 1) {
+      rows = xs;
+    } else if (few) {
+      float* packed = scratch(kRows, T * D);
+      for (i64 i = 0; i < cut.tiles; ++i)
+        pack_rows(xs + cut.begin(i) * D, D, cut.size(i), D, packed + cut.begin(i) * D);
+      rows = packed;
+    }
+    for (i64 p = begin; p < end; p += group) {
+      const i64 count = std::min(group, end - p);
+      Ahead ahead;
+      ahead.at = reinterpret_cast<const char*>(ws + (p + group) * D * PANEL);
+      ahead.end = ahead.at + group * D * PANEL * 4;
+      ahead.lines = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
+      for (i64 i = 0; i < cut.tiles; ++i) {
+        const int size = cut.size(i);
+        Tile t{rows + cut.begin(i) * D, ws + p * D * PANEL, PANEL, D * PANEL, D, count, out + cut.begin(i) * N + p * PANEL, N};
+        const bool ragged = (p + count) * PANEL > N;
+        if (!ragged) {
+          packed_tile(size)(t, ahead);
+          continue;
+        }
+        // The last panel is wider than what is left of a row of y.
+        alignas(64) float spare[MAX_ROWS * 4 * PANEL];
+        t.out = spare, t.stride = count * PANEL;
+        packed_tile(size)(t, ahead);
+        for (int r = 0; r < size; ++r)
+          std::memcpy(out + (cut.begin(i) + r) * N + p * PANEL, spare + r * t.stride, (N - p * PANEL) * sizeof(float));
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attend
+// ---------------------------------------------------------------------------------------------------------------------
+
+// e^x for x <= 0, to about one unit in the last place; exactly 1 at 0 and exactly 0 far below.
+inline vec exp_nonpositive(vec x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  vec rounded = x * 1.44269504088896341f + shift;
+  vec n = rounded - shift;
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  ivec bits = (ivec)rounded - (ivec)splat(shift);
+  vec y = (vec)((ivec)p + (bits << 23));
+  return x < -87.0f ? vec{} : y;
+}
+
+template <typename Op>
+inline float fold16(const float* from, Op op) {
+  float a[16];
+  std::memcpy(a, from, sizeof a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] = op(a[i], a[i + half]);
+  return a[0];
+}
+
+// k[16, depth] (rows `stride` apart) -> to[depth, 16]; depth is a multiple of 4.
+inline void transpose16(const float* k, i64 stride, i64 depth, float* to) {
+#if defined(__AVX512F__)
+  for (i64 h = 0; h < depth; h += 4) {
+    __m512 a[4];
+    for (int i = 0; i < 4; ++i) {  // a[i] = keys i, i+4, i+8, i+12, four values each
+      const float* p = k + i * stride + h;
+      __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
+      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
+      a[i] = _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+    }
+    __m512d lo01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1])), hi01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
+    __m512d lo23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3])), hi23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+    float* o = to + h * 16;
+    _mm512_storeu_ps(o, _mm512_castpd_ps(_mm512_unpacklo_pd(lo01, lo23)));
+    _mm512_storeu_ps(o + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(lo01, lo23)));
+    _mm512_storeu_ps(o + 32, _mm512_castpd_ps(_mm512_unpacklo_pd(hi01, hi23)));
+    _mm512_storeu_ps(o + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(hi01, hi23)));
+  }
+#elif defined(__AVX2__)
+  for (int half = 0; half < 16; half += 8)
+    for (i64 h = 0; h < depth; h += 4) {
+      __m256 a[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* p = k + (half + i) * stride + h;
+        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+      }
+      __m256d lo01 = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1])), hi01 = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
+      __m256d lo23 = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3])), hi23 = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
+      float* o = to + h * 16 + half;
+      _mm256_storeu_ps(o, _mm256_castpd_ps(_mm256_unpacklo_pd(lo01, lo23)));
+      _mm256_storeu_ps(o + 16, _mm256_castpd_ps(_mm256_unpackhi_pd(lo01, lo23)));
+      _mm256_storeu_ps(o + 32, _mm256_castpd_ps(_mm256_unpacklo_pd(hi01, hi23)));
+      _mm256_storeu_ps(o + 48, _mm256_castpd_ps(_mm256_unpackhi_pd(hi01, hi23)));
+    }
+#else
+  for (i64 h = 0; h < depth; ++h)
+    for (int j = 0; j < 16; ++j) to[h * 16 + j] = k[j * stride + h];
+#endif
+}
+
+// Everything one call knows. Letters: T tokens, N query heads, K kv heads, G = N / K, H head size, W tokens per page.
+struct Attend {
+  i64 T, N, K, H, P, W, pmax, G, padded, window;  // padded: H rounded up to whole panels; window 0: none
+  float scale;
+  const float *q, *k, *v;
+  float *kpool, *vpool, *out;
+  const int32_t *positions, *rows, *table;
+
+  i64 page(i64 row, i64 position) const { return table[row * pmax + position / W]; }
+  i64 first_key(i64 position) const { return window > 0 ? std::max<i64>(0, position - window + 1) : 0; }
+  float* slot(float* pool, i64 head, i64 row, i64 position) const {
+    return pool + ((head * P + page(row, position)) * W + position % W) * H;
+  }
+};
+
+// Query rows that walk the keys together: heads of one kv head, tokens of one row; row r is head r % G of token r / G.
+struct Queries {
+  i64 token;  // of r = 0
+  i64 begin, end;
+  i64 head;   // kv head
+};
+
+constexpr i64 QUERY_ROWS = 4 * MAX_ROWS;
+
+// 16 keys (or values) that lie in order, at most one page: `data` rows are `stride` apart and hold `padded` values.
+struct Keys16 {
+  const float* data;
+  i64 stride;
+};
+
+// Pages that are no multiple of 16 tokens, or heads that are no multiple of 16 wide, are copied together first.
+Keys16 keys16(const Attend& a, float* pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
+  if (a.W % 16 == 0 && a.padded == a.H) return {a.slot(pool, qs.head, row, from), a.H};
+  for (i64 j = 0; j < 16; ++j) {
+    float* to = spare + j * a.padded;
+    if (from + j <= last) std::memcpy(to, a.slot(pool, qs.head, row, from + j), a.H * sizeof(float));
+    i64 held = from + j <= last ? a.H : 0;
+    std::memset(to + held, 0, (a.padded - held) * sizeof(float));
+  }
+  return {spare, a.padded};
+}
+
+void attend_tile(const Attend& a, const Queries& qs) {
+  const i64 R = qs.end - qs.begin, H = a.padded, G = a.G;
+  const i64 row = a.rows[qs.token];
+  auto position = [&](i64 r) { return static_cast<i64>(a.positions[qs.token + (qs.begin + r) / G]); };
+  const i64 last = position(R - 1), first = a.first_key(position(0));
+  const Cut cut(R);
+
+  float* at = scratch(kAttend, R * H * 2 + R * (KEYS + 17) + KEYS * H * 2 + 64);
+  auto take = [&](i64 floats) { float* p = at; at += (floats + 15) / 16 * 16; return p; };
+  float* query = take(R * H);        // per tile [H, rows], already scaled
+  float* sum = take(R * H);          // [R, H]: values weighted so far
+  float* score = take(R * KEYS);     // [R, KEYS]: scores, then probabilities
+  float* mass = take(R * 16);        // [R, 16]: sums of probabilities, lane by lane
+  float* best = take(R);             // [R]: largest score so far
+  float* keys = take(KEYS * H);      // [KEYS / 16, H, 16]
+  float* spare = take(KEYS * H);     // [KEYS, H]: see keys16
+
+  for (i64 i = 0; i < cut.tiles; ++i) {
+    const i64 base = cut.begin(i);
+    const int size = cut.size(i);
+    for (int r = 0; r < size; ++r) {
+      const i64 n = qs.begin + base + r;
+      const float* from = a.q + ((qs.token + n / G) * a.N + qs.head * G + n % G) * a.H;
+      float* to = query + base * H + r;
+      for (i64 h = 0; h < a.H; ++h) to[h * size] = from[h] * a.scale;
+      for (i64 h = a.H; h < H; ++h) to[h * size] = 0;
+    }
+  }
+  std::memset(sum, 0, R * H * sizeof(float));
+  std::memset(mass, 0, R * 16 * sizeof(float));
+  for (i64 r = 0; r < R; ++r) best[r] = -INFINITY;
+
+  Ahead none;
+  for (i64 block = first / KEYS * KEYS; block <= last; block += KEYS) {
+    const i64 skip = std::max<i64>(0, first - block) / 16;                       // leading groups nobody sees
+    const i64 groups = std::min<i64>(KEYS, last - block + 1 + 15) / 16;
+    const i64 count = std::min<i64>(KEYS, last - block + 1);
+    for (i64 g = skip; g < groups; ++g) {
+      Keys16 k = keys16(a, a.kpool, qs, row, block + g * 16, last, spare);
+      transpose16(k.data, k.stride, H, keys + g * 16 * H);
+    }
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      Tile t{query + cut.begin(i) * H, keys + skip * 16 * H, PANEL, H * PANEL, H, groups - skip,
+             score + cut.begin(i) * KEYS + skip * 16, KEYS};
+      packed_tile(cut.size(i))(t, none);
+    }
+    for (i64 r = 0; r < R; ++r) {
+      float* s = score + r * KEYS;
+      const i64 p = position(r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
+      for (i64 j = skip * 16; j < groups * 16; ++j)
+        if (j < from || j > to) s[j] = -INFINITY;
+      alignas(64) float top[16];
+      std::memcpy(top, s + skip * 16, sizeof top);
+      for (i64 g = skip + 1; g < groups; ++g)
+        for (int j = 0; j < 16; ++j) top[j] = std::max(top[j], s[g * 16 + j]);
+      const float highest = std::max(best[r], fold16(top, [](float x, float y) { return std::max(x, y); }));
+      const float base = highest == -INFINITY ? 0.0f : highest;
+      const float shrink = best[r] == -INFINITY ? 0.0f : best[r] == highest ? 1.0f : exp_nonpositive(splat(best[r] - base))[0];
+      best[r] = highest;
+      if (shrink != 1.0f) {
+        for (i64 h = 0; h < H; h += LANES) store(sum + r * H + h, load(sum + r * H + h) * shrink);
+        for (int j = 0; j < 16; j += LANES) store(mass + r * 16 + j, load(mass + r * 16 + j) * shrink);
+      }
+      for (i64 j = skip * 16; j < groups * 16; j += LANES) {
+        vec e = exp_nonpositive(load(s + j) - base);
+        store(s + j, e);
+        float* m = mass + r * 16 + j % 16;
+        store(m, load(m) + e);
+      }
+    }
+    for (i64 g = skip; g < groups;) {
+      Keys16 v = keys16(a, a.vpool, qs, row, block + g * 16, last, spare);
+      i64 to = g + 1;
+      // Groups of one page lie behind each other: one longer run.
+      while (v.data != spare && to < groups && (block + to * 16) % a.W != 0) ++to;
+      const i64 depth = std::min(count, to * 16) - g * 16;
+      for (i64 i = 0; i < cut.tiles; ++i) {
+        Tile t{score + cut.begin(i) * KEYS + g * 16, v.data, v.stride, PANEL, depth, H / PANEL, sum + cut.begin(i) * H, H};
+        value_tile(cut.size(i))(t, none);
+      }
+      g = to;
+    }
+  }
+
+  for (i64 r = 0; r < R; ++r) {
+    const i64 n = qs.begin + r;
+    const float whole = 1.0f / fold16(mass + r * 16, [](float x, float y) { return x + y; });
+    float* to = a.out + ((qs.token + n / G) * a.N + qs.head * G + n % G) * a.H;
+    for (i64 h = 0; h < a.H; ++h) to[h] = sum[r * H + h] * whole;
+  }
+}
+
+// Tokens [begin, end) of one row at consecutive positions, or padding.
+struct Run {
+  i64 begin, end;
+  i64 units;  // tiles of queries, per kv head
+};
+
+ffi::Error bad(const std::string& what) { return ffi::Error::InvalidArgument("xlane attend: " + what); }
+
+// A page id or position out of range must never become a write into somebody else's memory.
+std::string check(const Attend& a, const Run& run, i64 rows) {
+  const i64 row = a.rows[run.begin], last = a.positions[run.end - 1];
+  if (row < 0 || row >= rows) return "token " + std::to_string(run.begin) + " names row " + std::to_string(row);
+  if (last / a.W >= a.pmax) return "position " + std::to_string(last) + " lies beyond its row's pages";
+  for (i64 at = a.first_key(a.positions[run.begin]) / a.W; at <= last / a.W; ++at) {
+    const i64 page = a.table[row * a.pmax + at];
+    if (page < 0 || page >= a.P) return "row " + std::to_string(row) + " holds page id " + std::to_string(page);
+  }
+  return {};
+}
+
+void write_run(const Attend& a, const Run& run, i64 head) {
+  for (i64 t = run.begin; t < run.end; ++t) {
+    const i64 row = a.rows[t], from = (t * a.K + head) * a.H;
+    std::memcpy(a.slot(a.kpool, head, row, a.positions[t]), a.k + from, a.H * sizeof(float));
+    std::memcpy(a.slot(a.vpool, head, row, a.positions[t]), a.v + from, a.H * sizeof(float));
+  }
+}
+
+ffi::Error attend(ffi::ThreadPool pool, F32x3 q, F32x3 k, F32x3 v,
+                  F32x4 kpool, F32x4 vpool, I32x1 positions,
+                  I32x1 rows, I32x2 table,
+                  ffi::Result<F32x3> out, ffi::Result<F32x4> kout,
+                  ffi::Result<F32x4> vout, int64_t window, float scale) {
+  Attend a;
+  a.T = q.dimensions()[0], a.N = q.dimensions()[1], a.H = q.dimensions()[2];
+  a.K = kpool.dimensions()[0], a.P = kpool.dimensions()[1], a.W = kpool.dimensions()[2], a.pmax = table.dimensions()[1];
+  if (a.K == 0 || a.N % a.K != 0 || kpool.dimensions()[3] != a.H || k.dimensions()[1] != a.K || k.dimensions()[0] != a.T ||
+      k.dimensions()[2] != a.H || positions.dimensions()[0] != a.T || rows.dimensions()[0] != a.T)
+    return bad("q, k, v, the pools and the batch do not fit together");
+  if (kpool.typed_data() != kout->typed_data() || vpool.typed_data() != vout->typed_data())
+    return bad("the pools must be updated in place");
+  a.G = a.N / a.K, a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale;
+  a.q = q.typed_data(), a.k = k.typed_data(), a.v = v.typed_data(), a.out = out->typed_data();
+  a.kpool = kout->typed_data(), a.vpool = vout->typed_data();
+  a.positions = positions.typed_data(), a.rows = rows.typed_data(), a.table = table.typed_data();
+
+  std::vector<Run> runs;
+  i64 units = 0;
+  for (i64 t = 0; t < a.T;) {
+    i64 end = t + 1;
+    if (a.positions[t] < 0) {
+      std::memset(a.out + t * a.N * a.H, 0, a.N * a.H * sizeof(float));
+      t = end;
+      continue;
+    }
+    while (end < a.T && a.rows[end] == a.rows[t] && a.positions[end] == a.positions[end - 1] + 1) ++end;
+    Run run{t, end, ((end - t) * a.G + QUERY_ROWS - 1) / QUERY_ROWS};
+    const std::string problem = check(a, run, table.dimensions()[0]);
+    if (!problem.empty()) return bad(problem);
+    runs.push_back(run);
+    units += run.units;
+    t = end;
+  }
+  if (runs.empty()) return ffi::Error::Success();
+
+  parallel(pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](i64 begin, i64 end) {
+    for (i64 head = begin; head < end; ++head)
+      for (const Run& run : runs) write_run(a, run, head);
+  });
+  parallel(pool, units * a.K, 1, [&](i64 begin, i64 end) {
+    for (i64 unit = begin; unit < end; ++unit) {
+      // The last tiles of a prompt see the most keys: they go first, so that no long one is left over at the end.
+      i64 index = units - 1 - unit / a.K;
+      auto run = runs.begin();
+      while (index >= run->units) index -= run->units, ++run;
+      const i64 all = (run->end - run->begin) * a.G;
+      Queries qs{run->begin, index * QUERY_ROWS, std::min(all, (index + 1) * QUERY_ROWS), unit % a.K};
+      attend_tile(a, qs);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" const char* xlane_isa() { return kIsa; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear, linear,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32x2>().Arg<F32x3>().Ret<F32x2>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x3>()
+                                  .Arg<F32x3>()
+                                  .Arg<F32x3>()
+                                  .Arg<F32x4>()
+                                  .Arg<F32x4>()
+                                  .Arg<I32x1>()
+                                  .Arg<I32x1>()
+                                  .Arg<I32x2>()
+                                  .Ret<F32x3>()
+                                  .Ret<F32x4>()
+                                  .Ret<F32x4>()
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("scale"));

@@ -1,0 +1,111 @@
+"""The native CPU kernels as JAX sees them: `Kernels` by way of XLA's FFI.
+
+Knows the library's functions and their shapes; not how they work (`native.cc`) nor how they were compiled (`build.py`).
+float32 only, one device only. Importing does nothing: `native_kernels` compiles, loads and registers.
+"""
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...models.kernels import KvLayer, PagedBatch
+from ...models.spec import PANEL
+from .build import Built, build
+
+# Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
+LINEAR = "xlane_linear.1"
+ATTEND = "xlane_attend.1"
+
+_lock = threading.Lock()
+_registered: list["NativeKernels"] = []  # XLA takes a target's name once per process
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """`models.kernels.Kernels`, computed by `native.cc`. A row's result is the same bits whatever shares its launch."""
+
+    name: str
+    compile_s: float
+    """What compiling the library took at this start; 0 when it was found in the cache."""
+    packed: bool = True
+
+    def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+        """x float32[T, D] times weight float32[panels, D, 16] -> float32[T, outputs]."""
+        _require_float32("linear", x=x, weight=weight)
+        if x.ndim != 2 or weight.shape != (-(-outputs // PANEL), x.shape[1], PANEL):
+            raise ValueError(f"linear: x {x.shape} and weight {weight.shape} do not give {outputs} outputs")
+        return jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype))(x, weight)
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv: KvLayer,
+        batch: PagedBatch,
+        *,
+        window: int | None,
+        scale: float,
+        one_token_rows: bool,
+    ) -> tuple[jax.Array, KvLayer]:
+        """Write k, v float32[T, K, H] into their pages in place, then attend q float32[T, N, H].
+
+        `one_token_rows` is not needed: the kernel finds the runs of tokens itself.
+        """
+        _require_float32("attend", q=q, k=k, v=v, k_pool=kv.k, v_pool=kv.v)
+        del one_token_rows
+        results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, kv.k, kv.v))
+        call = jax.ffi.ffi_call(ATTEND, results, input_output_aliases={3: 1, 4: 2})
+        arguments = (q, k, v, kv.k, kv.v, batch.positions, batch.rows, batch.table)
+        out, k_pool, v_pool = call(*arguments, window=np.int64(window or 0), scale=np.float32(scale))
+        return out, KvLayer(k_pool, v_pool)
+
+
+def native_kernels(cache_dir: Path) -> NativeKernels | str:
+    """Compile (or find), load and register the kernels; a string says why they cannot be had.
+
+    The first success serves the whole process, whatever `cache_dir` a later call names.
+    """
+    with _lock:
+        if not _registered:
+            kernels = _load(cache_dir)
+            if isinstance(kernels, str):
+                return kernels
+            _registered.append(kernels)
+        return _registered[0]
+
+
+def _load(cache_dir: Path) -> NativeKernels | str:
+    built = build(cache_dir)
+    if isinstance(built, str):
+        return built
+    library = _open(built)
+    if isinstance(library, str):  # a damaged file: once more, from the source
+        built = build(cache_dir, fresh=True)
+        if isinstance(built, str):
+            return built
+        library = _open(built)
+        if isinstance(library, str):
+            return library
+    for target, symbol in ((LINEAR, "xlane_linear"), (ATTEND, "xlane_attend")):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    library.xlane_isa.restype = ctypes.c_char_p
+    return NativeKernels(name=f"native ({library.xlane_isa().decode()})", compile_s=built.seconds)
+
+
+def _open(built: Built) -> ctypes.CDLL | str:
+    try:
+        return ctypes.CDLL(str(built.path))
+    except OSError as error:
+        return f"the compiled kernels do not load: {error}"
+
+
+def _require_float32(function: str, **arrays: jax.Array) -> None:
+    for name, array in arrays.items():
+        if array.dtype != jnp.float32:
+            raise TypeError(f"{function}: the native kernels compute in float32, {name} is {array.dtype}")

@@ -1,0 +1,406 @@
+"""The native CPU kernels against NumPy in float64, and the promise that a row's bits never depend on its neighbours."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from xlane.engine.kernels import build as building
+from xlane.engine.kernels.build import COMPILERS, Built, build
+from xlane.engine.kernels.native import NativeKernels, _open, native_kernels
+from xlane.models.kernels import KvLayer, PagedBatch
+from xlane.models.spec import pack
+
+HAS_COMPILER = any(shutil.which(name) for name in COMPILERS)
+needs_compiler = pytest.mark.skipif(
+    not HAS_COMPILER, reason=f"needs a C++ compiler: one of {', '.join(COMPILERS)}"
+)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture(scope="session")
+def kernels(cache_dir: Path) -> NativeKernels:
+    if not HAS_COMPILER:
+        pytest.skip(f"needs a C++ compiler: one of {', '.join(COMPILERS)}")
+    loaded = native_kernels(cache_dir)
+    assert isinstance(loaded, NativeKernels), loaded
+    return loaded
+
+
+# --- linear ---
+
+
+def linear(kernels: NativeKernels, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    call = jax.jit(kernels.linear, static_argnums=2)
+    return np.asarray(call(jnp.asarray(x), jnp.asarray(pack(weight)), weight.shape[0]))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11, 12, 13, 16, 17, 25, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 8), (1, 1), (5, 3), (100, 77), (960, 576), (64, 1536)])
+def test_linear_matches_numpy(kernels: NativeKernels, tokens: int, outputs: int, inputs: int) -> None:
+    rng = np.random.default_rng(tokens)
+    x = rng.standard_normal((tokens, inputs), dtype=np.float32)
+    weight = rng.standard_normal((outputs, inputs), dtype=np.float32)
+    want = x.astype(np.float64) @ weight.astype(np.float64).T
+    # The proven bound of n fused multiply-adds: n units of rounding of the sum of magnitudes.
+    bound = inputs * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T)
+    assert (np.abs(linear(kernels, x, weight) - want) <= bound).all()
+
+
+def test_linear_row_is_the_same_bits_in_any_batch(kernels: NativeKernels) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 576), dtype=np.float32)
+    weight = rng.standard_normal((1000, 576), dtype=np.float32)
+    whole = linear(kernels, x, weight)
+    for tokens in [*range(1, 34), 64, 128]:
+        np.testing.assert_array_equal(linear(kernels, x[:tokens], weight), whole[:tokens])
+    np.testing.assert_array_equal(linear(kernels, x[150:151], weight), whole[150:151])
+
+
+def test_linear_row_is_the_bits_of_one_ordered_sum(kernels: NativeKernels) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, 40), dtype=np.float32)
+    weight = rng.standard_normal((16, 40), dtype=np.float32)
+    total = np.zeros(16, np.float32)
+    for d in range(40):
+        # A product of two float32 is exact in float64; the sum is then rounded once, as a fused multiply-add does,
+        # but for double rounding, which these numbers do not meet.
+        total = (np.float64(x[0, d]) * weight[:, d].astype(np.float64) + total.astype(np.float64)).astype(
+            np.float32
+        )
+    np.testing.assert_array_equal(linear(kernels, x, weight)[0], total)
+
+
+def test_linear_refuses_what_does_not_fit(kernels: NativeKernels) -> None:
+    x, weight = jnp.zeros((2, 8)), jnp.zeros((2, 8, 16))
+    with pytest.raises(ValueError, match="do not give 40 outputs"):
+        kernels.linear(x, weight, 40)
+    with pytest.raises(TypeError, match="x is bfloat16"):
+        kernels.linear(x.astype(jnp.bfloat16), weight, 32)
+
+
+# --- attend ---
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pool with some history, and the tokens of one launch."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    k_pool: np.ndarray
+    v_pool: np.ndarray
+    positions: np.ndarray
+    rows: np.ndarray
+    table: np.ndarray
+
+    def take(self, tokens: np.ndarray) -> "Case":
+        """The same launch with only these tokens."""
+        return replace(
+            self,
+            q=self.q[tokens],
+            k=self.k[tokens],
+            v=self.v[tokens],
+            positions=self.positions[tokens],
+            rows=self.rows[tokens],
+        )
+
+
+def make_case(
+    runs: list[tuple[int, int]],
+    *,
+    kv_heads: int = 3,
+    group: int = 3,
+    head: int = 64,
+    page: int = 16,
+    padding: int = 0,
+) -> Case:
+    """One row per (tokens held before, tokens of this launch), then padding. Unused pages hold NaN."""
+    rng = np.random.default_rng(len(runs) * 1000 + runs[0][0])
+    held = [before + new for before, new in runs]
+    width = max(-(-n // page) for n in held) + 1
+    pages = sum(-(-n // page) for n in held) + 2
+    ids = iter(rng.permutation(pages))
+    table = np.full((len(runs), width), 2**30, np.int32)  # an id that must not be followed
+    shape = (kv_heads, pages, page, head)
+    k_pool, v_pool = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    for row, (before, new) in enumerate(runs):
+        for i in range(-(-(before + new) // page)):
+            table[row, i] = next(ids)
+        for p in range(before):
+            k_pool[:, table[row, p // page], p % page] = rng.standard_normal((kv_heads, head))
+            v_pool[:, table[row, p // page], p % page] = rng.standard_normal((kv_heads, head))
+    positions = np.concatenate(
+        [np.arange(before, before + new) for before, new in runs] + [np.full(padding, -1)]
+    )
+    rows = np.concatenate([np.full(new, row) for row, (_, new) in enumerate(runs)] + [np.zeros(padding)])
+    tokens = len(positions)
+
+    def normal(heads: int) -> np.ndarray:
+        return rng.standard_normal((tokens, heads, head), dtype=np.float32)
+
+    return Case(
+        normal(kv_heads * group) * 2,
+        normal(kv_heads),
+        normal(kv_heads),
+        k_pool,
+        v_pool,
+        positions.astype(np.int32),
+        rows.astype(np.int32),
+        table,
+    )
+
+
+def attend(
+    kernels: NativeKernels, case: Case, window: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def call(case: tuple[jax.Array, ...], kv: KvLayer) -> tuple[jax.Array, KvLayer]:
+        q, k, v, *batch = case
+        scale = q.shape[-1] ** -0.5
+        return kernels.attend(
+            q, k, v, kv, PagedBatch(*batch), window=window, scale=scale, one_token_rows=False
+        )
+
+    arrays = (case.q, case.k, case.v, case.positions, case.rows, case.table)
+    kv = KvLayer(jnp.array(case.k_pool), jnp.array(case.v_pool))
+    out, kv = jax.jit(call, donate_argnums=1)(tuple(map(jnp.asarray, arrays)), kv)
+    return np.asarray(out), np.asarray(kv.k), np.asarray(kv.v)
+
+
+def reference(case: Case, window: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Write, then attend, one query at a time in float64."""
+    k_pool, v_pool = case.k_pool.copy(), case.v_pool.copy()
+    page = k_pool.shape[2]
+    heads, kv_heads = case.q.shape[1], k_pool.shape[0]
+    live = [t for t in range(len(case.positions)) if case.positions[t] >= 0]
+    for t in live:
+        at = case.table[case.rows[t], case.positions[t] // page], case.positions[t] % page
+        k_pool[:, at[0], at[1]], v_pool[:, at[0], at[1]] = case.k[t], case.v[t]
+    out = np.zeros(case.q.shape)
+    for t in live:
+        p = int(case.positions[t])
+        seen = np.arange(0 if window is None else max(0, p - window + 1), p + 1)
+        ids = case.table[case.rows[t], seen // page]
+        for n in range(heads):
+            head = n // (heads // kv_heads)
+            scores = (
+                k_pool[head, ids, seen % page].astype(np.float64) @ case.q[t, n] * case.q.shape[-1] ** -0.5
+            )
+            weights = np.exp(scores - scores.max())
+            out[t, n] = weights @ v_pool[head, ids, seen % page].astype(np.float64) / weights.sum()
+    return out, k_pool, v_pool
+
+
+def agree(kernels: NativeKernels, case: Case, window: int | None = None, atol: float = 5e-6) -> None:
+    got, want = attend(kernels, case, window), reference(case, window)
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=atol)
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_array_equal(got[2], want[2])
+
+
+DECODE = [(0, 1), (15, 1), (16, 1), (63, 1), (64, 1), (200, 1), (1, 1)]
+PREFILL = [(0, 37), (30, 1), (17, 70), (64, 64)]
+
+
+@pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (4, 1), (3, 3), (2, 8), (1, 71)])
+def test_attend_head_ratios(
+    kernels: NativeKernels, runs: list[tuple[int, int]], kv_heads: int, group: int
+) -> None:
+    agree(kernels, make_case(runs, kv_heads=kv_heads, group=group, padding=3))
+
+
+@pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("head", [1, 8, 16, 20, 64, 80, 96, 128, 256])
+def test_attend_head_sizes(kernels: NativeKernels, runs: list[tuple[int, int]], head: int) -> None:
+    agree(kernels, make_case(runs, kv_heads=2, group=2, head=head))
+
+
+@pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("page", [1, 5, 8, 16, 24, 32, 48, 64, 128])
+def test_attend_page_sizes(kernels: NativeKernels, runs: list[tuple[int, int]], page: int) -> None:
+    agree(kernels, make_case(runs, kv_heads=2, group=2, head=32, page=page, padding=1))
+
+
+@pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("window", [1, 2, 16, 63, 64, 65, 1000])
+@pytest.mark.parametrize("page", [8, 16, 64])
+def test_attend_windows(kernels: NativeKernels, runs: list[tuple[int, int]], window: int, page: int) -> None:
+    agree(kernels, make_case(runs, kv_heads=2, group=3, head=16, page=page), window)
+
+
+def test_attend_never_follows_a_page_left_behind_by_the_window(kernels: NativeKernels) -> None:
+    case = make_case([(200, 1)], page=16)
+    case.table[0, : (200 - 31) // 16] = 2**30
+    got, want = attend(kernels, case, 32), reference(case, 32)
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=5e-6)
+
+
+def test_attend_padding_only(kernels: NativeKernels) -> None:
+    case = make_case([(4, 1)], padding=2).take(np.array([1, 2]))
+    out, k_pool, _ = attend(kernels, case)
+    assert not out.any()
+    np.testing.assert_array_equal(k_pool, case.k_pool)
+
+
+def test_attend_large_scores(kernels: NativeKernels) -> None:
+    """Scores of ±1000: a softmax without its maximum taken off would overflow, and most keys weigh exactly nothing."""
+    case = make_case([(150, 1), (0, 80)])
+    # A score of 1000 in float32 is known to about 1e-4, and so is the weight it gives.
+    agree(kernels, replace(case, q=case.q * 100), atol=1e-3)
+
+
+def test_attend_decode_row_is_the_same_bits_in_any_batch(kernels: NativeKernels) -> None:
+    case = make_case(DECODE * 3)
+    whole = attend(kernels, case)[0]
+    for chosen in ([0], [5], [5, 3], list(range(16)), list(range(20, 4, -1))):
+        np.testing.assert_array_equal(attend(kernels, case.take(np.array(chosen)))[0], whole[chosen])
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("page", [16, 24])
+def test_attend_is_the_same_bits_however_a_prompt_is_cut(
+    kernels: NativeKernels, page: int, window: int | None
+) -> None:
+    """Also token by token, as a decode would: so a replayed answer is the answer."""
+    case = make_case([(0, 150)], page=page)
+    whole, k_pool, v_pool = attend(kernels, case, window)
+    for cut in (1, 7, 64, 149):
+        pools, parts = (case.k_pool, case.v_pool), []
+        for start in range(0, 150, cut):
+            chunk = case.take(np.arange(start, min(start + cut, 150)))
+            out, *pools = attend(kernels, replace(chunk, k_pool=pools[0], v_pool=pools[1]), window)
+            parts.append(out)
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        np.testing.assert_array_equal(pools[0], k_pool)
+        np.testing.assert_array_equal(pools[1], v_pool)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": np.full((1, 2), 99, np.int32)}, "holds page id 99"),
+        ({"positions": np.array([32], np.int32)}, "position 32 lies beyond"),
+        ({"rows": np.array([7], np.int32)}, "names row 7"),
+    ],
+)
+def test_attend_refuses_to_write_outside_the_pool(
+    kernels: NativeKernels, change: dict[str, np.ndarray], message: str
+) -> None:
+    case = replace(make_case([(4, 1)]), **change)  # type: ignore[arg-type]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        attend(kernels, case)
+
+
+def test_attend_refuses_other_dtypes(kernels: NativeKernels) -> None:
+    case = make_case([(4, 1)])
+    with pytest.raises(TypeError, match="q is float16"):
+        attend(kernels, replace(case, q=case.q.astype(np.float16)))
+
+
+def test_attend_updates_the_pools_in_place(kernels: NativeKernels) -> None:
+    """As an engine runs it: compiled ahead, pools of several layers donated, other work between."""
+    case = make_case([(40, 1), (3, 1)])
+    batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
+    layers = 4
+
+    def step(
+        q: jax.Array, k: jax.Array, pools: list[KvLayer], batch: PagedBatch
+    ) -> tuple[jax.Array, list[KvLayer]]:
+        written: list[KvLayer] = []
+        for kv in pools:
+            q, kv = kernels.attend(q, k, k + 1, kv, batch, window=None, scale=0.125, one_token_rows=True)
+            q = jnp.sin(q)
+            written.append(kv)
+        return q, written
+
+    pools = [KvLayer(jnp.array(case.k_pool), jnp.array(case.v_pool)) for _ in range(layers)]
+    size = 2 * layers * case.k_pool.nbytes
+    compiled = (
+        jax.jit(step, donate_argnums=2)
+        .lower(jnp.asarray(case.q), jnp.asarray(case.k), pools, batch)
+        .compile()
+    )
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < case.k_pool.nbytes
+    assert not [line for line in text.splitlines() if " copy(" in line and "f32[3," in line]
+    before = [kv.k.unsafe_buffer_pointer() for kv in pools]
+    _, after = compiled(jnp.asarray(case.q), jnp.asarray(case.k), pools, batch)
+    assert [kv.k.unsafe_buffer_pointer() for kv in after] == before
+
+
+# --- build ---
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
+    reason = build(tmp_path, search=str(tmp_path))
+    assert isinstance(reason, str)
+    assert "no C++ compiler" in reason
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    reason = build(tmp_path / "file" / "cache")
+    assert isinstance(reason, str)
+    assert "cannot write" in reason
+
+
+@needs_compiler
+def test_a_failing_compiler_is_a_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'native.cc:1: error: out of luck' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    reason = build(tmp_path / "cache", search=str(tmp_path))
+    assert isinstance(reason, str)
+    assert "status 3" in reason
+    assert "out of luck" in reason
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_built_once_then_found(kernels: NativeKernels, cache_dir: Path) -> None:
+    again = build(cache_dir)
+    assert isinstance(again, Built)
+    assert again.seconds == 0
+    assert [path.name for path in cache_dir.iterdir()] == [again.path.name]
+
+
+def test_the_key_follows_what_the_code_depends_on(
+    kernels: NativeKernels, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = next(found for name in COMPILERS if (found := shutil.which(name)))
+    here = building._key(compiler)
+    monkeypatch.setattr(building, "_cpu", lambda: "another machine")
+    assert building._key(compiler) != here
+
+
+@needs_compiler
+def test_a_damaged_library_does_not_load_and_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "tiny.cc"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(building, "_SOURCE", source)
+    first = build(tmp_path / "cache")
+    assert isinstance(first, Built)
+    first.path.write_bytes(b"\x7fELF, or so it says")
+    found = build(tmp_path / "cache")
+    assert isinstance(found, Built)
+    assert isinstance(_open(found), str)
+    again = build(tmp_path / "cache", fresh=True)
+    assert isinstance(again, Built)
+    assert again.path == first.path
+    library = _open(again)
+    assert not isinstance(library, str)
+    assert library.answer() == 42
