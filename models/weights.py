@@ -37,7 +37,10 @@ class TensorSource(Protocol):
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """What `read_rows` returns; for a quantised tensor what it is dequantised to."""
+        """What `read_rows` returns; for a quantised tensor what it is dequantised to.
+
+        Raises CheckpointError, naming file, tensor and type, if this type cannot be read.
+        """
         ...
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -151,11 +154,16 @@ class Weights:
         for name, expected in zip(recipe.names, recipe.source_shapes(spec.shape), strict=True):
             if name not in present:
                 problems.append(f"tensor {name} is missing (needed for {spec.path})")
-            elif (found := self._tensors.shape(name)) != expected:
-                where = self._tensors.where(name)
+                continue
+            where, found = self._tensors.where(name), self._tensors.shape(name)
+            if found != expected:
                 problems.append(
                     f"{where}: tensor {name} has shape {found}, the configuration asks for {expected}"
                 )
+            try:
+                self._tensors.dtype(name)
+            except CheckpointError as error:
+                problems.append(str(error))
         return problems
 
 

@@ -1,0 +1,162 @@
+"""Reading a Hugging Face config.json without guessing: every key is asked for, known to be harmless, or refused.
+
+Knows what keys mean to transformers 4 and 5 alike; not what a family does with them (`llama.py` …), nor the
+tensors (`hf_names.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import Llama3Rope
+from ..errors import UnsupportedModel
+from .hf_keys import HARMLESS, IGNORABLE
+
+
+class Fields:
+    """The keys of one config.json. What is taken is handled; `finish` refuses what is left and not harmless."""
+
+    def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
+        self._config = config
+        self._where = where
+        self._taken: set[str] = set()
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; required unless the family has a default."""
+        value = self._take(key, default)
+        if type(value) is not int or value < 1:
+            raise self._refusal(key, value, "a positive whole number is expected")
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number, zero included."""
+        value = self._take(key, default)
+        if type(value) is not int or value < 0:
+            raise self._refusal(key, value, "a whole number is expected")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; required unless the family has a default."""
+        value = self._take(key, default)
+        if type(value) not in (int, float) or not value > 0:
+            raise self._refusal(key, value, "a positive number is expected")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._take(key, default)
+        if type(value) is not bool:
+            raise self._refusal(key, value, "true or false is expected")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        """A positive whole number, or None when absent or null."""
+        return None if self._config.get(key) is None else self.integer(key)
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """Token ids: one, a list, or none."""
+        value = self._take(key, ())
+        ids = value if isinstance(value, list | tuple) else [value]
+        if any(type(i) is not int or i < 0 for i in ids):
+            raise self._refusal(key, value, "a token id or a list of them is expected")
+        return tuple(ids)
+
+    def per_layer(self, key: str, layers: int) -> tuple[Any, ...] | None:
+        """One entry a layer, or None when absent or null."""
+        if self._config.get(key) is None:
+            return None
+        value = self._take(key, None)
+        if not isinstance(value, list) or len(value) != layers:
+            raise self._refusal(
+                key, value, f"a list with one entry for each of the {layers} layers is expected"
+            )
+        return tuple(value)
+
+    def mapping(self, key: str) -> "Fields | None":
+        """The fields of an object inside, or None when absent or null."""
+        if self._config.get(key) is None:
+            return None
+        value = self._take(key, None)
+        if not isinstance(value, dict):
+            raise self._refusal(key, value, "an object is expected")
+        return Fields(value, f"{self._where}: {key}")
+
+    def text(self, *keys: str, default: str) -> str:
+        """A string under the first of several names that is there; the others must not disagree."""
+        given = {key: value for key in keys if (value := self._take(key, None)) is not None}
+        for key, value in given.items():
+            if not isinstance(value, str) or value != next(iter(given.values())):
+                raise self._refusal(key, value, f"one name is expected, found {given}")
+        return next(iter(given.values()), default)
+
+    def skip(self, *keys: str) -> None:
+        """These keys have no effect on this model, for a reason the caller knows."""
+        self._taken.update(keys)
+
+    def finish(self) -> None:
+        """Refuse every key that was neither taken nor harmless."""
+        for key, value in self._config.items():
+            if key in self._taken or key in IGNORABLE or value is None:
+                continue
+            if key in HARMLESS and value == HARMLESS[key]:
+                continue
+            raise self._refusal(key, value, _advice(key))
+
+    def _take(self, key: str, default: Any) -> Any:
+        self._taken.add(key)
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def _refusal(self, key: str, value: Any, why: str) -> UnsupportedModel:
+        if value is None:
+            return UnsupportedModel(f"{self._where}: {key} is missing; {why}")
+        shown = repr(value)
+        return UnsupportedModel(f"{self._where}: {key} = {shown[:200]}: {why}")
+
+
+def _advice(key: str) -> str:
+    if key == "quantization_config":
+        return "weights quantised this way are not supported; use the original weights or a GGUF file"
+    if key == "auto_map":
+        return "the model brings its own code, which is never run here"
+    return "this option is not understood, and leaving it out could change the model's answers"
+
+
+class Rope:
+    """Rotary positions as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them."""
+
+    def __init__(self, fields: Fields, default_theta: float) -> None:
+        self.theta = fields.number("rope_theta", default_theta)
+        self.scaling: Llama3Rope | None = None
+        self.linear_factor = 1.0
+        old, new = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+        if old and new:
+            raise UnsupportedModel("config.json has both rope_scaling and rope_parameters; keep one of them")
+        if rope := old or new:
+            self._read(rope)
+
+    def _read(self, rope: Fields) -> None:
+        self.theta = rope.number("rope_theta", self.theta)
+        kind = rope.text("type", "rope_type", default="default")
+        if kind == "linear":
+            self.linear_factor = rope.number("factor")
+        elif kind == "llama3":
+            self.scaling = Llama3Rope(
+                factor=rope.number("factor"),
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_max_position=rope.integer("original_max_position_embeddings"),
+            )
+            if self.scaling.high_freq_factor <= self.scaling.low_freq_factor:
+                raise UnsupportedModel(
+                    "config.json: rope high_freq_factor must be larger than low_freq_factor"
+                )
+        elif kind != "default":
+            known = "default, linear, llama3"
+            raise UnsupportedModel(f"config.json: rope type {kind!r} is not supported (supported: {known})")
+        rope.finish()
+
+
+def eos_ids(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """Ids that end a text: generation_config.json's where it names any, else config.json's."""
+    named = Fields(generation or {}, "generation_config.json").ids("eos_token_id")
+    return named or Fields(config).ids("eos_token_id")

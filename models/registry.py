@@ -1,0 +1,80 @@
+"""Which family reads which model: architecture names to family modules, and a model directory to its `ModelConfig`.
+
+Knows config.json and generation_config.json by name; what their keys mean is the families' business.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .config import ModelConfig
+from .errors import UnsupportedModel
+from .families import llama, mistral, qwen2, qwen3, smollm3
+from .families.hf import eos_ids
+from .weights import Recipe
+
+
+class Family(Protocol):
+    """What each module in `families/` offers."""
+
+    @property
+    def WEIGHTS(self) -> Mapping[str, Recipe]:
+        """Parameter path (`{i}` for the layer) to the tensors of a Hugging Face checkpoint."""
+        ...
+
+    @property
+    def IGNORED_TENSORS(self) -> tuple[str, ...]:
+        """Patterns of tensors that a checkpoint may hold for nothing."""
+        ...
+
+    def config_from_hf(self, config: Mapping[str, Any]) -> ModelConfig:
+        """Translate config.json, refusing what is not understood."""
+        ...
+
+
+ARCHITECTURES: Mapping[str, Family] = {
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "SmolLM3ForCausalLM": smollm3,
+}
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family that reads this config.json. Raises UnsupportedModel, listing what is supported."""
+    names = config.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
+        return ARCHITECTURES[names[0]]
+    supported = ", ".join(sorted(ARCHITECTURES))
+    raise UnsupportedModel(
+        f"config.json: architectures = {names!r} is not supported (supported: {supported})"
+    )
+
+
+def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Translate config.json and, when there is one, the end-of-text ids of generation_config.json."""
+    result = family_for(config).config_from_hf(config)
+    return dataclasses.replace(result, eos_ids=eos_ids(config, generation))
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The configuration of a model in Hugging Face's layout."""
+    config = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    return config_from_hf(config, read_json(generation) if generation.exists() else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file of the model. Raises UnsupportedModel if it is not there or is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UnsupportedModel(f"{path} is missing; a model directory needs one") from None
+    except ValueError as error:
+        raise UnsupportedModel(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UnsupportedModel(f"{path} holds no JSON object")
+    return value

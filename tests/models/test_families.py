@@ -1,0 +1,256 @@
+"""config.json to ModelConfig: what transformers writes is understood, what it would change is refused by name."""
+
+from typing import Any
+
+import pytest
+from xlane.models.config import Llama3Rope, ModelConfig
+from xlane.models.errors import UnsupportedModel
+from xlane.models.families import llama
+from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
+
+from tests.support.tiny import TINY_KINDS, tiny_model
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+    "initializer_range": 0.02,
+}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def read(name: str = "Llama", drop: tuple[str, ...] = (), **changes: Any) -> ModelConfig:
+    config = {**LLAMA, "architectures": [f"{name}ForCausalLM"], **changes}
+    return config_from_hf({key: value for key, value in config.items() if key not in drop})
+
+
+def test_llama():
+    assert read() == ModelConfig(
+        family="llama", vocab_size=32000, hidden_size=2048, layers=4, heads=32, kv_heads=8, head_dim=64,
+        ffn_size=5632, max_positions=4096, norm_eps=1e-5, rope_theta=10000.0, bos_id=1, eos_ids=(2,),
+    )  # fmt: skip
+
+
+def test_the_oldest_llama_has_as_many_kv_heads_as_heads():
+    assert read(drop=("num_key_value_heads", "rms_norm_eps")).kv_heads == 32
+
+
+def test_published_smollm2_is_a_llama():
+    extra = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}
+    assert read(**extra, tie_word_embeddings=True, pad_token_id=2).tied_embeddings
+
+
+def test_biases():
+    config = read(attention_bias=True, mlp_bias=True)
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, True, True)
+
+
+def test_explicit_head_dim_wins_over_the_quotient():
+    assert read(head_dim=128).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+        {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3_ROPE, "type": "llama3"}},
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000.0}},
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000}, "rope_scaling": None},
+    ],
+    ids=["transformers 4", "two names", "transformers 5", "whole number"],
+)
+def test_llama3_rope_in_every_spelling(rope: dict[str, Any]):
+    config = read(**rope)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
+    )
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_linear_rope(key: str):
+    config = read(rope_scaling={key: "linear", "factor": 4})
+    assert (config.rope_linear_factor, config.rope_scaling) == (4.0, None)
+
+
+def test_default_rope_of_transformers_5():
+    config = read(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert (config.rope_theta, config.rope_scaling, config.rope_linear_factor) == (1e6, None, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mrope"])
+def test_other_rope_scalings_are_refused_by_name(kind: str):
+    with pytest.raises(UnsupportedModel, match=rf"'{kind}' is not supported.*linear, llama3"):
+        read(rope_scaling={"rope_type": kind, "factor": 2.0})
+
+
+def test_mistral_windows():
+    assert read("Mistral", sliding_window=4096).window == 4096
+    assert read("Mistral", sliding_window=None).window is None
+    assert read("Mistral").window == 4096, "transformers' default, which the first release relied on"
+
+
+def test_qwen2_as_published_has_a_window_that_is_off():
+    config = read("Qwen2", use_sliding_window=False, sliding_window=32768, max_window_layers=2)
+    assert (config.window, config.window_layers) == (None, ())
+    assert (config.qkv_bias, config.output_bias) == (True, False)
+
+
+def test_qwen2_windows_from_a_layer_up_or_by_type():
+    by_first = read("Qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=3)
+    types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    by_type = read("Qwen2", use_sliding_window=True, sliding_window=64, layer_types=types)
+    assert (by_first.window, by_first.window_layers) == (64, (False, False, False, True))
+    assert (by_type.window, by_type.window_layers) == (64, (False, True, False, True))
+
+
+def test_a_window_over_all_layers_or_none_names_no_layers():
+    everywhere = read("Qwen3", use_sliding_window=True, sliding_window=64, max_window_layers=0)
+    nowhere = read("Qwen3", use_sliding_window=True, sliding_window=64, max_window_layers=28)
+    assert (everywhere.window, everywhere.window_layers) == (64, ())
+    assert (nowhere.window, nowhere.window_layers) == (None, ())
+
+
+def test_qwen3():
+    config = read("Qwen3", head_dim=128, attention_bias=False)
+    assert (config.qk_norm, config.head_dim, config.qkv_bias) == (True, 128, False)
+    assert read("Qwen3").head_dim == 128, "transformers' default, not the quotient"
+
+
+def test_smollm3_marks_the_layers_that_rotate():
+    assert read("SmolLM3").rope_layers == (True, True, True, False)
+    assert read("SmolLM3", no_rope_layers=[1, 0, 1, 0]).rope_layers == (True, False, True, False)
+    assert read("SmolLM3", no_rope_layers=[1, 1, 1, 1]).rope_layers == ()
+    assert read("SmolLM3").tied_embeddings, "transformers' default"
+
+
+def test_smollm3_slides_over_the_layers_that_do_not_rotate():
+    config = read("SmolLM3", use_sliding_window=True, sliding_window=16, max_window_layers=28)
+    assert (config.window, config.window_layers) == (16, (False, False, False, True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_interleaved": True}, "rope_interleaved = True"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5"),
+        ({"attention_multiplier": 0.1}, r"attention_multiplier = 0\.1"),
+        ({"sliding_window": 5}, "sliding_window = 5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.*GGUF"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map.*own code"),
+        ({"num_attention_heads": 30}, "hidden_size = 2048 is not a multiple of num_attention_heads = 30"),
+        ({"num_key_value_heads": 5}, "not a multiple of num_key_value_heads = 5"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"vocab_size": "many"}, "vocab_size = 'many'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps = 0"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+        ({"rope_scaling": [1]}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, "rope_scaling: twist = 1"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2.0}}, "one name is expected"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_scaling": LLAMA3_ROPE, "rope_parameters": LLAMA3_ROPE}, "both rope_scaling and rope_parameters"),
+    ],
+)  # fmt: skip
+def test_refusals_name_key_and_value(change: dict[str, Any], message: str):
+    with pytest.raises(UnsupportedModel, match=message):
+        read(**change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("Qwen2", {"layer_types": ["full_attention"]}, "one entry for each of the 4 layers"),
+        ("Qwen2", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ("Qwen2", {"mlp_bias": True}, "mlp_bias = True"),
+        ("Mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ("SmolLM3", {"no_rope_layers": [1, 2, 1, 0]}, "only 0 and 1"),
+    ],
+)
+def test_refusals_of_families(name: str, change: dict[str, Any], message: str):
+    with pytest.raises(UnsupportedModel, match=message):
+        read(name, **change)
+
+
+def test_a_key_another_family_reads_is_harmless_when_null():
+    assert read(sliding_window=None, layer_types=None).window is None
+
+
+def test_unknown_architecture_lists_the_known():
+    with pytest.raises(
+        UnsupportedModel, match=r"\['GPT2LMHeadModel'\].*LlamaForCausalLM, MistralForCausalLM"
+    ):
+        read("GPT2LMHeadModel", architectures=["GPT2LMHeadModel"])
+    with pytest.raises(UnsupportedModel, match="architectures = None"):
+        family_for({})
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, (2,)),
+        ({}, (2,)),
+        ({"eos_token_id": None}, (2,)),
+        ({"eos_token_id": 0}, (0,)),
+        ({"eos_token_id": [7, 9]}, (7, 9)),
+    ],
+)
+def test_end_of_text_ids(generation: dict[str, Any] | None, expected: tuple[int, ...]):
+    assert config_from_hf(LLAMA, generation).eos_ids == expected
+
+
+def test_end_of_text_ids_may_be_a_list_in_the_configuration_or_none():
+    assert read(eos_token_id=[128001, 128009]).eos_ids == (128001, 128009)
+    assert read(eos_token_id=None).eos_ids == ()
+
+
+def test_families_offer_what_the_registry_promises():
+    for family in ARCHITECTURES.values():
+        assert family.WEIGHTS is llama.WEIGHTS
+        assert family.IGNORED_TENSORS
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_what_transformers_writes_is_read(kind: str, tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoConfig
+
+    path = tiny_model(kind, tmp_path_factory.getbasetemp() / "tiny")
+    config, theirs = read_config(path), AutoConfig.from_pretrained(path)
+    assert config.family == kind.split("-")[0]
+    assert config.kv_heads == theirs.num_key_value_heads
+    assert config.tied_embeddings == theirs.tie_word_embeddings
+    assert config.rope_theta == theirs.rope_theta
+    types = getattr(theirs, "layer_types", None)
+    if types:
+        expected = [theirs.sliding_window if kind == "sliding_attention" else None for kind in types]
+        assert [config.layer_window(layer) for layer in range(config.layers)] == expected
+
+
+def test_a_directory_without_a_readable_configuration(tmp_path):
+    with pytest.raises(UnsupportedModel, match=r"config\.json is missing"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UnsupportedModel, match="not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UnsupportedModel, match="no JSON object"):
+        read_config(tmp_path)

@@ -1,0 +1,135 @@
+"""Tiny random models of every family, built by transformers on the spot, and what transformers itself answers with them.
+
+The independent witness of decoder and loader. Seeded, float32; every weight is large enough to matter, biases and norm
+scales included (transformers would leave those at 0 and 1, where a mistake does not show).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BASE = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+_KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha": ("Llama", {"num_key_value_heads": 4}),
+    "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3-rope": ("Llama", {"rope_scaling": _LLAMA3, "rope_theta": 500000.0}),
+    "llama-linear-rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama-head-dim": ("Llama", {"head_dim": 24}),
+    "mistral-window": ("Mistral", {"sliding_window": 5}),
+    "mistral-full-mqa": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1, "head_dim": 32}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window-tied": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-biases-tied": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-window-mha": (
+        "Qwen3",
+        {"head_dim": 16, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "smollm3-tied": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+    "smollm3-window": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
+    ),
+}  # fmt: skip
+
+TINY_KINDS = tuple(_KINDS)
+
+
+def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str = "float32") -> Path:
+    """Build one of TINY_KINDS under `directory` and return where. Built once per directory, kind and form."""
+    path = directory / f"{kind}-{dtype}{'-sharded' if sharded else ''}"
+    if path.exists():
+        return path
+    import torch
+    import transformers
+
+    name, options = _KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**{**_BASE, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        _randomise(model)
+    model = model.to(getattr(torch, dtype))
+    # About six files, so that layers and even one layer's tensors are spread over several.
+    model.save_pretrained(path, max_shard_size="100KB" if sharded else "5GB")
+    return path
+
+
+def _randomise(model: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith(".bias"):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+
+
+@lru_cache(maxsize=4)
+def hf_model(path: Path) -> Any:
+    """The model as transformers loads it, with its plainest attention, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def hf_logits(path: Path, ids: Sequence[int]) -> np.ndarray:
+    """float32[T, V]: transformers' logits at every position of one sequence."""
+    import torch
+
+    with torch.no_grad():
+        return hf_model(path)(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
+
+
+def hf_greedy(path: Path, ids: Sequence[int], n: int) -> list[int]:
+    """The n likeliest next tokens, one after another, computed without a cache; end of text does not stop it."""
+    text = list(ids)
+    for _ in range(n):
+        text.append(int(hf_logits(path, text)[-1].argmax()))
+    return text[len(ids) :]
+
+
+def hf_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the checkpoint as the safetensors library reads it."""
+    import ml_dtypes  # noqa: F401 (bfloat16 for numpy)
+    from safetensors import safe_open
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    return tensors
