@@ -1,0 +1,255 @@
+"""Streams that outlive the engine that makes them: a client that asks again for what a lost engine still owed.
+
+Each running request is remembered with the tokens already handed on. When the engine is lost, its requests wait until an
+engine is healthy again and are submitted anew with those tokens as `resume_ids`, so a stream goes on where it stopped.
+
+A request that itself kills the engine must not be replayed for ever. Who killed it cannot be seen from here, so:
+
+1. a request whose engine is lost is replayed together with all others;
+2. one that loses a second engine without a single new token in between is under suspicion, and is replayed only while no
+   other suspect is: so bystanders of a killer are told from it;
+3. one that loses an engine again while it is the only suspect fails with RequestFailed, and so does any request after
+   `max_losses` engines, however far it got.
+
+A new token ends all suspicion. Knows only `EngineClient`; not processes, not the wire.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from .client import EngineClient
+from .errors import DeadlineExceeded, EngineLost, EngineStopped, Overloaded, RequestFailed
+from .request import EngineInfo, EngineStats, FinishReason, Request, StepOutput, Timing
+
+SUSPECT_LOSSES = 2
+"""Engines lost in a row, without a token in between, from which a request is a suspect."""
+POLL_S = 0.05
+"""First pause between two looks at an engine that is away; doubles up to MAX_POLL_S."""
+MAX_POLL_S = 1.0
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What has become of one request so far."""
+
+    request: Request
+    started: float = field(default_factory=time.monotonic)
+    ids: list[int] = field(default_factory=list)
+    """Tokens handed on, after the request's own `resume_ids`."""
+    first_token_s: float | None = None
+    losses: int = 0
+    losses_in_place: int = 0
+    """Losses since the last token."""
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def take(self, output: StepOutput, asked_s: float) -> StepOutput:
+        """Note an output of the engine that was asked `asked_s` after the start; return it as the caller must see it."""
+        first = not self.ids
+        if output.tokens:
+            self.losses_in_place = 0
+            self.ids += [token.id for token in output.tokens]
+            if first:
+                self.first_token_s = self.elapsed_s
+        if not self.losses:
+            return output
+        return replace(
+            output,
+            request_id=self.request.id,
+            # Later engines find other things in their caches; the caller was told at the first output.
+            cached_tokens=output.cached_tokens if first else 0,
+            timing=self._timing(output.timing, asked_s) if output.timing else None,
+        )
+
+    def _timing(self, timing: Timing, asked_s: float) -> Timing:
+        """The last engine's times, told from the caller's start.
+
+        The queue time of an engine that was lost is not known; it was not longer than the wait for the first token.
+        """
+        first_token_s = asked_s + timing.first_token_s
+        if self.first_token_s is not None:
+            first_token_s = min(first_token_s, self.first_token_s)
+        return Timing(
+            queue_s=min(asked_s + timing.queue_s, first_token_s),
+            first_token_s=first_token_s,
+            total_s=asked_s + timing.total_s,
+        )
+
+    @property
+    def left_s(self) -> float:
+        """Until the request's own deadline."""
+        deadline_s = self.request.deadline_s
+        return math.inf if deadline_s is None else deadline_s - self.elapsed_s
+
+    def check_deadline(self) -> None:
+        """Raises DeadlineExceeded if it has passed."""
+        if self.left_s <= 0:
+            raise DeadlineExceeded(
+                f"request {self.request.id} was not finished in {self.request.deadline_s:g} s"
+            )
+
+    def rest(self) -> Request:
+        """What is still to be asked. Its id is fresh: the lost engine may live, and hold the old one for a moment yet."""
+        request = self.request
+        if not self.losses:
+            return request
+        return replace(
+            request,
+            id=f"{request.id}~{self.losses}",
+            resume_ids=(*request.resume_ids, *self.ids),
+            deadline_s=None if request.deadline_s is None else self.left_s,
+        )
+
+    def ended(self) -> StepOutput | None:
+        """The last output, if only the news of the end was lost with the engine."""
+        sampling, ids = self.request.sampling, (*self.request.resume_ids, *self.ids)
+        if ids and ids[-1] in sampling.stop_ids:
+            reason = FinishReason.STOP
+        elif len(ids) >= sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        else:
+            return None
+        now_s = self.elapsed_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return StepOutput(self.request.id, (), reason, timing=Timing(first_token_s, first_token_s, now_s))
+
+
+def _generator(outputs: AsyncIterator[StepOutput]) -> AsyncGenerator[StepOutput, None]:
+    """The protocol promises `aclose`, but its type does not say so."""
+    return cast(AsyncGenerator[StepOutput, None], outputs)
+
+
+class ReplayingClient:
+    """An `EngineClient` over another one, whose streams survive EngineLost."""
+
+    def __init__(
+        self, inner: EngineClient, *, recovery_timeout_s: float = 120.0, max_losses: int = 10
+    ) -> None:
+        """
+        Args:
+            inner: Where requests really go. Closed with this client.
+            recovery_timeout_s: How long a stream waits for an engine before it ends with EngineLost.
+            max_losses: How many engines one request may lose.
+        """
+        self._inner = inner
+        self._recovery_timeout_s = recovery_timeout_s
+        self._max_losses = max_losses
+        self._recovering: asyncio.Task[None] | None = None
+        self._one_suspect = asyncio.Lock()
+        self._closed = asyncio.Event()
+        self.replays = 0
+        """Requests submitted again since the start, for the metrics."""
+
+    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        """See `EngineClient.submit`. EngineLost is raised only if no engine came back in time."""
+        progress = _Progress(request)
+        while True:
+            async with self._suspicion(progress) as clear:
+                if progress.losses:
+                    await self._recovered(progress)
+                try:
+                    async with aclosing(self._attempt(progress)) as outputs:
+                        async for output in outputs:
+                            if output.tokens:
+                                clear()
+                            yield output
+                    return
+                except EngineLost as error:
+                    self._judge(progress, error)
+            if (last := progress.ended()) is not None:
+                yield last
+                return
+
+    async def _attempt(self, progress: _Progress) -> AsyncGenerator[StepOutput, None]:
+        """Ask one engine for the rest."""
+        give_up = time.monotonic() + self._recovery_timeout_s
+        while True:
+            asked_s = progress.elapsed_s
+            try:
+                async with aclosing(_generator(self._inner.submit(progress.rest()))) as outputs:
+                    async for output in outputs:
+                        yield progress.take(output, asked_s if progress.losses else 0.0)
+                return
+            except (Overloaded, EngineStopped) as error:
+                # Raised before any output. A caller may be refused a request, but not the rest of one we took.
+                pause = error.retry_after_s if isinstance(error, Overloaded) else MAX_POLL_S
+                if not progress.losses or time.monotonic() + pause > give_up:
+                    raise
+            await self._pause(pause)
+
+    def _judge(self, progress: _Progress, error: EngineLost) -> None:
+        """Count a loss. Raises if the request may not be replayed."""
+        if self._closed.is_set():
+            raise error
+        if progress.losses_in_place >= SUSPECT_LOSSES or progress.losses + 1 >= self._max_losses:
+            raise RequestFailed(
+                f"request {progress.request.id} ran in {progress.losses + 1} engines that were lost "
+                f"({progress.losses_in_place + 1} without a new token) and is not tried again; last: {error}"
+            ) from error
+        progress.losses += 1
+        progress.losses_in_place += 1
+
+    @asynccontextmanager
+    async def _suspicion(self, progress: _Progress) -> AsyncIterator[Callable[[], None]]:
+        """Run at once, or, if a suspect, while no other suspect does. What it gives is called to end the suspicion."""
+        with ExitStack() as stack:
+            if progress.losses_in_place >= SUSPECT_LOSSES:
+                await self._one_suspect.acquire()
+                stack.callback(self._one_suspect.release)
+            yield stack.close
+
+    async def _recovered(self, progress: _Progress) -> None:
+        """Return when an engine is healthy; one look-out serves all who wait."""
+        if self._recovering is None or self._recovering.done():
+            self._recovering = asyncio.ensure_future(self._look_out())
+        recovering = self._recovering
+        await asyncio.wait([recovering], timeout=min(self._recovery_timeout_s, progress.left_s))
+        if self._closed.is_set():
+            raise EngineLost("this client was closed while the request waited for an engine")
+        progress.check_deadline()
+        if not recovering.done():
+            raise EngineLost(
+                f"no engine was healthy in the {self._recovery_timeout_s:g} s after one was lost"
+            )
+        self.replays += 1
+
+    async def _look_out(self) -> None:
+        pause = POLL_S
+        while not self._closed.is_set() and not await self._inner.health():
+            await self._pause(pause)
+            pause = min(2 * pause, MAX_POLL_S)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not past `close`."""
+        try:
+            await asyncio.wait_for(self._closed.wait(), seconds)
+        except TimeoutError:
+            pass
+
+    async def info(self) -> EngineInfo:
+        """See `EngineClient.info`."""
+        return await self._inner.info()
+
+    async def stats(self) -> EngineStats:
+        """See `EngineClient.stats`."""
+        return await self._inner.stats()
+
+    async def health(self) -> bool:
+        """See `EngineClient.health`."""
+        return await self._inner.health()
+
+    async def drain(self, timeout_s: float) -> None:
+        """See `EngineClient.drain`."""
+        await self._inner.drain(timeout_s)
+
+    async def close(self) -> None:
+        """See `EngineClient.close`."""
+        self._closed.set()
+        await self._inner.close()
