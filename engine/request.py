@@ -173,4 +173,5 @@ class EngineStats:
     step_ms: float
     """Median device time of the last decode steps, with read-back."""
     gap_ms: float
-    """Median host time between the end of one turn's launch work and the next, over the last turns."""
+    """Median work of the host per turn (plan, pack, dispatch, emit). It runs beside the device, which waits only for
+    what exceeds a step."""

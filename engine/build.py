@@ -1,0 +1,173 @@
+"""From a configuration and an opened model to what the engine runs on: sizes decided, weights placed, programs compiled.
+
+Loading and compiling go on at the same time. Each decision that a person should know of is in `Built`. Knows no requests.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ..models.attention import XlaKernels
+from ..models.config import ModelConfig
+from ..models.decoder import DecoderGraph
+from ..models.kernels import Kernels
+from ..models.loader import dummy_params, load_params
+from ..models.weights import WeightSource
+from ..sharding.mesh import MeshError, Placement, make_placement
+from .buckets import DEFAULTS, SEGMENTS, decode_rows, prefill_tokens
+from .config import EngineConfig
+from .errors import PlanError
+from .kernels.native import native_kernels
+from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
+from .pages import pages_for
+from .programs import Blueprint, Programs, compile_all, param_sharding
+from .state import MAX_STOP_IDS, Shapes, page_bytes
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase (`weights`: bytes, `programs`: count), what is done and what there is in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """All that `Runner` and `Scheduler` need, and what was decided on the way."""
+
+    programs: Programs
+    params: tuple[jax.Array, ...]
+    memory: MemoryPlan
+    kernels_note: str
+    chunk_tokens: int
+    max_input_tokens: int
+
+
+def build(
+    config: EngineConfig, model: ModelConfig, source: WeightSource | None, progress: Progress | None = None
+) -> Built:
+    """Decide, load and compile. `source` None fills the weights with random numbers (`load_format: dummy`).
+
+    Raises PlanError if model, configuration and device do not fit; ModelError for a bad checkpoint.
+    """
+    report = progress or (lambda phase, done, total: None)
+    blueprint, memory, note = design(config, model)
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
+        loading = pool.submit(_load, blueprint, source, report)
+        programs = compile_all(blueprint, lambda done, total: report("programs", done, total))
+        params = loading.result()
+    temp = max(info.temp_bytes for info in programs.infos)
+    return Built(
+        programs=programs,
+        params=params,
+        memory=replace(memory, temp_bytes=temp),
+        kernels_note=note,
+        chunk_tokens=blueprint.prefill_tokens[-1],
+        max_input_tokens=min(config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1),
+    )
+
+
+def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryPlan, str]:
+    """Decide every size, allocating nothing -> (what to compile, who gets which memory, which kernels and why)."""
+    placement = _placement(config, model)
+    platform = placement.mesh.devices.flat[0].platform
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    kernels, note = _kernels(config, platform, placement, dtype)
+    graph = DecoderGraph.of(model, dtype, packed=kernels.packed)
+    defaults = DEFAULTS[platform]
+    lanes = config.lanes or defaults.lanes
+    if lanes % placement.data_size:
+        raise PlanError(f"{lanes} lanes cannot be split over data_parallel={placement.data_size}: choose a multiple")
+    most = _most_tokens(config, model)
+    chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
+    segments = min(SEGMENTS, lanes)
+    itemsize = jnp.dtype(dtype).itemsize
+    width = pages_for(most, config.page_tokens)
+    demand = Demand(
+        weights_bytes=sum(spec.nbytes for spec in graph.specs),
+        page_bytes=page_bytes(model, config.page_tokens, dtype),
+        state_bytes=lanes * 4 * (model.vocab_size + width + MAX_STOP_IDS + 16),
+        temp_bytes=estimate_temp_bytes(model, max(chunk, lanes), max(segments, lanes), itemsize),
+    )
+    memory = plan_pages(config, demand, _limit(config, placement, platform), platform == "cpu", lanes, most)
+    shapes = Shapes(lanes, memory.pages, config.page_tokens, width, model.vocab_size)
+    blueprint = Blueprint(
+        config=model,
+        graph=graph,
+        kernels=kernels,
+        placement=placement,
+        shapes=shapes,
+        dtype=dtype,
+        decode_rows=decode_rows(lanes, placement.data_size),
+        prefill_tokens=prefill_tokens(chunk, 16 if platform == "cpu" else 64),
+        prefill_segments=segments,
+    )
+    return blueprint, memory, note
+
+
+def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
+    try:
+        # On CPU a second device is a simulation: only on request.
+        width = config.model_parallel or (1 if jax.devices()[0].platform == "cpu" else None)
+        placement = make_placement(config.data_parallel, width)
+    except MeshError as error:
+        raise PlanError(str(error)) from None
+    split = placement.model_size
+    for name, size in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size), ("vocab_size", model.vocab_size)):
+        if size % split:
+            raise PlanError(f"{name}={size} of this model cannot be split over {split} devices: lower --num-shard")
+    return placement
+
+
+def _kernels(config: EngineConfig, platform: str, placement: Placement, dtype: str) -> tuple[Kernels, str]:
+    """Choose who computes; the note says which and why."""
+    plain = XlaKernels(platform)
+    if config.kernels == "xla":
+        return plain, "xla (asked for)"
+    if platform != "cpu" or not placement.single or dtype != "float32":
+        why = f"{platform}, {dtype}, {placement.mesh.size} device(s)"
+        if config.kernels == "native":
+            raise PlanError(f"--kernels native serves one CPU in float32, and this is {why}: use --kernels xla")
+        return plain, f"xla ({why})"
+    native = native_kernels(None if config.cache_dir is None else Path(config.cache_dir))
+    if not isinstance(native, str):
+        return native, native.name
+    if config.kernels == "native":
+        raise PlanError(f"--kernels native: {native}")
+    return plain, f"xla ({native})"
+
+
+def _most_tokens(config: EngineConfig, model: ModelConfig) -> int:
+    most = config.max_total_tokens or model.max_positions
+    if most > model.max_positions:
+        raise PlanError(
+            f"max_total_tokens={most} is beyond the model's context of {model.max_positions} tokens: lower --max-total-tokens"
+        )
+    if config.max_input_tokens is not None and config.max_input_tokens >= most:
+        raise PlanError(
+            f"max_input_tokens={config.max_input_tokens} leaves no room to generate in max_total_tokens={most}: "
+            "lower --max-input-tokens"
+        )
+    return most
+
+
+def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:
+    """Bytes the engine may use, over all devices."""
+    if platform == "cpu":
+        return int(machine_bytes() * config.memory_fraction)
+    stats = placement.mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise PlanError("the device does not say how much memory it has; give --kv-bytes")
+    return int(stats["bytes_limit"] * config.memory_fraction) * placement.mesh.size
+
+
+def _load(blueprint: Blueprint, source: WeightSource | None, report: Progress) -> tuple[jax.Array, ...]:
+    def place(spec):
+        return param_sharding(blueprint.placement, spec)
+
+    if source is None:
+        return dummy_params(blueprint.graph.specs, place, 0)
+    return load_params(
+        blueprint.graph.specs, source, place, lambda done, total: report("weights", done, total)
+    )

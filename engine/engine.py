@@ -1,0 +1,164 @@
+"""The engine in one object: built from a configuration, then asked by any thread. Implements `local.EngineCore`.
+
+Everything a request can get wrong is refused here, at the door, before it may touch a batch.
+"""
+
+import itertools
+import math
+from importlib.metadata import version
+
+import jax
+
+from ..models.config import ModelConfig
+from ..models.weights import WeightSource
+from .build import Built, Progress, build
+from .config import EngineConfig
+from .errors import InvalidRequest, Overloaded
+from .local import Sink
+from .loop import Loop
+from .monitor import CompileCounter
+from .pages import PageAllocator
+from .request import MAX_TOP_LOGPROBS, EngineInfo, EngineStats, Request, SamplingParams
+from .runner import Runner
+from .scheduler import Limits, Scheduler
+from .sequence import Sequence
+from .state import MAX_STOP_IDS
+from .stats import Counters
+
+
+class Engine:
+    """Serves one model. Make it with `Engine.build`."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, built: Built, model_sha: str | None = None) -> None:
+        blueprint = built.programs.blueprint
+        self.memory = built.memory
+        self._max_queued = config.max_queued
+        self._pages = PageAllocator(built.memory.pages)
+        limits = Limits(blueprint.shapes.lanes, config.page_tokens, built.chunk_tokens, blueprint.prefill_segments)
+        self._scheduler = Scheduler(limits, self._pages)
+        self._counters = Counters()
+        self._arrivals = itertools.count()
+        self._loop = Loop(Runner(built.programs, built.params), self._scheduler, self._counters)
+        device = blueprint.placement.mesh.devices.flat[0]
+        self.info = EngineInfo(
+            model_id=config.model_id,
+            model_sha=model_sha,
+            dtype=blueprint.dtype,
+            platform=device.platform,
+            device_kind=device.device_kind,
+            device_count=blueprint.placement.mesh.size,
+            vocab_size=model.vocab_size,
+            max_total_tokens=built.memory.max_total_tokens,
+            max_input_tokens=built.max_input_tokens,
+            lanes=limits.lanes,
+            pages=built.memory.pages,
+            page_tokens=config.page_tokens,
+            max_queued=config.max_queued,
+            kernels=built.kernels_note,
+            programs=built.programs.infos,
+            version=version("xlane"),
+        )
+        jax.block_until_ready(built.params)
+        self._compiles = CompileCounter()
+        self._loop.start()
+
+    @classmethod
+    def build(
+        cls,
+        config: EngineConfig,
+        model: ModelConfig,
+        source: WeightSource | None,
+        progress: Progress | None = None,
+        model_sha: str | None = None,
+    ) -> "Engine":
+        """Load, compile and start. Raises PlanError and ModelError."""
+        return cls(config, model, build(config, model, source, progress), model_sha)
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """See `EngineCore.submit`."""
+        self._check(request)
+        if self._loop.live >= self.info.lanes + self._max_queued:
+            waiting = self._loop.live - self.info.lanes
+            raise Overloaded(f"the queue is full ({waiting} requests wait; --max-queued)", self._retry_after_s())
+        budget = request.sampling.max_tokens + len(request.prompt_ids)
+        most = min(budget, self.info.max_total_tokens)
+        self._loop.submit(Sequence(request, sink, next(self._arrivals), most))
+
+    def cancel(self, request_id: str) -> None:
+        """See `EngineCore.cancel`."""
+        self._loop.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        """See `EngineCore.stats`."""
+        return EngineStats(
+            lanes_active=self._scheduler.running,
+            queued=max(0, self._loop.live - self._scheduler.running),
+            pages_free=self._pages.free,
+            pages_total=self._pages.total,
+            steps=self._counters.steps,
+            prefill_tokens=self._counters.prefill_tokens,
+            decode_tokens=self._counters.decode_tokens,
+            preemptions=self._scheduler.preemptions,
+            compiles_after_ready=self._compiles.count,
+            step_ms=self._counters.step_ms,
+            gap_ms=self._counters.host_ms,
+        )
+
+    def healthy(self) -> bool:
+        """See `EngineCore.healthy`."""
+        return self._loop.healthy()
+
+    def drain(self, timeout_s: float) -> None:
+        """See `EngineCore.drain`."""
+        self._loop.close_intake()
+        if not self._loop.wait_idle(timeout_s):
+            self._loop.cancel_all()
+            self._loop.wait_idle(timeout_s=5.0)
+
+    def stop(self) -> None:
+        """See `EngineCore.stop`."""
+        self._loop.stop()
+        self._compiles.close()
+
+    def _retry_after_s(self) -> float:
+        """A lane's worth of tokens at today's pace: a guess, but one that follows the load."""
+        return min(60.0, max(1.0, 64 * self._counters.step_ms / 1e3))
+
+    def _check(self, request: Request) -> None:
+        """Raise InvalidRequest for anything this engine can never serve."""
+        prompt = len(request.prompt_ids)
+        if self._loop.running_id(request.id):
+            raise InvalidRequest(f"request id {request.id!r} is already running; use a fresh id for each request")
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: give at least one token")
+        if prompt > self.info.max_input_tokens:
+            raise InvalidRequest(f"the prompt has {prompt} tokens; at most {self.info.max_input_tokens} are taken (--max-input-tokens)")
+        for token in itertools.chain(request.prompt_ids, request.resume_ids):
+            if not 0 <= token < self.info.vocab_size:
+                raise InvalidRequest(f"token id {token} is outside the vocabulary of {self.info.vocab_size}")
+        if prompt + len(request.resume_ids) >= min(self.info.max_total_tokens, prompt + request.sampling.max_tokens):
+            raise InvalidRequest(f"nothing is left to generate: {len(request.resume_ids)} tokens resumed, max_tokens={request.sampling.max_tokens}")
+        check_sampling(request.sampling)
+
+
+def check_sampling(s: SamplingParams) -> None:
+    """Raise InvalidRequest for a parameter out of its range, naming it and its value."""
+    bounds = (
+        ("max_tokens", s.max_tokens, 1, 2**31 - 1),
+        ("temperature", s.temperature, 0.0, 1e4),
+        ("top_k", s.top_k, 0, 2**31 - 1),
+        ("top_p", s.top_p, 1e-9, 1.0),
+        ("min_p", s.min_p, 0.0, 1.0),
+        ("typical_p", s.typical_p, 1e-9, 1.0),
+        ("repetition_penalty", s.repetition_penalty, 1e-4, 1e4),
+        ("frequency_penalty", s.frequency_penalty, -1e4, 1e4),
+        ("presence_penalty", s.presence_penalty, -1e4, 1e4),
+        ("seed", s.seed, 0, 2**64 - 1),
+        ("top_logprobs", s.top_logprobs, 0, MAX_TOP_LOGPROBS),
+        ("stop_ids (count)", len(s.stop_ids), 0, MAX_STOP_IDS),
+    )
+    for name, value, low, high in bounds:
+        if not (math.isfinite(value) and low <= value <= high):
+            raise InvalidRequest(f"{name}={value} is outside {low} … {high}")
+    if s.top_logprobs and not s.logprobs:
+        raise InvalidRequest(f"top_logprobs={s.top_logprobs} needs logprobs=True")

@@ -1,0 +1,206 @@
+"""The engine's thread: intake -> plan -> launch -> read the turn before -> emit. The only one that touches the device.
+
+It runs one turn ahead: turn n+1 is launched before turn n is read, so the device never waits for the host. Submitting
+and cancelling happen on other threads and are only noted there. If the loop fails, every waiter is told and the engine
+counts as dead. Knows no asyncio and no wire.
+"""
+
+import heapq
+import threading
+import time
+from collections import deque
+
+from .errors import DeadlineExceeded, EngineError, EngineStopped, RequestFailed
+from .local import Delivery, RequestError, Sink
+from .runner import Launch, Runner
+from .scheduler import Scheduler
+from .sequence import Phase, Sequence
+from .stats import Counters
+
+STALL_S = 60.0
+"""A loop that has work but has not turned for so long is not healthy."""
+
+
+class Loop:
+    """Runs sequences. `start` it once; `submit` and `cancel` from anywhere."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, counters: Counters) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._counters = counters
+        self._wake = threading.Condition()
+        self._arrived: deque[Sequence] = deque()
+        self._cancelled: set[str] = set()
+        self._live: dict[str, Sequence] = {}
+        """Every sequence between submit and its last output, by request id. Guarded by `_wake`."""
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._closed = False
+        self._stopping = False
+        self._failed: str | None = None
+        self._turned_s = time.monotonic()
+        self._thread = threading.Thread(target=self._main, name="xlane-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    @property
+    def live(self) -> int:
+        """Requests not yet ended."""
+        return len(self._live)
+
+    def running_id(self, request_id: str) -> bool:
+        """Is this id in use?"""
+        return request_id in self._live
+
+    def submit(self, sequence: Sequence) -> None:
+        """Hand over a new sequence. Raises EngineStopped."""
+        with self._wake:
+            if self._closed or self._failed:
+                raise EngineStopped(self._failed or "the engine is stopping and takes no more requests")
+            if not self._live:
+                self._turned_s = time.monotonic()
+            self._live[sequence.request.id] = sequence
+            self._arrived.append(sequence)
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early. Unknown ids are ignored."""
+        with self._wake:
+            if request_id in self._live:
+                self._cancelled.add(request_id)
+                self._wake.notify()
+
+    def close_intake(self) -> None:
+        """Take no new requests from now on; those inside go on."""
+        with self._wake:
+            self._closed = True
+
+    def cancel_all(self) -> None:
+        """End every request early."""
+        with self._wake:
+            self._cancelled.update(self._live)
+            self._wake.notify()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no request is left; False if the time runs out."""
+        with self._wake:
+            return self._wake.wait_for(lambda: not self._live or self._failed is not None, timeout_s)
+
+    def stop(self) -> None:
+        """End all requests with ABORT, then the thread."""
+        with self._wake:
+            self._closed = self._stopping = True
+            self._cancelled.update(self._live)
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def healthy(self) -> bool:
+        """The thread lives, and has turned recently if it had work."""
+        if self._failed or self._closed or not self._thread.is_alive():
+            return False
+        return not self._live or time.monotonic() - self._turned_s < STALL_S
+
+    def _main(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # whatever it was, the waiters must hear of it
+            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+            raise
+
+    def _serve(self) -> None:
+        behind: list[Launch] = []
+        while True:
+            if not self._intake(block=not behind):
+                return
+            started = time.perf_counter()
+            ahead = self._runner.launch(self._scheduler.plan())
+            waited = sum([self._read(launch) for launch in behind])
+            self._count(behind, time.perf_counter() - started, waited)
+            behind = ahead
+            self._turned_s = time.monotonic()
+
+    def _count(self, launches: list[Launch], wall_s: float, waited_s: float) -> None:
+        if launches:
+            prompt_tokens = sum(launch.prompt_tokens for launch in launches)
+            self._counters.prefill_tokens += prompt_tokens
+            self._counters.steps += any(launch.prompt_tokens == 0 for launch in launches)
+            self._counters.turn(wall_s - waited_s, wall_s, decode_only=prompt_tokens == 0)
+
+    def _intake(self, block: bool) -> bool:
+        """Take in what other threads noted. With nothing to do at all, wait. False: the thread shall end."""
+        with self._wake:
+            if block:
+                self._wake.wait_for(self._has_work)
+            arrived, self._arrived = self._arrived, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+            self._turned_s = time.monotonic()
+        for sequence in arrived:
+            self._scheduler.add(sequence)
+            if sequence.deadline_s is not None:
+                heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.arrival, sequence))
+        ended: list[tuple[Sequence, Delivery]] = []
+        for request_id in cancelled:
+            sequence = self._live.get(request_id)
+            if sequence is not None:
+                self._scheduler.drop(sequence)
+                ended.append((sequence, sequence.abort()))
+        self._emit([*ended, *self._overdue()])
+        return not (self._stopping and not self._live)
+
+    def _has_work(self) -> bool:
+        return bool(self._arrived or self._cancelled or self._stopping or self._scheduler.running or self._scheduler.waiting)
+
+    def _overdue(self) -> list[tuple[Sequence, Delivery]]:
+        """Drop the sequences whose deadline has passed."""
+        failed: list[tuple[Sequence, Delivery]] = []
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.phase is not Phase.FINISHED:
+                self._scheduler.drop(sequence)
+                done = len(sequence.tokens) - sequence.prompt_tokens
+                text = f"deadline of {sequence.request.deadline_s} s passed after {done} generated tokens"
+                failed.append((sequence, RequestError(sequence.request.id, DeadlineExceeded(text))))
+        return failed
+
+    def _read(self, launch: Launch) -> float:
+        """Wait for a launch and emit what it made; returns the seconds waited."""
+        started = time.perf_counter()
+        tokens = launch.read()
+        waited_s = time.perf_counter() - started
+        outputs: list[tuple[Sequence, Delivery]] = []
+        for sequence, token in tokens:
+            output = self._scheduler.absorb(sequence, token)
+            if output is not None:
+                outputs.append((sequence, output))
+        self._counters.decode_tokens += len(outputs)
+        self._emit(outputs)
+        return waited_s
+
+    def _emit(self, outputs: list[tuple[Sequence, Delivery]]) -> None:
+        """Deliver, one call per sink; forget the sequences that ended."""
+        by_sink: dict[int, tuple[Sink, list[Delivery]]] = {}
+        ended = []
+        for sequence, output in outputs:
+            by_sink.setdefault(id(sequence.sink), (sequence.sink, []))[1].append(output)
+            if sequence.phase is Phase.FINISHED:
+                ended.append(sequence.request.id)
+        if ended:
+            with self._wake:
+                for request_id in ended:
+                    self._live.pop(request_id, None)
+                self._wake.notify_all()
+        for sink, batch in by_sink.values():
+            sink.deliver(batch)
+
+    def _fail(self, message: str) -> None:
+        """The device or the code broke: tell everybody and take no more."""
+        with self._wake:
+            self._failed = message
+            waiting, self._live = list(self._live.values()), {}
+            self._wake.notify_all()
+        error: EngineError = RequestFailed(message)
+        for sequence in waiting:
+            sequence.phase = Phase.FINISHED
+            sequence.sink.deliver([RequestError(sequence.request.id, error)])

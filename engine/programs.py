@@ -1,0 +1,210 @@
+"""The compiled programs: decode over a few row counts, prefill over a few token counts. Token ids in, token ids out.
+
+Each is one launch: embed, layers, sampling, bookkeeping of lanes, and one packed result. State and KV are donated. All
+are compiled ahead (`compile_all`), in parallel, through the persistent cache; afterwards only compiled objects are
+called, which refuse other shapes instead of compiling anew. Knows no policy and no requests.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..models.config import ModelConfig
+from ..models.decoder import DecoderGraph
+from ..models.kernels import Kernels, KvLayer, PagedBatch
+from ..sharding.mesh import Placement
+from .batch import DECODE_WIDTH, NO_PAGE, pack_result, prefill_size, read_decode, read_prefill
+from .request import ProgramInfo
+from .sampler import IN_PROMPT, SamplingRows, sample
+from .state import LaneState, Shapes, abstract_kv, abstract_state
+
+Params = tuple[jax.Array, ...]
+Kv = tuple[KvLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything the programs are traced from."""
+
+    config: ModelConfig
+    graph: DecoderGraph
+    kernels: Kernels
+    placement: Placement
+    shapes: Shapes
+    dtype: str
+    decode_rows: tuple[int, ...]
+    """Row counts of the decode programs, ascending; the last is the number of lanes."""
+    prefill_tokens: tuple[int, ...]
+    """Token counts of the prefill programs, ascending."""
+    prefill_segments: int
+    """Requests that may share one prefill launch."""
+
+
+class Programs:
+    """The compiled programs of one engine. Calling one CONSUMES state and KV."""
+
+    def __init__(self, blueprint: Blueprint, compiled: dict[str, Any], infos: tuple[ProgramInfo, ...]) -> None:
+        self.blueprint = blueprint
+        self.infos = infos
+        self._compiled = compiled
+
+    def decode(self, rows: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
+        """One token for each planned lane -> (kv, state, int32[rows, RESULT_WIDTH])."""
+        return self._compiled[f"decode[{rows}]"](params, kv, state, plan)
+
+    def prefill(self, tokens: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
+        """A chunk of prompts -> (kv, state, int32[segments, RESULT_WIDTH])."""
+        return self._compiled[f"prefill[{tokens}]"](params, kv, state, plan)
+
+
+def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, packed: jax.Array):
+    """Traced: one token for each lane in the plan."""
+    b, plan = blueprint, read_decode(packed)
+    pages = jnp.where(plan.page == NO_PAGE, b.shapes.table_width, plan.page_index)
+    table = state.table.at[plan.lane, pages].set(plan.page, mode="drop")
+
+    def rows(x: jax.Array) -> jax.Array:
+        return x.at[plan.lane].get(mode="clip")
+
+    active = rows(state.active) & (plan.lane < b.shapes.lanes)
+    position = rows(state.position)
+    batch = PagedBatch(
+        positions=jnp.where(active, position, -1),
+        rows=jnp.arange(packed.shape[0], dtype=jnp.int32),
+        table=rows(table),
+    )
+    decoder = b.graph.merge(params)
+    hidden, kv = decoder(
+        rows(state.token), batch, kv, b.kernels, b.placement.constrain, one_token_rows=True
+    )
+    logits = decoder.logits(hidden, b.kernels)
+    sampled = sample(logits, SamplingRows(*map(rows, state.sampling)), state.seen, plan.lane, position + 1)
+    target = jnp.where(active, plan.lane, b.shapes.lanes)
+    state = state._replace(table=table, seen=state.seen.at[target, sampled.token].add(1, mode="drop"))
+    remaining = rows(state.remaining) - 1
+    going = (remaining > 0) & ~_stops(sampled.token, rows(state.stop))
+    state = _advance(state, target, sampled.token, position + 1, remaining, going)
+    return kv, state, pack_result(active, sampled)
+
+
+def prefill_step(blueprint: Blueprint, tokens: int, params: Params, kv: Kv, state: LaneState, packed: jax.Array):
+    """Traced: the prompt tokens of several lanes; lanes whose prompt ends here get their first token."""
+    b = blueprint
+    plan = read_prefill(packed, b.prefill_segments, tokens, b.shapes.table_width)
+    batch = PagedBatch(positions=plan.positions, rows=plan.rows, table=plan.table)
+    decoder = b.graph.merge(params)
+    hidden, kv = decoder(plan.tokens, batch, kv, b.kernels, b.placement.constrain, one_token_rows=False)
+    logits = decoder.logits(hidden[plan.end], b.kernels)
+    seen = _record_prompt(state.seen, plan, b.shapes.lanes)
+    sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length)
+    finishing = jnp.where(plan.last, plan.lane, b.shapes.lanes)
+    state = state._replace(
+        seen=seen.at[finishing, sampled.token].add(1, mode="drop"),
+        table=state.table.at[plan.lane].set(plan.table, mode="drop"),
+        stop=state.stop.at[plan.lane].set(plan.stop, mode="drop"),
+        sampling=jax.tree.map(
+            lambda x, new: x.at[plan.lane].set(new.astype(x.dtype), mode="drop"), state.sampling, plan.sampling
+        ),
+    )
+    remaining = plan.remaining - 1
+    going = plan.last & (remaining > 0) & ~_stops(sampled.token, plan.stop)
+    state = _advance(state, plan.lane, sampled.token, plan.length, remaining, going)
+    return kv, state, pack_result(plan.last & (plan.lane < b.shapes.lanes), sampled)
+
+
+def _record_prompt(seen: jax.Array, plan: Any, lanes: int) -> jax.Array:
+    """Mark prompt tokens, and count those of an output that is computed again."""
+    seen = seen.at[jnp.where(plan.first, plan.lane, lanes)].set(0, mode="drop")
+    lane = jnp.where(plan.positions >= 0, plan.lane[plan.rows], lanes)
+    from_prompt = plan.positions < plan.prompt_tokens[plan.rows]
+    # A lane's prompt comes before its output, so `max` never meets a count it could destroy.
+    seen = seen.at[jnp.where(from_prompt, lane, lanes), plan.tokens].max(IN_PROMPT, mode="drop")
+    return seen.at[jnp.where(from_prompt, lanes, lane), plan.tokens].add(1, mode="drop")
+
+
+def _stops(token: jax.Array, stop: jax.Array) -> jax.Array:
+    """int32[R], int32[R, E] -> bool[R]: is the token one of the row's stop ids?"""
+    return (token[:, None] == stop).any(axis=1)
+
+
+def _advance(
+    state: LaneState, lane: jax.Array, token: jax.Array, position: jax.Array, remaining: jax.Array, active: jax.Array
+) -> LaneState:
+    """Write the lanes' new standing; rows whose lane is out of range are dropped."""
+    return state._replace(
+        token=state.token.at[lane].set(token, mode="drop"),
+        position=state.position.at[lane].set(position, mode="drop"),
+        remaining=state.remaining.at[lane].set(remaining, mode="drop"),
+        active=state.active.at[lane].set(active, mode="drop"),
+    )
+
+
+def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | None = None) -> Programs:
+    """Compile every program, smallest first, a few at a time. `progress(done, total)` is called after each."""
+    jobs: list[tuple[str, Callable[..., Any], int | tuple[int, int]]] = []
+    for rows in blueprint.decode_rows:
+        jobs.append((f"decode[{rows}]", lambda *a: decode_step(blueprint, *a), (rows, DECODE_WIDTH)))
+    for tokens in blueprint.prefill_tokens:
+        size = prefill_size(blueprint.prefill_segments, tokens, blueprint.shapes.table_width)
+        jobs.append((f"prefill[{tokens}]", lambda *a, t=tokens: prefill_step(blueprint, t, *a), size))
+    done = 0
+    compiled: dict[str, Any] = {}
+    infos: list[ProgramInfo] = []
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        lowered = ((name, _lower(blueprint, name, step, size)) for name, step, size in jobs)
+        futures = [(name, pool.submit(_compile, name, program)) for name, program in lowered]
+        for name, future in futures:
+            compiled[name], info = future.result()
+            infos.append(info)
+            done += 1
+            if progress is not None:
+                progress(done, len(jobs))
+    return Programs(blueprint, compiled, tuple(infos))
+
+
+def _lower(blueprint: Blueprint, name: str, step: Callable[..., Any], plan_shape: int | tuple[int, int]) -> Any:
+    """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
+    b = blueprint
+    params = tuple(
+        jax.ShapeDtypeStruct(spec.stored_shape, spec.dtype, sharding=param_sharding(b.placement, spec))
+        for spec in b.graph.specs
+    )
+    kv = abstract_kv(b.config, b.shapes, b.dtype, b.placement)
+    state = abstract_state(b.shapes, b.placement)
+    shape = plan_shape if isinstance(plan_shape, tuple) else (plan_shape,)
+    plan = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=b.placement.replicated)
+
+    def named(*args: Any) -> Any:
+        return step(*args)
+
+    named.__name__ = name.replace("[", "_").rstrip("]")
+    shardings = jax.tree.map(lambda a: a.sharding, (kv, state))
+    jitted = jax.jit(named, donate_argnums=(1, 2), out_shardings=(*shardings, b.placement.replicated))
+    return jitted.lower(params, kv, state, plan)
+
+
+def _compile(name: str, lowered: Any) -> tuple[Any, ProgramInfo]:
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    info = ProgramInfo(
+        name=name,
+        compile_s=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        flops=float(cost.get("flops", 0.0)),
+    )
+    return compiled, info
+
+
+def param_sharding(placement: Placement, spec: Any) -> jax.sharding.NamedSharding:
+    """Where one parameter lies."""
+    return placement.replicated if spec.packed else placement.sharding(spec.axes)

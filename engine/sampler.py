@@ -1,0 +1,216 @@
+"""Logits to tokens, per lane, inside the step: a pure function of arrays. Knows no lane numbers and no requests.
+
+Order: repetition, frequency and presence penalty -> temperature -> top-k -> top-p -> min-p -> typical -> Gumbel-max.
+No sort: every cut is a threshold found by bisection over the bits of a float (`threshold`). Work that no row asked for
+is skipped by `lax.cond`. The randomness of a token is a function of (request seed, position) alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .request import MAX_TOP_LOGPROBS
+
+IN_PROMPT = 1 << 20
+"""Bit of a `seen` entry: the token occurs in the prompt. The bits below count its occurrences in the output."""
+
+LOGPROBS_RAW = 1
+LOGPROBS_PROCESSED = 2
+
+EXCLUDED = -jnp.inf
+
+
+class SamplingRows(NamedTuple):
+    """Sampling parameters of R rows. Meanings as in `request.SamplingParams`; all are arrays of length R."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    typical_p: jax.Array
+    repetition: jax.Array
+    frequency: jax.Array
+    presence: jax.Array
+    seed: jax.Array
+    """uint32[R, 2]"""
+    logprobs: jax.Array
+    """int32[R]: 0 none, LOGPROBS_RAW or LOGPROBS_PROCESSED."""
+    top_n: jax.Array
+    """int32[R]: alternatives to report."""
+
+
+class Sampled(NamedTuple):
+    """What was chosen for R rows."""
+
+    token: jax.Array
+    """int32[R]"""
+    logprob: jax.Array
+    """float32[R]; 0 where not asked for."""
+    top_ids: jax.Array
+    """int32[R, MAX_TOP_LOGPROBS]; meaningful up to each row's `top_n`."""
+    top_logprobs: jax.Array
+    """float32[R, MAX_TOP_LOGPROBS]"""
+
+
+def sample(logits: jax.Array, rows: SamplingRows, seen: jax.Array, lanes: jax.Array, position: jax.Array) -> Sampled:
+    """Choose one token per row.
+
+    logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on) ·
+    position int32[R] of the token to be chosen.
+    """
+    penalised = (rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)
+    processed = jax.lax.cond(
+        penalised.any(), lambda x: penalize(x, rows, seen.at[lanes].get(mode="clip")), lambda x: x, logits
+    )
+    random = rows.temperature > 0
+    processed = processed / jnp.where(random, rows.temperature, 1.0)[:, None]
+    filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
+    processed = jax.lax.cond((filtered & random).any(), lambda x: cut(x, rows), lambda x: x, processed)
+    noisy = jax.lax.cond(
+        random.any(),
+        lambda x: jnp.where(random[:, None], x + gumbel(rows.seed, position, x.shape[1]), x),
+        lambda x: x,
+        processed,
+    )
+    token = argmax(noisy)
+    return Sampled(token, *report(logits, processed, token, rows))
+
+
+def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Array:
+    """Lower what occurred before. seen int32[R, V].
+
+    Repetition (Keskar et al. 2019) looks at prompt and output; frequency and presence (OpenAI) at the output alone.
+    """
+    count = (seen & (IN_PROMPT - 1)).astype(jnp.float32)
+    repetition = rows.repetition[:, None]
+    scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen > 0, scaled, logits)
+    return logits - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0)
+
+
+def cut(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Exclude tokens by top-k, then top-p, min-p and typical-p, each on what the one before left over.
+
+    Tokens that tie with the last one kept are kept too.
+    """
+    random = rows.temperature > 0
+    logits = _cond(random & (rows.top_k > 0), _top_k, logits, rows.top_k)
+    logits = _cond(random & (rows.top_p < 1), _top_p, logits, rows.top_p)
+    logits = _cond(random & (rows.min_p > 0), _min_p, logits, rows.min_p)
+    return _cond(random & (rows.typical_p < 1), _typical_p, logits, rows.typical_p)
+
+
+def _cond(wanted: jax.Array, transform, logits: jax.Array, parameter: jax.Array) -> jax.Array:
+    """Apply to the rows that want it; skip the work if none does."""
+    return jax.lax.cond(
+        wanted.any(), lambda x: jnp.where(wanted[:, None], transform(x, parameter), x), lambda x: x, logits
+    )
+
+
+def _top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    keys = ordered_bits(logits)
+    bound = threshold(keys, jnp.ones_like(logits), jnp.clip(k, 1, logits.shape[1]).astype(jnp.float32))
+    return jnp.where(keys >= bound[:, None], logits, EXCLUDED)
+
+
+def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    keys = ordered_bits(logits)
+    bound = threshold(keys, jax.nn.softmax(logits, axis=-1), p)
+    return jnp.where(keys >= bound[:, None], logits, EXCLUDED)
+
+
+def _min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    likeliest = logits.max(axis=-1, keepdims=True)
+    return jnp.where(logits - likeliest >= jnp.log(p)[:, None], logits, EXCLUDED)
+
+
+def _typical_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Meister et al. 2022: keep the tokens whose surprise is nearest the entropy."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(logprobs)
+    surprise = jnp.where(probs > 0, -logprobs, 0.0)
+    entropy = (probs * surprise).sum(axis=-1, keepdims=True)
+    distance = jnp.where(probs > 0, jnp.abs(surprise - entropy), jnp.inf)
+    keys = ~ordered_bits(distance)
+    bound = threshold(keys, probs, p)
+    return jnp.where(keys >= bound[:, None], logits, EXCLUDED)
+
+
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 of the same order (no NaN)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def threshold(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """The largest t for which the weights of all keys >= t reach the target, by bisection over the 32 bits of t.
+
+    keys uint32[R, V], weights float32[R, V], target float32[R] -> uint32[R]. If the whole row falls short (rounding),
+    t is 0 and everything is kept. After an idea in T5X's decoding.
+    """
+
+    def body(step: jax.Array, bound: jax.Array) -> jax.Array:
+        trial = bound | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
+        reached = jnp.where(keys >= trial[:, None], weights, 0.0).sum(axis=-1) >= target
+        return jnp.where(reached, trial, bound)
+
+    return jax.lax.fori_loop(0, 32, body, jnp.zeros(keys.shape[0], jnp.uint32))
+
+
+def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
+    """float32[R, vocab] of noise; adding it and taking the largest draws from softmax. seed uint32[R, 2]."""
+
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+    return jax.vmap(row)(seed, position)
+
+
+def argmax(x: jax.Array) -> jax.Array:
+    """float32[R, V] -> int32[R], the first of equals. Two plain reductions: XLA:CPU does not vectorise a paired one."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), ids, x.shape[1]).min(axis=-1)
+
+
+def report(
+    raw: jax.Array, processed: jax.Array, token: jax.Array, rows: SamplingRows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability of the chosen token, and the likeliest alternatives, for the rows that ask."""
+    count = raw.shape[0]
+
+    def compute() -> tuple[jax.Array, jax.Array, jax.Array]:
+        source = jnp.where((rows.logprobs == LOGPROBS_PROCESSED)[:, None], processed, raw)
+        logprobs = jax.nn.log_softmax(source, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+        return chosen, *top(logprobs, rows.top_n.max())
+
+    def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return (
+            jnp.zeros(count, jnp.float32),
+            jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.int32),
+            jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.float32),
+        )
+
+    return jax.lax.cond((rows.logprobs > 0).any(), compute, skip)
+
+
+def top(x: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The n largest of each row, best first, by n passes (n is small and mostly 0). float32[R, V] -> ids, values."""
+    count = x.shape[0]
+
+    def body(index: jax.Array, carry):
+        left, ids, values = carry
+        best = argmax(left)
+        value = jnp.take_along_axis(x, best[:, None], axis=1)
+        ids = jax.lax.dynamic_update_slice(ids, best[:, None], (0, index))
+        values = jax.lax.dynamic_update_slice(values, value, (0, index))
+        return left.at[jnp.arange(count), best].set(jnp.finfo(jnp.float32).min), ids, values
+
+    # Excluded tokens are -inf: lift them above what marks a token as taken, so that each is reported once.
+    left = jnp.maximum(x, -1e38)
+    ids = jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.int32)
+    values = jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.float32)
+    _, ids, values = jax.lax.fori_loop(0, n, body, (left, ids, values))
+    return ids, values

@@ -1,0 +1,208 @@
+"""Policy: who waits, who gets a lane, which chunk of which prompt comes next, who must give way. Host Python only.
+
+First come, first served within a priority. A sequence is admitted when a lane and the pages of its whole token list are
+free, with a page to spare for each running sequence to grow into. When a running sequence needs a page and none is left,
+the youngest gives its pages back and is computed again later (preemption by recompute), so the oldest always advances.
+Knows no device and no time: the loop calls `plan` once a turn and `absorb` for every token read back.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+from .batch import NO_PAGE, Segment
+from .pages import PageAllocator, pages_for
+from .request import StepOutput, TokenOutput
+from .sequence import Phase, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The sizes the scheduler plans within."""
+
+    lanes: int
+    page_tokens: int
+    chunk_tokens: int
+    """Prompt tokens per turn."""
+    chunk_segments: int
+    """Sequences per prefill launch."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """What to launch next. Prefill goes first, so lanes it switches on may decode in the same turn."""
+
+    segments: list[Segment] = field(default_factory=list)
+    prefilled: list[Sequence] = field(default_factory=list)
+    """The sequence of each segment."""
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
+    """(lane, page index, page) of each decoding lane, see `batch.DecodePlan`."""
+    decoded: list[Sequence] = field(default_factory=list)
+    """The sequence of each row."""
+
+
+class Scheduler:
+    """The state of all sequences, and the plan of each turn."""
+
+    def __init__(self, limits: Limits, pages: PageAllocator) -> None:
+        self.limits = limits
+        self.pages = pages
+        self.preemptions = 0
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._running: list[Sequence] = []
+        """Oldest first."""
+        self._lanes = list(range(limits.lanes))
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a lane."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences with a lane."""
+        return len(self._running)
+
+    def sequences(self) -> list[Sequence]:
+        """All that are not finished, running first."""
+        return [*self._running, *(sequence for _, sequence in self._waiting)]
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, or one that was preempted."""
+        sequence.phase = Phase.WAITING
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def plan(self) -> Turn:
+        """Decide the next turn and book its lanes and pages."""
+        turn = Turn()
+        decoding = [s for s in self._running if s.phase is Phase.DECODE]
+        self._grow(decoding)
+        self._prefill(turn)
+        for sequence in self._running:
+            if sequence.phase is Phase.DECODE and sequence.length < sequence.most_tokens:
+                self._decode(turn, sequence)
+        return turn
+
+    def absorb(self, sequence: Sequence, token: TokenOutput | None) -> StepOutput | None:
+        """Take in one result; None for a lane that had ended on the device. Frees the sequence if it ends."""
+        if sequence.phase is Phase.FINISHED:
+            return None
+        if token is None:
+            sequence.in_flight -= 1
+            return None
+        output = sequence.accept(token)
+        if output.finish_reason is not None:
+            self.drop(sequence)
+        return output
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it stands; its lane and pages are free at once.
+
+        Launches in flight may still write to its pages; whoever gets those is launched later, so the order of launches
+        keeps it harmless.
+        """
+        if sequence.phase is Phase.WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+            heapq.heapify(self._waiting)
+        elif sequence.phase is not Phase.FINISHED:
+            self._release(sequence)
+        sequence.phase = Phase.FINISHED
+
+    def _release(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        heapq.heappush(self._lanes, sequence.lane)
+        self.pages.give_back(sequence.pages)
+        sequence.lane, sequence.pages, sequence.computed = -1, [], 0
+
+    def _grow(self, decoding: list[Sequence]) -> None:
+        """Make sure each decoding sequence has the page of its next token; the oldest are served first."""
+        for sequence in decoding:
+            if sequence.length >= sequence.most_tokens:
+                continue
+            while sequence.phase is Phase.DECODE and self._missing(sequence) > 0:
+                page = self.pages.take(1)
+                if page is not None:
+                    sequence.pages += page
+                else:
+                    self._preempt(max(self._running, key=lambda s: s.order))
+
+    def _missing(self, sequence: Sequence) -> int:
+        return pages_for(sequence.length, self.limits.page_tokens) - len(sequence.pages)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self._release(sequence)
+        self.add(sequence)
+
+    def _prefill(self, turn: Turn) -> None:
+        budget = self.limits.chunk_tokens
+        for sequence in [s for s in self._running if s.phase is Phase.PREFILL]:
+            if budget == 0 or len(turn.segments) == self.limits.chunk_segments:
+                return
+            budget -= self._chunk(turn, sequence, budget)
+        while budget > 0 and len(turn.segments) < self.limits.chunk_segments:
+            sequence = self._admit()
+            if sequence is None:
+                return
+            budget -= self._chunk(turn, sequence, budget)
+
+    def _admit(self) -> Sequence | None:
+        """Give the first of the waiting a lane, if there is room. Nobody overtakes: a long request is not starved."""
+        if not self._waiting or not self._lanes:
+            return None
+        sequence = self._waiting[0][1]
+        if sequence.in_flight > 0:
+            return None  # preempted this moment; its last tokens are still to be read
+        needed = pages_for(len(sequence.tokens), self.limits.page_tokens)
+        reserve = len(self._running) + 1 if self._running else 0
+        if needed + reserve > self.pages.free:
+            return None
+        heapq.heappop(self._waiting)
+        sequence.pages = self.pages.take(needed) or []
+        sequence.lane = heapq.heappop(self._lanes)
+        sequence.phase = Phase.PREFILL
+        self._running.append(sequence)
+        self._running.sort(key=lambda s: s.order)
+        return sequence
+
+    def _chunk(self, turn: Turn, sequence: Sequence, budget: int) -> int:
+        """Plan the next piece of a prompt; returns its length in tokens."""
+        start = sequence.computed
+        tokens = sequence.tokens[start : start + budget]
+        last = start + len(tokens) == len(sequence.tokens)
+        turn.segments.append(
+            Segment(
+                lane=sequence.lane,
+                tokens=tokens,
+                start=start,
+                last=last,
+                prompt_tokens=sequence.prompt_tokens,
+                remaining=sequence.most_tokens - len(sequence.tokens),
+                pages=sequence.pages,
+                sampling=sequence.request.sampling,
+            )
+        )
+        turn.prefilled.append(sequence)
+        sequence.computed += len(tokens)
+        if last:
+            sequence.phase = Phase.DECODE
+            sequence.in_flight += 1
+            self._book_first(sequence)
+        return len(tokens)
+
+    def _book_first(self, sequence: Sequence) -> None:
+        """The sequence decodes in this very turn if the page of its first new token is at hand."""
+        if self._missing(sequence) > 0 and sequence.length < sequence.most_tokens:
+            page = self.pages.take(1)
+            if page is not None:
+                sequence.pages += page
+
+    def _decode(self, turn: Turn, sequence: Sequence) -> None:
+        if self._missing(sequence) > 0:
+            return  # no page for it yet: the next turn's growth finds one or makes room
+        index = sequence.length - 1
+        fresh = index % self.limits.page_tokens == 0
+        page_index = index // self.limits.page_tokens
+        turn.rows.append((sequence.lane, page_index, sequence.pages[page_index] if fresh else NO_PAGE))
+        turn.decoded.append(sequence)
+        sequence.computed += 1
+        sequence.in_flight += 1

@@ -1,0 +1,97 @@
+"""One running token list on the host: a request, what it generated, and where it stands. Knows no device.
+
+A sequence is WAITING for a lane, or it holds one: in PREFILL until its whole token list is planned, then DECODE. Tokens
+are known to the host a turn after they are planned, so a sequence counts those still in flight.
+"""
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from .local import Sink
+from .request import FinishReason, Request, StepOutput, Timing, TokenOutput
+
+
+class Phase(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way. Owned by the engine's thread."""
+
+    request: Request
+    sink: Sink
+    arrival: int
+    """Rank of arrival: older sequences are served first and preempted last."""
+    most_tokens: int
+    """Length at which it must end: prompt and output."""
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and all output known so far."""
+    phase: Phase = Phase.WAITING
+    lane: int = -1
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are, or by a launch in flight will be, in the pool."""
+    in_flight: int = 0
+    """Tokens sampled by launches whose result was not read yet."""
+    submitted_s: float = field(default_factory=time.monotonic)
+    launched_s: float | None = None
+    first_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt_ids, *self.request.resume_ids]
+
+    @property
+    def length(self) -> int:
+        """Tokens, those in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt the client sent."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def deadline_s(self) -> float | None:
+        """On the monotonic clock."""
+        after = self.request.deadline_s
+        return None if after is None else self.submitted_s + after
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first among those that wait."""
+        return self.request.priority, self.arrival
+
+    def accept(self, token: TokenOutput) -> StepOutput:
+        """Take in one token read back; says whether the sequence ends with it."""
+        self.in_flight -= 1
+        self.tokens.append(token.id)
+        now = time.monotonic()
+        if self.first_token_s is None:
+            self.first_token_s = now
+        reason = None
+        if token.id in self.request.sampling.stop_ids:
+            reason = FinishReason.STOP
+        elif len(self.tokens) >= self.most_tokens:
+            reason = FinishReason.LENGTH
+        timing = None if reason is None else self.timing(now)
+        return StepOutput(self.request.id, (token,), reason, timing=timing)
+
+    def timing(self, now: float) -> Timing:
+        """The times so far, as if the sequence ended now."""
+        start = self.submitted_s
+        return Timing(
+            queue_s=(self.launched_s or now) - start,
+            first_token_s=(self.first_token_s or now) - start,
+            total_s=now - start,
+        )
+
+    def abort(self) -> StepOutput:
+        """The last output of a sequence that is cut short."""
+        return StepOutput(self.request.id, (), FinishReason.ABORT, timing=self.timing(time.monotonic()))

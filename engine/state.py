@@ -1,0 +1,109 @@
+"""What lives on the device between launches: the lanes' state and the KV pool, both donated to every launch.
+
+Knows shapes, types and placement; not what a launch does with them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..models.config import ModelConfig
+from ..models.kernels import KvLayer
+from ..sharding.mesh import Placement
+from .sampler import SamplingRows
+
+MAX_STOP_IDS = 8
+"""Stop tokens a lane can hold."""
+
+
+class LaneState(NamedTuple):
+    """One row per lane, B rows. DONATED: a launch consumes it and returns the next."""
+
+    token: jax.Array
+    """int32[B]: the newest token, not yet in the KV pool."""
+    position: jax.Array
+    """int32[B]: where `token` goes, that is, how many tokens of the lane are in the pool."""
+    remaining: jax.Array
+    """int32[B]: tokens the lane may still generate."""
+    active: jax.Array
+    """bool[B]: decode this lane. Switched off on the device by a stop token or an empty budget, so that a launch made
+    before the host has seen the end does no harm."""
+    table: jax.Array
+    """int32[B, Pmax]: page ids in order of position."""
+    stop: jax.Array
+    """int32[B, MAX_STOP_IDS]: token ids that end the lane; -1 for none."""
+    seen: jax.Array
+    """int32[B, V]: what occurred, see `sampler.IN_PROMPT`."""
+    sampling: SamplingRows
+
+
+class Shapes(NamedTuple):
+    """The sizes every program is compiled for."""
+
+    lanes: int
+    pages: int
+    page_tokens: int
+    table_width: int
+    """Pages of the longest request allowed."""
+    vocab: int
+
+
+def kv_shape(config: ModelConfig, shapes: Shapes) -> tuple[int, int, int, int]:
+    """[K, P, W, H]: head-major, what paged kernels of all platforms take, and what shards over heads."""
+    return (config.kv_heads, shapes.pages, shapes.page_tokens, config.head_dim)
+
+
+def page_bytes(config: ModelConfig, page_tokens: int, dtype: str) -> int:
+    """Bytes of one page in all layers, keys and values."""
+    return 2 * config.layers * config.kv_heads * page_tokens * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
+    """Shapes, types and placement of the lane state: a whole copy on every device, but `seen` split over vocabulary."""
+    b = shapes.lanes
+
+    def leaf(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=placement.replicated)
+
+    i32, f32 = jnp.int32, jnp.float32
+    split = shapes.vocab % placement.model_size == 0
+    seen = placement.sharding((None, "vocab" if split else None))
+    return LaneState(
+        token=leaf(i32),
+        position=leaf(i32),
+        remaining=leaf(i32),
+        active=leaf(jnp.bool_),
+        table=leaf(i32, shapes.table_width),
+        stop=leaf(i32, MAX_STOP_IDS),
+        seen=jax.ShapeDtypeStruct((b, shapes.vocab), i32, sharding=seen),
+        sampling=SamplingRows(
+            temperature=leaf(f32),
+            top_k=leaf(i32),
+            top_p=leaf(f32),
+            min_p=leaf(f32),
+            typical_p=leaf(f32),
+            repetition=leaf(f32),
+            frequency=leaf(f32),
+            presence=leaf(f32),
+            seed=leaf(jnp.uint32, 2),
+            logprobs=leaf(i32),
+            top_n=leaf(i32),
+        ),
+    )
+
+
+def abstract_kv(config: ModelConfig, shapes: Shapes, dtype: str, placement: Placement) -> tuple[KvLayer, ...]:
+    """Shapes, types and placement of the pool, one entry a layer."""
+    sharding = placement.sharding(("kv_heads", None, None, None))
+    pool = jax.ShapeDtypeStruct(kv_shape(config, shapes), dtype, sharding=sharding)
+    return tuple(KvLayer(pool, pool) for _ in range(config.layers))
+
+
+def zeros_like(abstract):
+    """Allocate a tree of zeros where its description says, on the device, in one launch."""
+    make = jax.jit(
+        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
+        out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
+    )
+    return make()
