@@ -1,0 +1,272 @@
+"""Every option there is, once: from this table come the flags, the environment variables, the help and the configs.
+
+Names are Text Generation Inference's where it has one, with its environment variable; our own variables start with
+XLANE_. What TGI has and we do not is listed too, so that a TGI command line works, or is refused by name: nothing is
+ignored in silence. Knows no parsing (`options.py`) and nothing of what the options do.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..engine.config import EngineConfig
+from .config import ServerConfig
+from .options import Flag, Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """How a command runs, apart from what it serves."""
+
+    json_output: bool = False
+    """Log and report progress as JSON lines."""
+    log_level: str = "info"
+    uds_path: str | None = None
+    """Unix socket between front and engine; default a private temporary one."""
+    hub_cache: str | None = None
+    """Where downloaded models are kept; default the Hub client's own place."""
+    show_env: bool = False
+
+
+CONFIGS: Mapping[str, type] = {"engine": EngineConfig, "server": ServerConfig, "run": RunConfig}
+
+
+def _tgi(name: str, to: str, help: str, kind: Kind = "text", **rest: Any) -> Flag:
+    """An option TGI has: same name, same variable."""
+    return Flag(name, to, help, kind, env=name.upper().replace("-", "_"), **rest)
+
+
+def _own(name: str, to: str, help: str, kind: Kind = "text", **rest: Any) -> Flag:
+    """An option TGI does not have."""
+    return Flag(name, to, help, kind, env="XLANE_" + name.upper().replace("-", "_"), **rest)
+
+
+MODEL = (
+    _tgi(
+        "model-id", "engine.model_id", "Hub repository, directory of safetensors, GGUF file, or `demo`.", default="demo"
+    ),
+    _tgi("revision", "engine.revision", "Branch, tag, commit or refs/pr/N on the Hub."),
+    _tgi(
+        "dtype", "engine.dtype", "Of weights, activations and KV; default float32 on CPU, bfloat16 elsewhere.",
+        choices=("float32", "bfloat16"), why="for float16 take bfloat16, which has its size and does not overflow"
+    ),
+    _own(
+        "load-format", "engine.load_format", "`dummy` fills the weights with small random numbers, for benchmarks.",
+        choices=("auto", "dummy")
+    ),
+    _tgi("huggingface-hub-cache", "run.hub_cache", "Where downloaded models are kept."),
+)  # fmt: skip
+
+LIMITS = (
+    _tgi(
+        "max-total-tokens", "engine.max_total_tokens",
+        "Most tokens of one request, prompt and output; default the model's context.", "int", at_least=2
+    ),
+    _tgi(
+        "max-input-tokens", "engine.max_input_tokens", "Most prompt tokens; default --max-total-tokens - 1.", "int",
+        at_least=1
+    ),
+    _tgi("max-input-length", "engine.max_input_tokens", "Old name of --max-input-tokens.", "int", at_least=1),
+    _tgi("max-batch-size", "engine.lanes", "Most sequences that decode at once (lanes).", "int", at_least=1),
+    _tgi(
+        "max-batch-prefill-tokens", "engine.prefill_chunk_tokens",
+        "Most prompt tokens computed in one launch: the longest that running requests wait for a new one.", "int",
+        at_least=1
+    ),
+    _own("max-queued", "engine.max_queued", "Requests that may wait for a lane; more get 429.", "int", at_least=0),
+)  # fmt: skip
+
+DEVICE = (
+    _tgi(
+        "num-shard", "engine.model_parallel", "Devices one copy of the model is split over; default all that are left.",
+        "int", at_least=1
+    ),
+    _tgi("sharded", "sharded", "`false` is --num-shard 1.", "bool"),
+    _own("data-parallel", "engine.data_parallel", "Groups of devices the lanes are split over.", "int", at_least=1),
+    _own(
+        "memory-fraction", "engine.memory_fraction", "Share of the device's memory to use in all.", "float",
+        at_least=0.01, at_most=1
+    ),
+    _tgi(
+        "cuda-memory-fraction", "engine.memory_fraction", "TGI's name of --memory-fraction.", "float",
+        at_least=0.01, at_most=1
+    ),
+    _own(
+        "kv-bytes", "engine.kv_bytes", "Memory for the KV pool; default what weights and temporaries leave.", "int",
+        at_least=1
+    ),
+    _own("page-tokens", "engine.page_tokens", "Tokens per KV page.", "int", at_least=1),
+    _own(
+        "kernels", "engine.kernels", "Who computes attention and matmul; `native` is for CPUs.",
+        choices=("auto", "xla", "native")
+    ),
+    _own(
+        "cache-dir", "engine.cache_dir", "Where compiled programs are kept between starts; `none` keeps none.",
+        default="~/.cache/xlane"
+    ),
+)  # fmt: skip
+
+HTTP = (
+    _tgi("hostname", "server.host", "Address to listen on."),
+    _tgi("port", "server.port", "0 takes a free one.", "int", short="p", at_least=0, at_most=65535),
+    _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`."),
+    _tgi("cors-allow-origin", "server.cors_allow_origins", "Origins whose pages may call this server.", "list"),
+    _own("served-model-name", "server.served_model_name", "Name of the model in replies; default its id."),
+    _tgi("payload-limit", "server.payload_limit", "Largest request body, bytes.", "int", at_least=1),
+    _tgi(
+        "max-concurrent-requests", "server.max_concurrent_requests", "Most sequences in flight, waiting ones included.",
+        "int", at_least=1
+    ),
+    _tgi("max-best-of", "server.max_best_of", "Most sequences of one request (`best_of`).", "int", at_least=1),
+    _tgi("max-stop-sequences", "server.max_stop_sequences", "Most stop strings of a request.", "int", at_least=0),
+    _tgi("max-top-n-tokens", "server.max_top_n_tokens", "Most alternatives per token.", "int", at_least=0, at_most=20),
+    _tgi("max-client-batch-size", "server.max_client_batch_size", "Most prompts of a completion.", "int", at_least=1),
+    _tgi("validation-workers", "server.validation_workers", "Threads that tokenise.", "int", at_least=1),
+    _tgi(
+        "graceful-termination-timeout", "server.graceful_termination_timeout_s",
+        "Seconds that running requests have to finish after a stop is asked for.", "float", short="g", at_least=0
+    ),
+)  # fmt: skip
+
+LOG = (
+    _tgi("json-output", "run.json_output", "Log and report progress as JSON lines.", "bool"),
+    Flag(
+        "log-level", "run.log_level", "How much is logged.", env="LOG_LEVEL", choices=("debug", "info", "warning", "error")
+    ),
+)  # fmt: skip
+
+RUN = (
+    *LOG,
+    _tgi("shard-uds-path", "run.uds_path", "Unix socket between front and engine; default a private one."),
+    Flag("env", "run.show_env", "Also say which versions and devices are here.", "bool", short="e"),
+)
+
+ENGINE = (
+    *LOG,
+    Flag("uds", "uds", "Serve gRPC on this Unix socket."),
+    Flag(
+        "listen", "listen", "Serve gRPC on this HOST:PORT, which asks for no password: private networks only."
+    ),
+    Flag(
+        "progress-fd",
+        "progress_fd",
+        "Write progress as JSON lines to this file descriptor.",
+        "int",
+        at_least=0,
+    ),
+)
+
+INFO = (*LOG, Flag("json", "json", "Print one JSON object.", "bool"))
+
+BENCH = (
+    *LOG,
+    Flag("prompt-tokens", "prompt_tokens", "Length of each prompt.", "int", default=512, at_least=1),
+    Flag("output-tokens", "output_tokens", "Tokens generated for each.", "int", default=128, at_least=1),
+    Flag(
+        "concurrency",
+        "concurrency",
+        "Sequences at once; several runs with commas.",
+        "list",
+        default=("1", "8"),
+    ),
+    Flag("json", "json", "Print the JSON line only.", "bool"),
+)
+
+BENCH_SERVE = (
+    Flag("url", "url", "The server.", default="http://127.0.0.1:3000"),
+    Flag(
+        "api", "api", "Which streaming endpoint.", default="openai",
+        choices=("openai", "tgi", "llama.cpp"), why="/v1/completions, /generate_stream or /completion"
+    ),
+    Flag("model", "model", "Name of the model in requests; default the first the server lists."),
+    Flag("prompt-tokens", "prompt_tokens", "Length of each prompt, exactly.", "int", default=128, at_least=1),
+    Flag("output-tokens", "output_tokens", "Tokens generated for each, exactly.", "int", default=128, at_least=1),
+    Flag("concurrency", "concurrency", "Clients that each wait for their answer; several runs with commas.", "list",
+         default=("1", "8")),
+    Flag("rate", "rate", "Requests a second at random moments (Poisson), instead of waiting clients.", "float",
+         at_least=0.001),
+    Flag("requests", "requests", "Requests a run; default 4 for each client, at least 16.", "int", at_least=1),
+    Flag("warmup", "warmup", "Requests before the clock starts.", "int", default=1, at_least=0),
+    Flag("shared-prefix", "shared_prefix", "Tokens at the start that all prompts share.", "int", default=0, at_least=0),
+    Flag("seed", "seed", "Of prompts and arrivals.", "int", default=0),
+    Flag("api-key", "api_key", "Bearer key.", env="API_KEY"),
+    Flag("json", "json", "Print the JSON line only.", "bool"),
+)  # fmt: skip
+
+_NO_MEANING = {
+    "trust-remote-code": "code that comes with a model is never run",
+    "waiting-served-ratio": "prompts are computed between decode steps, nothing waits for a batch",
+    "max-waiting-tokens": "prompts are computed between decode steps, nothing waits for a batch",
+    "max-batch-total-tokens": "the KV pool takes the memory that is left; --kv-bytes sets it",
+    "cuda-graphs": "every program is compiled ahead by XLA",
+    "disable-custom-kernels": "--kernels xla takes XLA's own",
+    "prometheus-port": "/metrics is on the main port",
+    "master-addr": "the engine's processes find each other by themselves",
+    "master-port": "the engine's processes find each other by themselves",
+    "watermark-gamma": "requests that ask for a watermark are refused",
+    "watermark-delta": "requests that ask for a watermark are refused",
+    "disable-grammar-support": "there are no grammars to switch off",
+    "ngrok-authtoken": "there is no tunnel",
+    "ngrok-edge": "there is no tunnel",
+    "usage-stats": "nothing is sent anywhere",
+}
+_REFUSED = {
+    "quantize": "serve the unquantized model, or a GGUF file, which is expanded while it is read",
+    "kv-cache-dtype": "KV has the type of --dtype",
+    "speculate": "there is no speculative decoding yet",
+    "lora-adapters": "there are no adapters yet; serve a merged checkpoint",
+    "rope-scaling": "positions scale as the model's config.json says",
+    "rope-factor": "positions scale as the model's config.json says",
+    "weights-cache-override": "give the directory itself as --model-id",
+    "tokenizer-config-path": "put the file into the model's directory and serve that",
+    "otlp-endpoint": "there is no tracing yet; /metrics has counters and latencies",
+    "otlp-service-name": "there is no tracing yet; /metrics has counters and latencies",
+    "enable-prefill-logprobs": "log-probabilities of prompt tokens are not computed",
+    "ngrok": "there is no tunnel; put a proxy in front",
+}
+_BOOLEAN = {
+    "trust-remote-code",
+    "disable-custom-kernels",
+    "disable-grammar-support",
+    "ngrok",
+    "enable-prefill-logprobs",
+}
+_HARMLESS = {"speculate": ("0",)}
+
+
+def _foreign(name: str, fate: Literal["no meaning", "refused"], why: str) -> Flag:
+    kind = "bool" if name in _BOOLEAN else "text"
+    return _tgi(name, "", "", kind, fate=fate, why=why, harmless=_HARMLESS.get(name, ()))
+
+
+NO_MEANING = tuple(_foreign(name, "no meaning", why) for name, why in _NO_MEANING.items())
+REFUSED = tuple(_foreign(name, "refused", why) for name, why in _REFUSED.items())
+FOREIGN = NO_MEANING + REFUSED
+
+ENV_WITHOUT_MEANING = {
+    "PREFIX_CACHING": "prefixes are always cached",
+    "PREFILL_CHUNKING": "prompts are always computed in chunks",
+    "ATTENTION": "--kernels chooses",
+    "USE_FLASH_ATTENTION": "--kernels chooses",
+    "TGI_WIGGLE_ROOM": "memory is measured, not estimated; --memory-fraction sets the share",
+}
+"""Variables of TGI that never were flags."""
+
+TGI_DEFAULTS: Mapping[str, Any] = {"hostname": "0.0.0.0", "cors-allow-origin": ("*",)}
+"""Where `text-generation-launcher` differs from `xlane serve`, which opens nothing to strangers unless told to."""
+
+
+def engine_arguments(config: EngineConfig) -> list[str]:
+    """The arguments that make `xlane engine` build this config: the table read backwards."""
+    values = dataclasses.asdict(config)
+    found: list[str] = []
+    for flag in (*MODEL, *LIMITS, *DEVICE):
+        room, _, name = flag.to.partition(".")
+        if room == "engine" and name in values:  # The first of several names of one field.
+            value = values.pop(name)
+            if name == "cache_dir" and value is None:
+                value = "none"
+            if value is not None:
+                found.append(f"{flag.option}={value}")
+    return found
