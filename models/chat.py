@@ -1,0 +1,124 @@
+"""Chat templates: where a model keeps them, and applying one as transformers does. Knows messages, no ids.
+
+transformers is imported at the first use only: it costs most of a second.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import TokenizerError
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of templates that mean something; a model may carry others."""
+
+
+class ChatTemplates:
+    """The templates of one model, by name, and the strings they may use (bos_token, eos_token …)."""
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self.templates = dict(templates)
+        self.special_tokens = dict(special_tokens)
+
+    @property
+    def default(self) -> str | None:
+        """The template of a chat without tools."""
+        return self.templates.get(DEFAULT)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation.
+
+        Raises:
+            TokenizerError: there is no template, or the template refused; with the template's own words.
+        """
+        template = self._choose(tools)
+        try:
+            from transformers.utils.chat_template_utils import render_jinja_template
+        except ImportError as error:
+            raise TokenizerError(f"chat templates need transformers and jinja2: {error}") from error
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[list(messages)],  # type: ignore[arg-type]
+                tools=list(tools) if tools else None,  # type: ignore[arg-type]
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **{**self.special_tokens, **variables},
+            )
+        except Exception as error:  # a template is a program of the model's author: anything can happen in it
+            raise TokenizerError(f"the chat template refused the messages: {error}") from error
+        return rendered[0]
+
+    def warm(self) -> None:
+        """Import what rendering needs and compile the template, so that the first chat does not wait for it."""
+        if self.default is not None:
+            try:
+                self.render([{"role": "user", "content": "Hello"}])
+            except TokenizerError:
+                pass  # whoever asks for a chat is told
+
+    def _choose(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        name = TOOL_USE if tools and TOOL_USE in self.templates else DEFAULT
+        if name not in self.templates:
+            others = f" (it has others: {', '.join(sorted(self.templates))})" if self.templates else ""
+            raise TokenizerError(f"this model has no chat template{others}; send it text, not messages")
+        return self.templates[name]
+
+
+def templates_of_directory(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """All templates of a model directory; where there are several of a name, transformers' order of preference.
+
+    Args:
+        directory: where chat_template.jinja, additional_chat_templates/ and chat_template.json may lie.
+        config: tokenizer_config.json.
+    """
+    found = named_templates(config.get("chat_template"), directory / "tokenizer_config.json")
+    if (path := directory / "chat_template.json").is_file():
+        found |= named_templates(read_object(path).get("chat_template"), path)
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = _read_text(path)
+    if (path := directory / "chat_template.jinja").is_file():
+        found[DEFAULT] = _read_text(path)
+    return found
+
+
+def named_templates(value: object, where: Path | str) -> dict[str, str]:
+    """One template, a list of {name, template}, a mapping of them, or none."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(template, str) for name, template in value.items()
+    ):
+        return dict(value)
+    raise TokenizerError(f"{where}: chat_template is neither a text nor a list of named texts")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises TokenizerError naming it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: holds no JSON object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,159 @@
+"""The tensors of a GGUF file under Hugging Face's names, dequantised row by row. Knows no parameters and no device.
+
+llama.cpp rotates neighbouring pairs of a head where Hugging Face rotates its two halves, so for architectures of the
+llama kind its converter reorders the rows of the query and key projections: [2, pairs] -> [pairs, 2] in each head. Rows
+are handed out here in Hugging Face's order again.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from .errors import CheckpointError
+from .gguf_config import ROPE_FREQS, architecture_of, config_from_gguf, head_counts
+from .gguf_file import GgufFile, StoredTensor
+
+__all__ = ["GgufFile", "GgufTensors", "config_from_gguf"]
+
+READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+"""Storage types that are dequantised here; every other is refused."""
+JOINED_VALUES = 8192
+"""`dequantize` works on 16 rows at a time: short rows are joined to about this many values, which is up to twice as fast."""
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    stored: StoredTensor
+    kind: GGMLQuantizationType
+    data: np.ndarray
+    """uint8[rows, bytes a row], mapped; a vector is one row."""
+    heads: int
+    """Heads whose rows are to be put back in order; 0 for none."""
+
+
+class GgufTensors:
+    """A `TensorSource` over one GGUF file. Everything is float32; reading is thread-safe."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Name and bound every tensor. Raises CheckpointError for one that is unknown, unreadable or cut off."""
+        self._file = file
+        heads = head_counts(file) if architecture_of(file).permuted else {}
+        self._tensors: dict[str, _Tensor] = {}
+        for stored in file.tensors.values():
+            if stored.name == ROPE_FREQS:  # translated by config_from_gguf
+                continue
+            name = self._hf_name(stored.name)
+            reordered = next((heads[part] for part in heads if f".{part}." in name), 0)
+            kind, data = self._locate(stored)
+            if reordered and stored.shape[0] % (2 * reordered):
+                raise file.broken(
+                    f"tensor {stored.name}: {stored.shape[0]} rows are not {reordered} heads of pairs"
+                )
+            self._tensors[name] = _Tensor(stored, kind, data, reordered)
+
+    def names(self) -> Iterable[str]:
+        """Every tensor, in Hugging Face's naming."""
+        return self._tensors.keys()
+
+    def where(self, name: str) -> str:
+        """The file, and the tensor's name in it."""
+        tensor = self._tensors.get(name)
+        return f"{self._file.path} ({tensor.stored.name})" if tensor else str(self._file.path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Row-major, outputs first."""
+        return self._get(name).stored.shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """float32: what every storage type is widened or dequantised to, exactly."""
+        self._get(name)
+        return np.dtype(np.float32)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """float32[stop - start, …]; touches only the bytes of those rows."""
+        tensor = self._get(name)
+        shape = tensor.stored.shape
+        if tensor.heads:
+            rows = permuted_rows(np.arange(start, stop), shape[0] // tensor.heads)
+        else:
+            rows = slice(start, stop)
+        if len(shape) == 1:
+            return _dequantize(tensor.data, tensor.kind).reshape(shape)[rows].copy()
+        # A row of the first axis is several stored rows when there are more than two dimensions.
+        data = tensor.data.reshape(shape[0], -1)[rows]
+        return _dequantize(data, tensor.kind).reshape(-1, *shape[1:])
+
+    def _get(self, name: str) -> _Tensor:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self._file.path}: tensor {name} is missing")
+        return tensor
+
+    def _hf_name(self, name: str) -> str:
+        if name in _TOP:
+            return _TOP[name]
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if match is None or match[2] not in _LAYER:
+            raise self._file.broken(f"tensor {name} is not one of a decoder this program knows")
+        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+
+    def _locate(self, stored: StoredTensor) -> tuple[GGMLQuantizationType, np.ndarray]:
+        try:
+            kind = GGMLQuantizationType(stored.type_id)
+        except ValueError:
+            raise self._file.broken(
+                f"tensor {stored.name} has unknown storage type {stored.type_id}"
+            ) from None
+        if kind.name not in READABLE:
+            readable = ", ".join(READABLE)
+            raise self._file.broken(
+                f"tensor {stored.name} is stored as {kind.name}, which is not read here; readable: {readable}"
+            )
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if stored.shape[-1] % block:
+            raise self._file.broken(
+                f"tensor {stored.name}: rows of {stored.shape[-1]} are not blocks of {block}"
+            )
+        return kind, self._file.stored_bytes(stored, stored.shape[-1] // block * block_bytes)
+
+
+def permuted_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Where llama.cpp's converter put these rows of a rotary projection: in each head, [2, pairs] -> [pairs, 2]."""
+    head, within = np.divmod(rows, head_dim)
+    half, pair = np.divmod(within, head_dim // 2)
+    return head * head_dim + pair * 2 + half
+
+
+def _dequantize(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """uint8[rows, bytes] -> float32 of the same values in the same order; never a view of the file."""
+    if kind == GGMLQuantizationType.F32:
+        return np.array(data).view("<f4")
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    joined, rows = 1, len(data)
+    row_values = max(data.shape[1] // block_bytes * block, 1)
+    while rows % (2 * joined) == 0 and rows and joined * row_values < JOINED_VALUES:
+        joined *= 2
+    return dequantize(np.ascontiguousarray(data).reshape(rows // joined, -1), kind)

@@ -1,0 +1,150 @@
+"""Text to ids and back, and the chat template of a model, from a Hugging Face directory or a GGUF file. No jax here.
+
+All kinds become one `tokenizers.Tokenizer`; transformers is loaded only for directories without a tokenizer.json, and
+for chat templates. Safe to use from several threads: nothing changes after construction but caches.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from tokenizers import Tokenizer
+
+from .chat import ChatTemplates
+from .detokenize import ByteStream, TextStream, WindowStream, token_table
+from .errors import TokenizerError
+from .tokenizer_files import TokenizerFiles, read_directory, read_gguf
+
+__all__ = ["TextStream", "TextTokenizer", "TokenSpan", "TokenizerFiles"]
+
+
+class TokenSpan(NamedTuple):
+    """One token and where it lies in the text, in UTF-8 bytes; 0, 0 for a token that is not in it."""
+
+    id: int
+    start: int
+    stop: int
+
+
+class TextTokenizer:
+    """The text side of one model."""
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Wrap what was read; `from_path` reads it. The tokenizer is owned from now on: it never truncates or pads."""
+        files.tokenizer.no_truncation()
+        files.tokenizer.no_padding()
+        self._tokenizer = files.tokenizer
+        self._chat = ChatTemplates(files.templates, files.special_tokens)
+        added = files.tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(number for number, token in added.items() if token.special)
+        self._table = token_table(files.tokenizer)
+        self.max_context = files.max_context
+        """Tokens the tokenizer's files say the model was made for, if they do."""
+        eos = files.tokenizer.token_to_id(self.eos_token) if self.eos_token else None
+        self.eos_ids: tuple[int, ...] = files.eos_ids or (() if eos is None else (eos,))
+        """Ids that end a text, as far as the tokenizer knows; the model's configuration may name more."""
+        self.vocab_size: int = files.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_path(cls, path: Path | str, kind: Literal["directory", "gguf"] | None = None) -> "TextTokenizer":
+        """Read a model's tokenizer. Raises TokenizerError if there is none that can be read.
+
+        Args:
+            path: a Hugging Face directory or a GGUF file.
+            kind: which of the two; default by looking.
+        """
+        path = Path(path)
+        kind = kind or ("directory" if path.is_dir() else "gguf")
+        return cls(read_gguf(path) if kind == "gguf" else read_directory(path))
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The tokenizer itself, for libraries that need one. Not to be changed."""
+        return self._tokenizer
+
+    @property
+    def bos_token(self) -> str | None:
+        """Text of the token that begins a text."""
+        return self._chat.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """Text of the token that ends a text."""
+        return self._chat.special_tokens.get("eos_token")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a chat without tools, if the model has one."""
+        return self._chat.default
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Other threads run meanwhile."""
+        # encode() holds the interpreter lock, encode_batch() does not.
+        batch = self._tokenizer.encode_batch_fast([_valid(text)], add_special_tokens=add_special_tokens)
+        return batch[0].ids
+
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """Ids of a text, each with the bytes of the text it stands for (whole characters)."""
+        batch = self._tokenizer.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)
+        byte_at = [0]
+        for character in text:
+            byte_at.append(byte_at[-1] + len(character.encode()))
+        return [
+            TokenSpan(number, byte_at[start], byte_at[stop])
+            for number, (start, stop) in zip(batch[0].ids, batch[0].offsets)
+        ]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
+        """Decode what follows a prompt, token by token. After an empty prompt the pieces together are `decode`'s text."""
+        skip = self._special if skip_special_tokens else frozenset[int]()
+        if self._table is not None:
+            return ByteStream(self._table, skip, prompt_ids)
+        return WindowStream(self._tokenizer, skip, prompt_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token in the middle of a text; special tokens show, half characters are replaced."""
+        if self._table is not None:
+            return self._table[token_id].decode(errors="replace")
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def is_special(self, token_id: int) -> bool:
+        """Is this a control token, left out of texts?"""
+        return token_id in self._special
+
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """A conversation as text, special tokens included: encode it without adding them again.
+
+        Raises:
+            TokenizerError: there is no template, or it refused the messages, with its own words.
+        """
+        return self._chat.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **kwargs,
+        )
+
+    def warm(self) -> None:
+        """Do now what the first chat would wait for (importing transformers); call it from a thread."""
+        self._chat.warm()
+
+
+def _valid(text: str) -> str:
+    """Lone surrogates (JSON can carry them) are no text and would fail deep inside."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text is not valid Unicode: {error}") from None
+    return text
