@@ -8,7 +8,8 @@ by its file modes, a TCP port must be on a network where everyone may use the en
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -243,3 +244,35 @@ def _listen(server: grpc.aio.Server, address: str) -> str:
         raise OSError(f"cannot listen on {address}: {error}") from error
     path.chmod(0o600)
     return address
+
+
+async def serve(
+    core: EngineCore,
+    address: str,
+    *,
+    drain_s: float = 25.0,
+    on_ready: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain for at most `drain_s` and stop the core. A second signal drains no more.
+
+    Call it in the main thread's event loop. `on_ready` is told the address when requests are taken.
+    """
+    loop, signalled, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (again if signalled.is_set() else signalled).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    server = RpcServer(core, address)
+    try:
+        await server.start()
+        on_ready(server.address)
+        await signalled.wait()
+        draining = asyncio.ensure_future(asyncio.to_thread(core.drain, drain_s))
+        impatient = asyncio.ensure_future(again.wait())
+        await asyncio.wait([draining, impatient], return_when=asyncio.FIRST_COMPLETED)
+        impatient.cancel()
+    finally:
+        await asyncio.to_thread(core.stop)
+        await server.stop()

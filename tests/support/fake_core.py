@@ -1,9 +1,13 @@
 """An engine with hand arithmetic: one token a turn for each running request, every token known beforehand.
 
+`python -m tests.support.fake_core --uds PATH --progress-fd N` serves it as a process of its own, as `xlane engine` would.
+
 Satisfies `xlane.engine.local.EngineCore`. The next token depends on the prompt, the seed and the position alone, so an
 interrupted stream must equal an undisturbed one. Special tokens in a prompt make it misbehave on purpose.
 """
 
+import argparse
+import asyncio
 import os
 import signal
 import threading
@@ -26,6 +30,8 @@ from xlane.engine import (
     TokenOutput,
 )
 from xlane.engine.local import Delivery, RequestError, Sink
+from xlane.engine.process import ParentLink
+from xlane.engine.rpc_server import serve
 
 VOCAB_SIZE = 1000
 MAX_TOTAL_TOKENS = 4096
@@ -250,3 +256,22 @@ class FakeCore:
             cached_tokens=len(request.prompt_ids) // 4 if first else 0,
             timing=running.timing() if finish else None,
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--turn-s", type=float, default=0.002)
+    parser.add_argument("--drain-s", type=float, default=5.0)
+    parser.add_argument("--uds", required=True)
+    parser.add_argument("--progress-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    link = ParentLink(arguments.progress_fd)
+    link.die_with_parent()
+    link.report("weights", 1, 2)
+    core = FakeCore(turn_s=arguments.turn_s)
+    address = f"unix:{arguments.uds}"
+    asyncio.run(serve(core, address, drain_s=arguments.drain_s, on_ready=lambda address: link.ready()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The wire form: nothing is lost on the way, the generated code is that of the .proto, one message carries a whole turn."""
+
+import asyncio
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+from xlane.engine import (
+    DeadlineExceeded,
+    EngineError,
+    EngineInfo,
+    EngineLost,
+    EngineStats,
+    EngineStopped,
+    FinishReason,
+    InvalidRequest,
+    LogprobsMode,
+    Overloaded,
+    PlanError,
+    ProgramInfo,
+    Request,
+    RequestFailed,
+    SamplingParams,
+    StepOutput,
+    Timing,
+    TokenOutput,
+    errors,
+)
+from xlane.engine import proto as proto_package
+from xlane.engine import rpc_server as server_module
+from xlane.engine.local import Delivery, RequestError
+from xlane.engine.proto import codec
+from xlane.engine.proto import xlane_pb2 as pb
+from xlane.engine.rpc_server import MAX_BATCH_ENTRIES, MAX_MESSAGE_BYTES
+
+from tests.support.fake_core import FakeCore
+
+PROTO = Path(proto_package.__file__ or "").with_name("xlane.proto")
+
+SAMPLING = SamplingParams(
+    max_tokens=1,
+    temperature=0.1,
+    top_k=2,
+    top_p=0.3,
+    min_p=0.4,
+    typical_p=0.5,
+    repetition_penalty=1.6,
+    frequency_penalty=-0.7,
+    presence_penalty=0.8,
+    seed=2**64 - 1,
+    stop_ids=(9, 10),
+    logprobs=True,
+    top_logprobs=11,
+    logprobs_mode=LogprobsMode.PROCESSED,
+)
+REQUEST = Request(
+    id="é", prompt_ids=(1, 200_000), sampling=SAMPLING, resume_ids=(3,), priority=-4, deadline_s=0.0
+)
+TOKEN = TokenOutput(7, -1.5, ((7, -1.5), (8, -2.25)))
+
+
+def through_the_wire(message):
+    return type(message).FromString(message.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [REQUEST, replace(REQUEST, deadline_s=None), replace(REQUEST, sampling=SamplingParams(max_tokens=5))],
+)
+def test_a_request_arrives_as_it_left(request_: Request):
+    assert codec.decode_request(through_the_wire(codec.encode_request(request_))) == request_
+
+
+def test_every_field_of_the_example_differs_from_its_default():
+    plain = SamplingParams(max_tokens=0)
+    assert [f.name for f in fields(SAMPLING) if getattr(SAMPLING, f.name) == getattr(plain, f.name)] == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        replace(REQUEST, prompt_ids=(-1,)),
+        replace(REQUEST, sampling=replace(SAMPLING, seed=2**64)),
+        replace(REQUEST, sampling=replace(SAMPLING, stop_ids=(2**32,))),
+    ],
+)
+def test_numbers_that_do_not_fit_are_the_requests_fault(bad: Request):
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        codec.encode_request(bad)
+
+
+BATCH: list[Delivery] = [
+    StepOutput("a", (TokenOutput(0),)),
+    StepOutput("b", (TOKEN, replace(TOKEN, top=())), None, 12),
+    StepOutput("c", (TokenOutput(5, 0.0),), FinishReason.STOP, 0, Timing(0.0, 0.0, 0.0)),
+    StepOutput("d", (), FinishReason.ABORT, 0, Timing(0.5, 1.5, 2.5)),
+    StepOutput("a", (TokenOutput(1), TokenOutput(2)), FinishReason.LENGTH),
+]
+
+
+def test_a_batch_arrives_as_it_left():
+    assert codec.decode_batch(through_the_wire(codec.encode_batch(BATCH))) == BATCH
+
+
+def subclasses(kind: type[EngineError]) -> list[type[EngineError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in subclasses(child))]
+
+
+def test_every_error_has_a_code_of_its_own():
+    drawn = [kind for kind in subclasses(EngineError) if kind.__module__ == errors.__name__]
+    assert set(codec.ERROR_CODES) == set(drawn)
+    assert sorted(codec.ERROR_CODES.values()) == sorted(pb.ErrorCode.values())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [EngineError, InvalidRequest, RequestFailed, DeadlineExceeded, EngineLost, EngineStopped, PlanError],
+)
+def test_an_error_arrives_as_it_left(kind: type[EngineError]):
+    arrived = codec.decode_error(through_the_wire(codec.encode_error(RequestError("r", kind("why")))))
+    assert (arrived.request_id, type(arrived.error), str(arrived.error)) == ("r", kind, "why")
+
+
+def test_overload_says_when_to_come_back():
+    arrived = codec.decode_error(codec.encode_error(RequestError("r", Overloaded("full", 2.5)))).error
+    assert isinstance(arrived, Overloaded)
+    assert arrived.retry_after_s == 2.5
+
+
+def test_an_error_of_another_room_travels_as_its_base():
+    class Local(RequestFailed):
+        """Only known here."""
+
+    assert type(codec.decode_error(codec.encode_error(RequestError("r", Local("x")))).error) is RequestFailed
+
+
+@pytest.mark.parametrize("sha", [None, "abc"])
+def test_info_and_stats_arrive_as_they_left(sha: str | None):
+    numbers = iter(range(1, 100))
+    kinds = {
+        "int": lambda: next(numbers),
+        "str": lambda: f"s{next(numbers)}",
+        "float": lambda: next(numbers) / 8,
+    }
+
+    def filled(kind: type) -> dict:
+        return {
+            f.name: kinds[str(getattr(f.type, "__name__", f.type))]()
+            for f in fields(kind)
+            if f.name not in odd
+        }
+
+    odd = {"model_sha", "programs"}
+    programs = (ProgramInfo(**filled(ProgramInfo)), ProgramInfo(**filled(ProgramInfo)))
+    info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs)
+    assert codec.decode_info(through_the_wire(codec.encode_info(info))) == info
+    stats = EngineStats(**filled(EngineStats))
+    assert codec.decode_stats(through_the_wire(codec.encode_stats(stats))) == stats
+
+
+def test_the_largest_batch_fits_a_message():
+    top = tuple((200_000 + i, -float(i)) for i in range(20))
+    largest = StepOutput(
+        "x" * 36, (TokenOutput(200_000, -1.0, top),) * 8, FinishReason.STOP, 10**6, Timing(1, 1, 1)
+    )
+    assert len(codec.encode_batch([largest] * MAX_BATCH_ENTRIES).SerializeToString()) < MAX_MESSAGE_BYTES
+
+
+def connection_of(core: FakeCore):
+    return server_module._Connection(core)
+
+
+def test_a_turn_is_one_message_and_a_late_reader_gets_several_turns_in_one():
+    async def scenario() -> list[int]:
+        connection = connection_of(FakeCore())
+        turn: list[Delivery] = [StepOutput(f"r{n}", (TokenOutput(n),)) for n in range(16)]
+        batches = connection.batches()
+        sizes = []
+        for turns in (1, 3, 300):
+            for _ in range(turns):
+                await asyncio.to_thread(connection.deliver, list(turn))
+            sizes.append(len((await anext(batches)).outputs))
+        connection.end()
+        return [*sizes, *[len(batch.outputs) async for batch in batches]]
+
+    assert asyncio.run(scenario()) == [16, 48, MAX_BATCH_ENTRIES, 300 * 16 - MAX_BATCH_ENTRIES]
+
+
+def test_a_reader_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "MAX_UNREAD_ENTRIES", 10)
+
+    async def scenario() -> list[pb.StepBatch]:
+        connection = connection_of(FakeCore())
+        connection.deliver([StepOutput("r", (TokenOutput(1),))] * 11)
+        return [batch async for batch in connection.batches()]
+
+    assert asyncio.run(scenario()) == []
+
+
+SCALARS = {
+    name.removeprefix("TYPE_").lower(): number
+    for name, number in vars(FieldDescriptor).items()
+    if name.startswith("TYPE_") and name != "TYPE_MESSAGE"
+}
+
+
+def read_proto(text: str) -> tuple[dict, dict, dict]:
+    """Messages, enums and methods of a .proto of our plain kind: no nesting but oneofs, no maps, no options."""
+    text = re.sub(r"//.*", "", text)
+    text = re.sub(r"oneof \w+ \{(.*?)\}", r"\1", text, flags=re.DOTALL)
+    blocks = re.findall(r"(message|enum|service) (\w+) \{(.*?)\}", text, flags=re.DOTALL)
+    found: dict[str, dict] = {"message": {}, "enum": {}, "service": {}}
+    for kind, name, body in blocks:
+        if kind == "message":
+            rows = re.findall(r"(repeated |optional )?(\w+) (\w+) = (\d+);", body)
+            found[kind][name] = {
+                (field, int(number), label.strip(), type_) for label, type_, field, number in rows
+            }
+        elif kind == "enum":
+            found[kind][name] = {
+                (value, int(number)) for value, number in re.findall(r"(\w+) = (\d+);", body)
+            }
+        else:
+            found[kind][name] = set(
+                re.findall(r"rpc (\w+)\((stream )?(\w+)\) returns \((stream )?(\w+)\);", body)
+            )
+    return found["message"], found["enum"], found["service"]
+
+
+def described_message(message: Descriptor) -> set:
+    def label(field: FieldDescriptor) -> str:
+        if field.is_repeated:
+            return "repeated"
+        return "optional" if field.has_presence and not field.message_type and not real_oneof(field) else ""
+
+    def real_oneof(field: FieldDescriptor) -> bool:
+        return field.containing_oneof is not None and not field.containing_oneof.name.startswith("_")
+
+    def type_(field: FieldDescriptor) -> str:
+        named: Descriptor | EnumDescriptor | None = field.message_type or field.enum_type
+        return named.name if named else next(name for name, number in SCALARS.items() if number == field.type)
+
+    return {(field.name, field.number, label(field), type_(field)) for field in message.fields}
+
+
+def test_the_generated_code_is_that_of_the_proto():
+    messages, enums, services = read_proto(PROTO.read_text())
+    file = pb.DESCRIPTOR
+    assert file.package == "xlane.engine.v1"
+    assert {name: described_message(m) for name, m in file.message_types_by_name.items()} == messages
+    assert {
+        name: {(value.name, value.number) for value in enum.values}
+        for name, enum in file.enum_types_by_name.items()
+    } == enums
+    methods = {
+        (
+            m.name,
+            "stream " * m.client_streaming,
+            m.input_type.name,
+            "stream " * m.server_streaming,
+            m.output_type.name,
+        )
+        for m in file.services_by_name["Engine"].methods
+    }
+    assert {"Engine": methods} == services
+
+
+def test_the_generator_was_the_oldest_we_support():
+    generated = PROTO.with_name("xlane_pb2.py").read_text()
+    assert "# Protobuf Python Version: 6.31.1\n" in generated
+    assert "GRPC_GENERATED_VERSION = '1.76.0'\n" in PROTO.with_name("xlane_pb2_grpc.py").read_text()
