@@ -63,7 +63,9 @@ def build(
         memory=replace(memory, temp_bytes=temp),
         kernels_note=note,
         chunk_tokens=blueprint.prefill_tokens[-1],
-        max_input_tokens=min(config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1),
+        max_input_tokens=min(
+            config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1
+        ),
     )
 
 
@@ -78,7 +80,9 @@ def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryP
     defaults = DEFAULTS[platform]
     lanes = config.lanes or defaults.lanes
     if lanes % placement.data_size:
-        raise PlanError(f"{lanes} lanes cannot be split over data_parallel={placement.data_size}: choose a multiple")
+        raise PlanError(
+            f"{lanes} lanes cannot be split over data_parallel={placement.data_size}: choose a multiple"
+        )
     most = _most_tokens(config, model)
     chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
     segments = min(SEGMENTS, lanes)
@@ -114,9 +118,15 @@ def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
     except MeshError as error:
         raise PlanError(str(error)) from None
     split = placement.model_size
-    for name, size in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size), ("vocab_size", model.vocab_size)):
+    for name, size in (
+        ("kv_heads", model.kv_heads),
+        ("ffn_size", model.ffn_size),
+        ("vocab_size", model.vocab_size),
+    ):
         if size % split:
-            raise PlanError(f"{name}={size} of this model cannot be split over {split} devices: lower --num-shard")
+            raise PlanError(
+                f"{name}={size} of this model cannot be split over {split} devices: lower --num-shard"
+            )
     return placement
 
 
@@ -128,7 +138,9 @@ def _kernels(config: EngineConfig, platform: str, placement: Placement, dtype: s
     if platform != "cpu" or not placement.single or dtype != "float32":
         why = f"{platform}, {dtype}, {placement.mesh.size} device(s)"
         if config.kernels == "native":
-            raise PlanError(f"--kernels native serves one CPU in float32, and this is {why}: use --kernels xla")
+            raise PlanError(
+                f"--kernels native serves one CPU in float32, and this is {why}: use --kernels xla"
+            )
         return plain, f"xla ({why})"
     native = native_kernels(None if config.cache_dir is None else Path(config.cache_dir))
     if not isinstance(native, str):

@@ -29,12 +29,16 @@ from .stats import Counters
 class Engine:
     """Serves one model. Make it with `Engine.build`."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, built: Built, model_sha: str | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, built: Built, model_sha: str | None = None
+    ) -> None:
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
         self._pages = PageAllocator(built.memory.pages)
-        limits = Limits(blueprint.shapes.lanes, config.page_tokens, built.chunk_tokens, blueprint.prefill_segments)
+        limits = Limits(
+            blueprint.shapes.lanes, config.page_tokens, built.chunk_tokens, blueprint.prefill_segments
+        )
         self._scheduler = Scheduler(limits, self._pages)
         self._counters = Counters()
         self._arrivals = itertools.count()
@@ -79,7 +83,9 @@ class Engine:
         self._check(request)
         if self._loop.live >= self.info.lanes + self._max_queued:
             waiting = self._loop.live - self.info.lanes
-            raise Overloaded(f"the queue is full ({waiting} requests wait; --max-queued)", self._retry_after_s())
+            raise Overloaded(
+                f"the queue is full ({waiting} requests wait; --max-queued)", self._retry_after_s()
+            )
         budget = request.sampling.max_tokens + len(request.prompt_ids)
         most = min(budget, self.info.max_total_tokens)
         self._loop.submit(Sequence(request, sink, next(self._arrivals), most))
@@ -128,16 +134,24 @@ class Engine:
         """Raise InvalidRequest for anything this engine can never serve."""
         prompt = len(request.prompt_ids)
         if self._loop.running_id(request.id):
-            raise InvalidRequest(f"request id {request.id!r} is already running; use a fresh id for each request")
+            raise InvalidRequest(
+                f"request id {request.id!r} is already running; use a fresh id for each request"
+            )
         if not prompt:
             raise InvalidRequest("the prompt is empty: give at least one token")
         if prompt > self.info.max_input_tokens:
-            raise InvalidRequest(f"the prompt has {prompt} tokens; at most {self.info.max_input_tokens} are taken (--max-input-tokens)")
+            raise InvalidRequest(
+                f"the prompt has {prompt} tokens; at most {self.info.max_input_tokens} are taken (--max-input-tokens)"
+            )
         for token in itertools.chain(request.prompt_ids, request.resume_ids):
             if not 0 <= token < self.info.vocab_size:
                 raise InvalidRequest(f"token id {token} is outside the vocabulary of {self.info.vocab_size}")
-        if prompt + len(request.resume_ids) >= min(self.info.max_total_tokens, prompt + request.sampling.max_tokens):
-            raise InvalidRequest(f"nothing is left to generate: {len(request.resume_ids)} tokens resumed, max_tokens={request.sampling.max_tokens}")
+        if prompt + len(request.resume_ids) >= min(
+            self.info.max_total_tokens, prompt + request.sampling.max_tokens
+        ):
+            raise InvalidRequest(
+                f"nothing is left to generate: {len(request.resume_ids)} tokens resumed, max_tokens={request.sampling.max_tokens}"
+            )
         check_sampling(request.sampling)
 
 

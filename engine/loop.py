@@ -150,7 +150,13 @@ class Loop:
         return not (self._stopping and not self._live)
 
     def _has_work(self) -> bool:
-        return bool(self._arrived or self._cancelled or self._stopping or self._scheduler.running or self._scheduler.waiting)
+        return bool(
+            self._arrived
+            or self._cancelled
+            or self._stopping
+            or self._scheduler.running
+            or self._scheduler.waiting
+        )
 
     def _overdue(self) -> list[tuple[Sequence, Delivery]]:
         """Drop the sequences whose deadline has passed."""

@@ -69,7 +69,9 @@ def estimate_temp_bytes(config: ModelConfig, launch_tokens: int, result_rows: in
     return launch_tokens * per_token * max(itemsize, 4) + 8 * result_rows * config.vocab_size * 4
 
 
-def plan_pages(config: EngineConfig, demand: Demand, limit_bytes: int, on_cpu: bool, lanes: int, most: int) -> MemoryPlan:
+def plan_pages(
+    config: EngineConfig, demand: Demand, limit_bytes: int, on_cpu: bool, lanes: int, most: int
+) -> MemoryPlan:
     """Decide the number of pages. `most` is the longest request in tokens.
 
     Raises PlanError if not even one longest request fits, saying what to lower.

@@ -48,7 +48,9 @@ class Blueprint:
 class Programs:
     """The compiled programs of one engine. Calling one CONSUMES state and KV."""
 
-    def __init__(self, blueprint: Blueprint, compiled: dict[str, Any], infos: tuple[ProgramInfo, ...]) -> None:
+    def __init__(
+        self, blueprint: Blueprint, compiled: dict[str, Any], infos: tuple[ProgramInfo, ...]
+    ) -> None:
         self.blueprint = blueprint
         self.infos = infos
         self._compiled = compiled
@@ -79,9 +81,7 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
         table=rows(table),
     )
     decoder = b.graph.merge(params)
-    hidden, kv = decoder(
-        rows(state.token), batch, kv, b.kernels, b.placement.constrain, one_token_rows=True
-    )
+    hidden, kv = decoder(rows(state.token), batch, kv, b.kernels, b.placement.constrain, one_token_rows=True)
     logits = decoder.logits(hidden, b.kernels)
     sampled = sample(logits, SamplingRows(*map(rows, state.sampling)), state.seen, plan.lane, position + 1)
     target = jnp.where(active, plan.lane, b.shapes.lanes)
@@ -92,7 +92,9 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
     return kv, state, pack_result(active, sampled)
 
 
-def prefill_step(blueprint: Blueprint, tokens: int, params: Params, kv: Kv, state: LaneState, packed: jax.Array):
+def prefill_step(
+    blueprint: Blueprint, tokens: int, params: Params, kv: Kv, state: LaneState, packed: jax.Array
+):
     """Traced: the prompt tokens of several lanes; lanes whose prompt ends here get their first token."""
     b = blueprint
     plan = read_prefill(packed, b.prefill_segments, tokens, b.shapes.table_width)
@@ -108,7 +110,9 @@ def prefill_step(blueprint: Blueprint, tokens: int, params: Params, kv: Kv, stat
         table=state.table.at[plan.lane].set(plan.table, mode="drop"),
         stop=state.stop.at[plan.lane].set(plan.stop, mode="drop"),
         sampling=jax.tree.map(
-            lambda x, new: x.at[plan.lane].set(new.astype(x.dtype), mode="drop"), state.sampling, plan.sampling
+            lambda x, new: x.at[plan.lane].set(new.astype(x.dtype), mode="drop"),
+            state.sampling,
+            plan.sampling,
         ),
     )
     remaining = plan.remaining - 1
@@ -133,7 +137,12 @@ def _stops(token: jax.Array, stop: jax.Array) -> jax.Array:
 
 
 def _advance(
-    state: LaneState, lane: jax.Array, token: jax.Array, position: jax.Array, remaining: jax.Array, active: jax.Array
+    state: LaneState,
+    lane: jax.Array,
+    token: jax.Array,
+    position: jax.Array,
+    remaining: jax.Array,
+    active: jax.Array,
 ) -> LaneState:
     """Write the lanes' new standing; rows whose lane is out of range are dropped."""
     return state._replace(
@@ -167,7 +176,9 @@ def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | Non
     return Programs(blueprint, compiled, tuple(infos))
 
 
-def _lower(blueprint: Blueprint, name: str, step: Callable[..., Any], plan_shape: int | tuple[int, int]) -> Any:
+def _lower(
+    blueprint: Blueprint, name: str, step: Callable[..., Any], plan_shape: int | tuple[int, int]
+) -> Any:
     """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
     b = blueprint
     params = tuple(

@@ -44,7 +44,9 @@ class Runner:
         self._programs = programs
         self._blueprint = blueprint
         self._params = params
-        self._kv = zeros_like(abstract_kv(blueprint.config, blueprint.shapes, blueprint.dtype, blueprint.placement))
+        self._kv = zeros_like(
+            abstract_kv(blueprint.config, blueprint.shapes, blueprint.dtype, blueprint.placement)
+        )
         self._state = zeros_like(abstract_state(blueprint.shapes, blueprint.placement))
         self._decode_plan: tuple[bytes, jax.Array] | None = None
 
@@ -66,7 +68,9 @@ class Runner:
             tokens, self._params, self._kv, self._state, self._put(packed)
         )
         result.copy_to_host_async()
-        ended = [sequence if segment.last else None for segment, sequence in zip(turn.segments, turn.prefilled)]
+        ended = [
+            sequence if segment.last else None for segment, sequence in zip(turn.segments, turn.prefilled)
+        ]
         return Launch(result, ended, count)
 
     def _decode(self, turn: Turn) -> Launch:

@@ -53,7 +53,9 @@ class Sampled(NamedTuple):
     """float32[R, MAX_TOP_LOGPROBS]"""
 
 
-def sample(logits: jax.Array, rows: SamplingRows, seen: jax.Array, lanes: jax.Array, position: jax.Array) -> Sampled:
+def sample(
+    logits: jax.Array, rows: SamplingRows, seen: jax.Array, lanes: jax.Array, position: jax.Array
+) -> Sampled:
     """Choose one token per row.
 
     logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on) ·

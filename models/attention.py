@@ -65,7 +65,10 @@ class XlaKernels:
         tokens, heads, head_dim = q.shape
         kv_heads = kv.k.shape[0]
         # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
-        grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).swapaxes(0, 1).astype(jnp.float32) * scale
+        grouped = (
+            q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).swapaxes(0, 1).astype(jnp.float32)
+            * scale
+        )
         attend = _attend_rows if one_token_rows else _attend_packed
         out = attend(grouped, kv, batch, window)
         return out.swapaxes(0, 1).reshape(tokens, heads, head_dim).astype(q.dtype), kv
@@ -101,6 +104,11 @@ def _accumulate(carry, scores, seen, values, pattern: str):
     return new_maximum, total * fade + weights.sum(axis=-1), acc
 
 
+def _keys(block: jax.Array, size: int) -> jax.Array:
+    """int32[1, 1, 1, S]: the positions of a block's keys."""
+    return (block * size + jnp.arange(size, dtype=jnp.int32))[None, None, None, :]
+
+
 def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     """Causal, and inside the window if there is one."""
     seen = key <= query
@@ -121,7 +129,7 @@ def _attend_rows(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | Non
     def body(block: jax.Array, carry):
         pages = jax.lax.dynamic_slice_in_dim(table, block * count, count, axis=1)
         scores = jnp.einsum("ktgh,ktsh->ktgs", q, gather(kv.k, pages))
-        seen = _visible(position, block * size + jnp.arange(size, dtype=jnp.int32), window)
+        seen = _visible(position, _keys(block, size), window)
         return _accumulate(carry, scores, seen, gather(kv.v, pages), "ktgs,ktsh->ktgh")
 
     blocks = (batch.positions.max() + size) // size
@@ -148,7 +156,7 @@ def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | N
         pages = jax.lax.dynamic_slice(table, (row, block * count), (1, count))[0]
         scores = jnp.einsum("ktgh,ksh->ktgs", q, gather(kv.k, pages))
         mine = (batch.rows == row)[None, :, None, None]
-        seen = mine & _visible(position, block * size + jnp.arange(size, dtype=jnp.int32), window)
+        seen = mine & _visible(position, _keys(block, size), window)
         return _accumulate(carry, scores, seen, gather(kv.v, pages), "ktgs,ksh->ktgh")
 
     return _run(ends[-1], body, (kv_heads, tokens, group), head_dim)

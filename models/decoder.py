@@ -21,7 +21,9 @@ from .rope import rotate, rotation
 from .spec import PANEL, ParamSpec
 
 
-def _param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str, packed: bool = False) -> nnx.Param:
+def _param(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str, packed: bool = False
+) -> nnx.Param:
     """A parameter that carries its own description. Built under `nnx.eval_shape`, so nothing is allocated."""
     spec = ParamSpec("", shape, dtype, axes, packed)
     return nnx.Param(jnp.zeros(spec.stored_shape, dtype), spec=spec)
@@ -38,7 +40,9 @@ class _Style:
 class Linear(nnx.Module):
     """y = x W^T + b. The weight's last axis is contracted; its other axes are the outputs."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], bias: bool, style: _Style) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], bias: bool, style: _Style
+    ) -> None:
         self.outputs = math.prod(shape[:-1])
         self.weight = _param(shape, axes, style.dtype, style.packed)
         self.bias = _param(shape[:-1], axes[:-1], style.dtype) if bias else None
@@ -132,7 +136,11 @@ class Layer(nnx.Module):
         return self.down(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], step.kernels)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["batch", "rotation"], meta_fields=["kernels", "one_token_rows"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["batch", "rotation"],
+    meta_fields=["kernels", "one_token_rows"],
+)
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What every layer of one call shares. A pytree: kernels and mode are static."""
@@ -160,7 +168,9 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.hidden_size, style)
         self.layers = nnx.List(Layer(config, index, style) for index in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, style)
-        self.head = None if config.tied_embeddings else Embedding(config.vocab_size, config.hidden_size, style)
+        self.head = (
+            None if config.tied_embeddings else Embedding(config.vocab_size, config.hidden_size, style)
+        )
 
     def __call__(
         self,

@@ -37,7 +37,7 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
 
 def rotation(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """positions int32[T] -> (cos, sin) float32[T, 1, H/2]. In float32: bfloat16 cannot tell far positions apart."""
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config)
+    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config)[None, :]
     return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
 
 

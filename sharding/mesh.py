@@ -54,7 +54,9 @@ class Placement:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*fits)))
 
 
-def make_placement(data: int = 1, model: int | None = None, devices: Sequence[jax.Device] | None = None) -> Placement:
+def make_placement(
+    data: int = 1, model: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> Placement:
     """A (data, model) mesh over the first data*model devices; `model` None takes all that are left.
 
     Raises MeshError if there are too few devices.

@@ -1,0 +1,132 @@
+"""The decoder's logits against transformers': prefill in chunks beside another row, then token by token, over page
+borders, for every family, with both kernels."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support.tiny import TINY_KINDS, hf_logits, tiny_model
+from xlane.engine.kernels.native import native_kernels
+from xlane.models.attention import XlaKernels
+from xlane.models.decoder import DecoderGraph
+from xlane.models.kernels import Kernels, KvLayer, PagedBatch
+from xlane.models.loader import load_params
+from xlane.models.opened import open_model
+from xlane.sharding.mesh import make_placement
+
+PAGE_TOKENS, PAGES, WIDTH = 4, 24, 8
+TOLERANCE = 1e-4
+"""Largest error relative to the largest logit, float32. Never relaxed."""
+
+OURS = np.random.default_rng(1).integers(3, 131, 23).tolist()
+OTHER = np.random.default_rng(2).integers(3, 131, 9).tolist()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(params=["xla", "native"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if request.param == "xla":
+        return XlaKernels("cpu")
+    native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
+    if isinstance(native, str):
+        pytest.skip(native)
+    return native
+
+
+class Network:
+    """A tiny model with its KV pool, called directly."""
+
+    def __init__(self, path: Path, kernels: Kernels) -> None:
+        opened = open_model(path)
+        self.config = opened.config
+        self.graph = DecoderGraph.of(opened.config, "float32", packed=kernels.packed)
+        self.placement = make_placement(1, 1)
+        assert opened.source is not None
+        self.params = load_params(self.graph.specs, opened.source, lambda spec: self.placement.replicated)
+        pool = jnp.zeros((opened.config.kv_heads, PAGES, PAGE_TOKENS, opened.config.head_dim))
+        self.kv = tuple(KvLayer(pool, pool) for _ in range(opened.config.layers))
+        self.kernels = kernels
+        # Scattered on purpose: pages of a row are neither adjacent nor in order.
+        self.table = (
+            np.random.default_rng(3).permutation(PAGES)[: 2 * WIDTH].reshape(2, WIDTH).astype(np.int32)
+        )
+
+    def __call__(
+        self, tokens: list[int], rows: list[int], positions: list[int], one_token_rows: bool
+    ) -> np.ndarray:
+        """Run one launch -> float32[T, V]."""
+        table = self.table[rows] if one_token_rows else self.table
+        index = list(range(len(rows))) if one_token_rows else rows
+        batch = PagedBatch(jnp.array(positions, jnp.int32), jnp.array(index, jnp.int32), jnp.array(table))
+        logits, self.kv = _launch(
+            self.graph,
+            self.kernels,
+            one_token_rows,
+            self.params,
+            self.kv,
+            jnp.array(tokens, jnp.int32),
+            batch,
+        )
+        return np.asarray(logits)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _launch(graph, kernels, one_token_rows, params, kv, tokens, batch):
+    decoder = graph.merge(params)
+    hidden, kv = decoder(tokens, batch, kv, kernels, lambda x, axes: x, one_token_rows=one_token_rows)
+    return decoder.logits(hidden, kernels), kv
+
+
+def largest_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_logits_equal_transformers(kind: str, kernels: Kernels, models: Path) -> None:
+    path = tiny_model(kind, models)
+    ours, other = hf_logits(path, OURS), hf_logits(path, OTHER)
+    network = Network(path, kernels)
+
+    first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)
+    assert largest_error(first[:10], ours[:10]) <= TOLERANCE
+
+    # The second chunk shares its launch with another sequence's prompt.
+    second = network(
+        OURS[10:14] + OTHER[:6] + [0] * 2, [0] * 4 + [1] * 8, [*range(10, 14), *range(6), -1, -1], False
+    )
+    assert largest_error(second[:4], ours[10:14]) <= TOLERANCE
+    assert largest_error(second[4:10], other[:6]) <= TOLERANCE
+
+    for step in range(3):
+        both = network([OTHER[6 + step], OURS[14 + step]], [1, 0], [6 + step, 14 + step], True)
+        assert largest_error(both[0], other[6 + step]) <= TOLERANCE
+        assert largest_error(both[1], ours[14 + step]) <= TOLERANCE
+    for position in range(17, len(OURS)):
+        alone = network([OURS[position], 0], [0, 1], [position, -1], True)
+        assert largest_error(alone[0], ours[position]) <= TOLERANCE
+
+
+def test_specs_follow_the_order_of_the_tree() -> None:
+    """More than ten layers: a path sorted as text would put layer 10 before layer 2."""
+    from xlane.models.config import ModelConfig
+
+    config = ModelConfig(
+        family="llama", vocab_size=8, hidden_size=8, layers=12, heads=2, kv_heads=1, head_dim=4, ffn_size=8,
+        max_positions=16, norm_eps=1e-5, rope_theta=1e4,
+    )  # fmt: skip
+    graph = DecoderGraph.of(config, "float32")
+    params = tuple(jnp.full(spec.shape, float(number)) for number, spec in enumerate(graph.specs))
+    decoder = graph.merge(params)
+    numbers = {spec.path: number for number, spec in enumerate(graph.specs)}
+    for layer in (2, 10):
+        assert decoder.layers[layer].down.weight[...][0, 0] == numbers[f"layers.{layer}.down.weight"]
+    assert decoder.head is not None
+    assert decoder.head.weight[...][0, 0] == numbers["head.weight"]
