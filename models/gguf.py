@@ -104,7 +104,7 @@ class GgufTensors:
             return _dequantize(tensor.data, tensor.kind).reshape(shape)[rows].copy()
         # A row of the first axis is several stored rows when there are more than two dimensions.
         data = tensor.data.reshape(shape[0], -1)[rows]
-        return _dequantize(data, tensor.kind).reshape(-1, *shape[1:])
+        return _dequantize(data, tensor.kind).reshape(len(data), *shape[1:])
 
     def _get(self, name: str) -> _Tensor:
         tensor = self._tensors.get(name)
@@ -152,8 +152,11 @@ def _dequantize(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     if kind == GGMLQuantizationType.F32:
         return np.array(data).view("<f4")
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    joined, rows = 1, len(data)
-    row_values = max(data.shape[1] // block_bytes * block, 1)
-    while rows % (2 * joined) == 0 and rows and joined * row_values < JOINED_VALUES:
+    rows, row_bytes = data.shape
+    row_values = row_bytes // block_bytes * block
+    if not rows:
+        return np.empty((0, row_values), np.float32)
+    joined = 1
+    while rows % (2 * joined) == 0 and joined * row_values < JOINED_VALUES:
         joined *= 2
-    return dequantize(np.ascontiguousarray(data).reshape(rows // joined, -1), kind)
+    return dequantize(np.ascontiguousarray(data).reshape(rows // joined, joined * row_bytes), kind)

@@ -66,36 +66,36 @@ def architecture_of(file: GgufFile) -> Architecture:
 def head_counts(file: GgufFile) -> dict[str, int]:
     """Heads of the two projections that rotate, by the middle of their tensors' names at Hugging Face."""
     read = _Reader(file)
-    heads = read("attention.head_count")
-    return {"q_proj": heads, "k_proj": read("attention.head_count_kv", heads)}
+    heads = read.integer("attention.head_count")
+    return {"q_proj": heads, "k_proj": read.integer("attention.head_count_kv", heads)}
 
 
 def config_from_gguf(file: GgufFile) -> dict[str, Any]:
     """The file's metadata as a config.json. Raises UnsupportedModel naming the key that is missing or not understood."""
     read = _Reader(file)
-    heads, hidden = read("attention.head_count"), read("embedding_length")
-    head_dim = read("attention.key_length", hidden // heads)
+    heads, hidden = read.integer("attention.head_count"), read.integer("embedding_length")
+    head_dim = read.integer("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := read(key, head_dim)) != head_dim:
+        if (value := read.integer(key, head_dim)) != head_dim:
             raise read.refused(key, value, f"only heads of one width are supported, here {head_dim}")
-    if experts := read("expert_count", 0):
+    if experts := read.integer("expert_count", 0):
         raise read.refused("expert_count", experts, "mixtures of experts are not supported")
     embedding = file.tensors.get("token_embd.weight")
     config: dict[str, Any] = {
         "architectures": [read.architecture.hf_class],
         "model_type": read.architecture.name,
         "hidden_size": hidden,
-        "intermediate_size": read("feed_forward_length"),
-        "num_hidden_layers": read("block_count"),
+        "intermediate_size": read.integer("feed_forward_length"),
+        "num_hidden_layers": read.integer("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": read("attention.head_count_kv", heads),
+        "num_key_value_heads": read.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": read("context_length"),
-        "rms_norm_eps": _decimal(read("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(read("rope.freq_base", 10000.0)),
+        "max_position_embeddings": read.integer("context_length"),
+        "rms_norm_eps": read.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": read.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, read, head_dim),
-        "vocab_size": embedding.shape[0] if embedding else read("vocab_size"),
+        "vocab_size": embedding.shape[0] if embedding else read.integer("vocab_size"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     config |= _particulars(file, read)
@@ -113,7 +113,25 @@ class _Reader:
             if key.startswith(self.prefix) and key.removeprefix(self.prefix) not in _KNOWN:
                 raise self.refused(key.removeprefix(self.prefix), value, "this option is not understood")
 
-    def __call__(self, key: str, default: Any = None) -> Any:
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number, not 0 unless there is a default; one for all layers where the file has one for each."""
+        value = self._get(key, default)
+        if type(value) is not int or value < (default is None):
+            raise self.refused(key, value, "a whole number is expected")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number, as the person wrote it who chose it: before it was rounded to float32."""
+        value = self._get(key, default)
+        if not isinstance(value, int | float):
+            raise self.refused(key, value, "a number is expected")
+        return float(f"{value:.6g}")  # 9.99999974e-06 -> 1e-05
+
+    def text(self, key: str, default: str) -> str:
+        """A name."""
+        return str(self._get(key, default))
+
+    def _get(self, key: str, default: object) -> object:
         value = self.file.metadata.get(self.prefix + key, default)
         if isinstance(value, list):
             if len(set(value)) != 1:
@@ -129,7 +147,7 @@ class _Reader:
 
 def _particulars(file: GgufFile, read: _Reader) -> dict[str, Any]:
     """Keys that only some model types have."""
-    kind, window = read.architecture.name, read("attention.sliding_window", 0)
+    kind, window = read.architecture.name, read.integer("attention.sliding_window", 0)
     biases = {
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -141,24 +159,24 @@ def _particulars(file: GgufFile, read: _Reader) -> dict[str, Any]:
         mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         return mistral | {"sliding_window": window}
     if kind == "smollm3":
-        layers = range(1, read("block_count") + 1)
+        layers = range(1, read.integer("block_count") + 1)
         return biases | {"no_rope_layers": [int(layer % SMOLLM3_ROPE_STEP != 0) for layer in layers]}
     # Qwen's biases go without saying; a tensor that is not expected is found by the loader.
     return biases if kind == "llama" else {}
 
 
 def _rope_scaling(file: GgufFile, read: _Reader, head_dim: int) -> dict[str, Any] | None:
-    kind, factor = read("rope.scaling.type", "none"), read("rope.scaling.factor", 1.0)
-    if (linear := read("rope.scale_linear", 1.0)) != 1.0:
+    kind, factor = read.text("rope.scaling.type", "none"), read.number("rope.scaling.factor", 1.0)
+    if (linear := read.number("rope.scale_linear", 1.0)) != 1.0:
         kind, factor = "linear", linear
     if ROPE_FREQS in file.tensors:
         if kind not in ("none", "llama3"):
             raise read.refused("rope.scaling.type", kind, f"not together with {ROPE_FREQS}")
-        return _llama3_scaling(file, _decimal(read("rope.freq_base", 10000.0)), head_dim)
+        return _llama3_scaling(file, read.number("rope.freq_base", 10000.0), head_dim)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
     # Whatever else it is (yarn, longrope), the family is asked and refuses it by its name.
-    return {"rope_type": kind, "factor": float(factor)}
+    return {"rope_type": kind, "factor": factor}
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
@@ -191,8 +209,3 @@ def _special_ids(file: GgufFile) -> dict[str, Any]:
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(dict.fromkeys(i for i in ids if i is not None)),
     }
-
-
-def _decimal(value: float) -> float:
-    """The number a person wrote before it was rounded to float32 (9.99999974e-06 -> 1e-05)."""
-    return float(f"{value:.6g}")

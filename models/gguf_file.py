@@ -72,7 +72,7 @@ class GgufFile:
             if key in self.metadata:
                 raise self.broken(f"metadata key {key} appears twice")
             self.metadata[key] = cursor.value(cursor.scalar("I"))
-        if (parts := self.metadata.get("split.count", 1)) > 1:
+        if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
             raise self.broken(f"one of {parts} parts; join them first (llama-gguf-split --merge)")
         self._read_tensors(cursor, tensors)
 

@@ -1,0 +1,288 @@
+"""GGUF tensors and configuration: against the gguf package's own reading, and files that must be refused."""
+
+import json
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from xlane.models.errors import CheckpointError, UnsupportedModel
+from xlane.models.gguf import READABLE, GgufFile, GgufTensors, config_from_gguf
+from xlane.models.registry import config_from_hf
+
+from . import gguf_writing as tiny
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+def converter_permutes(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to a rotary projection."""
+    rows = weight.shape[0] // heads
+    return weight.reshape(heads, 2, rows // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def read_all(tensors: GgufTensors, name: str) -> np.ndarray:
+    return tensors.read_rows(name, 0, tensors.shape(name)[0])
+
+
+@pytest.fixture(scope="module")
+def reader(demo_gguf: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(demo_gguf)
+
+
+def test_the_demo_is_what_ggufs_own_reader_reads(demo_gguf: Path, reader: gguf.GGUFReader):
+    file = GgufFile(demo_gguf)
+    own = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert file.metadata == own
+    tensors, theirs = GgufTensors(file), {tensor.name: tensor for tensor in reader.tensors}
+    assert len(list(tensors.names())) == len(theirs) == 272
+    for ours, name in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.29.mlp.down_proj.weight", "blk.29.ffn_down.weight"),
+        ("model.layers.7.self_attn.v_proj.weight", "blk.7.attn_v.weight"),
+        ("model.layers.3.input_layernorm.weight", "blk.3.attn_norm.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+    ):
+        expected = gguf.quants.dequantize(theirs[name].data, theirs[name].tensor_type)
+        assert tensors.shape(ours) == expected.shape
+        np.testing.assert_array_equal(read_all(tensors, ours), expected)
+    for part, heads in (("q", 9), ("k", 3)):
+        stored = theirs[f"blk.5.attn_{part}.weight"]
+        ours = read_all(tensors, f"model.layers.5.self_attn.{part}_proj.weight")
+        expected = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        np.testing.assert_array_equal(converter_permutes(ours, heads), expected)
+
+
+def test_the_demo_is_opened_and_dequantised_in_time(demo_gguf: Path):
+    # A third of a second and one second on two quiet cores; the bounds are for a busy machine.
+    began = time.perf_counter()
+    tensors = GgufTensors(GgufFile(demo_gguf))
+    assert time.perf_counter() - began < 1
+    for name in tensors.names():
+        assert read_all(tensors, name).dtype == tensors.dtype(name) == np.float32
+    assert time.perf_counter() - began < 8
+
+
+def test_the_demo_configures_a_model(demo_gguf: Path):
+    raw = config_from_gguf(GgufFile(demo_gguf))
+    assert json.loads(json.dumps(raw)) == raw
+    config = config_from_hf(raw)
+    assert (config.family, config.vocab_size, config.hidden_size, config.layers) == ("llama", 49152, 576, 30)
+    assert (config.heads, config.kv_heads, config.head_dim, config.ffn_size) == (9, 3, 64, 1536)
+    assert (config.max_positions, config.norm_eps, config.rope_theta) == (8192, 1e-5, 100000.0)
+    assert config.tied_embeddings
+    assert (config.bos_id, config.eos_ids) == (1, (2,))
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_every_storage_type_reads_as_the_package_dequantises(tmp_path: Path, kind: str):
+    how, values = Type[kind], tiny.weights()
+    tensors = GgufTensors(GgufFile(tiny.write(tmp_path / "m.gguf", kind=how)))
+    for ours, name in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.0.mlp.gate_proj.weight", "blk.0.ffn_gate.weight"),
+        ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
+    ):
+        expected = gguf.quants.dequantize(tiny.stored(values[name], how), how)
+        whole = read_all(tensors, ours)
+        assert whole.dtype == np.float32
+        assert whole.flags.writeable
+        np.testing.assert_array_equal(whole, expected)
+        np.testing.assert_array_equal(tensors.read_rows(ours, 7, 20), expected[7:20])
+        assert tensors.read_rows(ours, 5, 5).shape == (0, expected.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("arch", "reorders"), [("llama", True), ("smollm3", True), ("qwen2", False), ("qwen3", False)]
+)
+def test_rows_of_queries_and_keys_are_in_hugging_faces_order(tmp_path: Path, arch: str, reorders: bool):
+    values = tiny.weights()
+    bias = np.arange(tiny.KV_HEADS * tiny.HEAD_DIM, dtype=np.float32)
+    q, k = values["blk.1.attn_q.weight"], values["blk.1.attn_k.weight"]
+    kept = {**values, "blk.1.attn_k.bias": bias}
+    if reorders:
+        kept["blk.1.attn_q.weight"] = converter_permutes(q, tiny.HEADS)
+        kept["blk.1.attn_k.weight"] = converter_permutes(k, tiny.KV_HEADS)
+        kept["blk.1.attn_k.bias"] = converter_permutes(bias, tiny.KV_HEADS)
+    tensors = GgufTensors(GgufFile(tiny.write(tmp_path / "m.gguf", arch, tensors=kept)))
+    np.testing.assert_array_equal(read_all(tensors, "model.layers.1.self_attn.q_proj.weight"), q)
+    np.testing.assert_array_equal(tensors.read_rows(K_PROJ, 30, 70), k[30:70])
+    np.testing.assert_array_equal(read_all(tensors, K_PROJ.replace("weight", "bias")), bias)
+    np.testing.assert_array_equal(
+        read_all(tensors, "model.layers.1.self_attn.v_proj.weight"), values["blk.1.attn_v.weight"]
+    )
+
+
+@pytest.mark.parametrize("arch", ["llama", "smollm3", "qwen2", "qwen3"])
+def test_every_architecture_configures_a_model(tmp_path: Path, arch: str):
+    keys = {
+        "tokenizer.ggml.eot_token_id": 5,
+        f"{arch}.attention.key_length": 32,
+        f"{arch}.attention.value_length": 32,
+    }
+    head = {"output.weight": np.ones((tiny.V, tiny.D), np.float32)}
+    config = config_from_hf(
+        config_from_gguf(GgufFile(tiny.write(tmp_path / "m.gguf", arch, keys, tiny.weights() | head)))
+    )
+    assert config.family == arch
+    assert (config.vocab_size, config.head_dim, config.eos_ids) == (tiny.V, 32, (2, 5))
+    assert not config.tied_embeddings
+    assert config.qkv_bias == (arch == "qwen2")
+    assert config.qk_norm == (arch == "qwen3")
+    assert config.window is None
+
+
+def test_smollm3_skips_positions_in_every_fourth_layer(tmp_path: Path):
+    path = tiny.write(tmp_path / "m.gguf", "smollm3", {"smollm3.block_count": 8})
+    config = config_from_hf(config_from_gguf(GgufFile(path)))
+    assert [config.layer_rotates(layer) for layer in range(8)] == [True, True, True, False] * 2
+
+
+def test_a_window_makes_it_mistral(tmp_path: Path):
+    path = tiny.write(tmp_path / "m.gguf", keys={"llama.attention.sliding_window": 128})
+    config = config_from_hf(config_from_gguf(GgufFile(path)))
+    assert (config.family, config.window) == ("mistral", 128)
+
+
+def llama3_factors(factor: float, theta: float = 10000.0) -> np.ndarray:
+    """Llama 3.1's rule, one frequency at a time."""
+    out: list[float] = []
+    for pair in range(tiny.HEAD_DIM // 2):
+        wavelength = 2 * np.pi * theta ** (2 * pair / tiny.HEAD_DIM)
+        if wavelength < 8192 / 4:
+            out.append(1.0)
+        elif wavelength > 8192:
+            out.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, np.float32)
+
+
+def test_llama3_rope_is_recognised_by_its_effect(tmp_path: Path):
+    tensors = tiny.weights() | {"rope_freqs.weight": llama3_factors(32.0)}
+    file = GgufFile(tiny.write(tmp_path / "m.gguf", tensors=tensors))
+    scaling = config_from_hf(config_from_gguf(file)).rope_scaling
+    assert scaling is not None
+    assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (32.0, 1.0, 4.0)
+    assert scaling.original_max_position == 8192
+    assert len(list(GgufTensors(file).names())) == len(tiny.shapes())
+
+
+def test_another_rescaling_of_frequencies_is_refused(tmp_path: Path):
+    tensors = tiny.weights() | {"rope_freqs.weight": np.linspace(1, 8, 32, dtype=np.float32)}
+    file = GgufFile(tiny.write(tmp_path / "m.gguf", tensors=tensors))
+    with pytest.raises(UnsupportedModel, match=r"rope_freqs\.weight"):
+        config_from_gguf(file)
+
+
+def test_linear_rope_is_kept_and_yarn_is_refused(tmp_path: Path):
+    def config(kind: str):
+        keys = {
+            "llama.rope.scaling.type": kind,
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 128,
+        }
+        return config_from_hf(config_from_gguf(GgufFile(tiny.write(tmp_path / f"{kind}.gguf", keys=keys))))
+
+    assert config("linear").rope_linear_factor == 4.0
+    with pytest.raises(UnsupportedModel, match="yarn"):
+        config("yarn")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"llama.attn_logit_softcapping": 30.0}, r"llama\.attn_logit_softcapping"),
+        ({"llama.expert_count": 8}, r"llama\.expert_count"),
+        ({"llama.attention.value_length": 32}, r"llama\.attention\.value_length"),
+        ({"llama.rope.dimension_count": 32}, r"llama\.rope\.dimension_count"),
+        ({"llama.feed_forward_length": [512, 256]}, r"llama\.feed_forward_length"),
+        ({"llama.block_count": "two"}, r"llama\.block_count = 'two'"),
+        ({"llama.context_length": None}, r"llama\.context_length is missing"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_its_key(tmp_path: Path, keys: dict[str, object], named: str):
+    path = tiny.write(tmp_path / "m.gguf", keys=keys)
+    with pytest.raises(UnsupportedModel, match=named):
+        config_from_gguf(GgufFile(path))
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(UnsupportedModel, match=r"'gemma3'.*llama, smollm3"):
+        config_from_gguf(GgufFile(tiny.write(tmp_path / "m.gguf", "gemma3")))
+
+
+def test_another_storage_type_is_refused_by_name_and_tensor(tmp_path: Path):
+    path = tiny.write(tmp_path / "m.gguf", kind=Type.IQ4_XS)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tensor token_embd\.weight is stored as IQ4_XS"):
+        GgufTensors(GgufFile(path))
+
+
+def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path):
+    path = tiny.write(
+        tmp_path / "m.gguf", tensors=tiny.weights() | {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}
+    )
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_sinks\.weight"):
+        GgufTensors(GgufFile(path))
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path):
+    tensors = GgufTensors(GgufFile(tiny.write(tmp_path / "m.gguf")))
+    assert tensors.where("model.norm.weight").endswith("m.gguf (output_norm.weight)")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        tensors.shape("lm_head.weight")
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path):
+    whole = tiny.write(tmp_path / "m.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    # The writer pads the end, so the last few bytes belong to no tensor.
+    for size in [0, 3, 4, 8, 20, *range(24, 3000, 61), len(whole) // 2, len(whole) - 4096]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            GgufTensors(GgufFile(cut))
+
+
+@pytest.mark.parametrize(
+    ("start", "content", "message"),
+    [
+        (0, b"GGML", "not a GGUF file"),
+        (4, b"\x09\x00\x00\x00", "version 9"),
+        (4, b"\x00\x00\x00\x03", "big-endian"),
+        (8, b"\xff" * 8, "dimensions"),
+        (16, b"\xff" * 8, "truncated or corrupt"),
+        (24, b"\xff" * 8, "truncated or corrupt"),
+    ],
+)
+def test_a_corrupt_header_is_refused(tmp_path: Path, start: int, content: bytes, message: str):
+    data = bytearray(tiny.write(tmp_path / "m.gguf").read_bytes())
+    data[start : start + len(content)] = content
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"bad\.gguf: .*{message}"):
+        GgufFile(tmp_path / "bad.gguf")
+
+
+def test_random_corruption_is_an_error_of_ours_or_none(tmp_path: Path):
+    whole = tiny.write(tmp_path / "m.gguf", keys={"tokenizer.ggml.tokens": ["a", "b"]}).read_bytes()
+    random, bad = np.random.default_rng(0), tmp_path / "bad.gguf"
+    for _ in range(200):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(0, 2500, 3)] = random.integers(0, 256, 3)
+        bad.write_bytes(data.tobytes())
+        try:
+            file = GgufFile(bad)
+            config_from_gguf(file)
+            GgufTensors(file)
+        except (CheckpointError, UnsupportedModel):
+            pass
+
+
+def test_a_missing_file_and_a_part_of_one_are_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="No such file"):
+        GgufFile(tmp_path / "none.gguf")
+    path = tiny.write(tmp_path / "m.gguf", keys={"split.count": 3})
+    with pytest.raises(CheckpointError, match="one of 3 parts"):
+        GgufFile(path)
