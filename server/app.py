@@ -1,0 +1,109 @@
+"""The ASGI app: routes, middleware, error handlers, put together once. Everything it needs is handed in."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..engine import EngineError
+from . import misc, native, sagemaker
+from .auth import RequireKey
+from .backend import Backend
+from .config import ServerConfig
+from .errors import ServerError, error_response
+from .front import Front, Permits
+from .metrics import Metrics
+from .middleware import BodyLimit, RequestIds, TidyPaths
+from .openai_chat import chat_completions
+from .openai_completions import completions
+from .openai_models import list_models, show_model
+from .stream import ClientGone
+from .text import TextWorkers
+
+
+def create_app(backend: Backend, config: ServerConfig) -> Starlette:
+    """The app. It can be started before the backend is ready, and then says so."""
+    front = Front(
+        config=config,
+        backend=backend,
+        permits=Permits(config.max_concurrent_requests),
+        metrics=Metrics(),
+        workers=TextWorkers(config.validation_workers),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        front.workers.close()
+
+    app = Starlette(
+        routes=_routes(),
+        middleware=_middleware(config),
+        exception_handlers={
+            HTTPException: _on_error,
+            ServerError: _on_error,
+            EngineError: _on_error,
+            ClientGone: _on_client_gone,
+            Exception: _on_error,
+        },
+        lifespan=lifespan,
+    )
+    # TidyPaths has made one path of all spellings; a redirect would lose the body of a POST with some clients.
+    app.router.redirect_slashes = False
+    app.state.front = front
+    return app
+
+
+def _routes() -> list[Route]:
+    return [
+        Route("/", native.compat, methods=["POST"]),
+        Route("/generate", native.generate, methods=["POST"]),
+        Route("/generate_stream", native.generate_stream, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/invocations", sagemaker.invocations, methods=["POST"]),
+        Route("/tokenize", misc.tokenize, methods=["POST"]),
+        Route("/chat_tokenize", misc.chat_tokenize, methods=["POST"]),
+        *(Route(path, list_models) for path in ("/v1/models", "/models")),
+        *(Route(path, show_model) for path in ("/v1/models/{model:path}", "/models/{model:path}")),
+        Route("/info", misc.info),
+        *(Route(path, misc.health) for path in ("/", "/health", "/ping", "/v1/health")),
+        Route("/metrics", misc.metrics),
+    ]
+
+
+def _middleware(config: ServerConfig) -> list[Middleware]:
+    """From the outside in."""
+    cors: list[Middleware] = []
+    if config.cors_allow_origins:
+        cors.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_allow_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["authorization", "content-type"],
+                expose_headers=["x-request-id"],
+            )
+        )
+    return [
+        Middleware(TidyPaths),
+        Middleware(RequestIds),
+        *cors,
+        Middleware(RequireKey, key=config.api_key),
+        Middleware(BodyLimit, limit=config.payload_limit),
+    ]
+
+
+async def _on_error(request: HttpRequest, error: Exception) -> Response:
+    # The scope's path, not request.url: a Host header can change what that says.
+    return error_response(error, request.scope["path"])
+
+
+async def _on_client_gone(request: HttpRequest, error: Exception) -> Response:
+    return Response(status_code=499)

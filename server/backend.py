@@ -1,0 +1,65 @@
+"""What stands behind the front, and whether it can be used now. Filled in by whoever starts the engine.
+
+The HTTP port is open from the first second; until `ready` is called, and again after `down`, every generation is
+answered with the reason why not yet. Knows no HTTP.
+"""
+
+from dataclasses import dataclass
+
+from ..engine import EngineClient, EngineInfo
+from .errors import NotReady
+from .text import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """All that answering a request takes, together or not at all."""
+
+    engine: EngineClient
+    tokenizer: TextTokenizer
+    info: EngineInfo
+
+
+class Backend:
+    """The one changing thing between the starter of the engine and the routes. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._serving: Serving | None = None
+        self._reason = "starting"
+        self._draining = False
+
+    def say(self, reason: str) -> None:
+        """What is being waited for, shown by /health: "loading weights 40 %"."""
+        self._reason = reason
+
+    def ready(self, engine: EngineClient, tokenizer: TextTokenizer, info: EngineInfo) -> None:
+        """From now on requests are served."""
+        self._serving = Serving(engine, tokenizer, info)
+        self._reason = ""
+
+    def down(self, reason: str) -> None:
+        """From now on requests are refused, for this reason; running ones are not touched."""
+        self._serving = None
+        self._reason = reason
+
+    def drain(self) -> None:
+        """From now on new requests are refused for good; running ones end normally."""
+        self._draining = True
+
+    @property
+    def reason(self) -> str | None:
+        """Why requests are refused now, or None if they are served."""
+        if self._draining:
+            return "shutting down"
+        return None if self._serving is not None else self._reason
+
+    @property
+    def latest(self) -> Serving | None:
+        """What is there, whether or not it takes requests; for health and metrics."""
+        return self._serving
+
+    def serving(self) -> Serving:
+        """What to serve with. Raises NotReady."""
+        if self._serving is None or self._draining:
+            raise NotReady(f"The server takes no requests now: {self.reason}")
+        return self._serving

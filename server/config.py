@@ -1,0 +1,56 @@
+"""Every choice the HTTP front is run with, in one frozen value. Knows no engine: model limits come from EngineInfo."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """How the front listens, whom it lets in and what it refuses before the engine hears of it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reachable from this machine only."""
+    port: int = 3000
+    """TCP port; 0 takes a free one."""
+    api_key: str | None = None
+    """Bearer key every POST must carry; None asks for none."""
+    cors_allow_origins: tuple[str, ...] = ()
+    """Origins whose pages may call this server; `("*",)` is any, as TGI does by default; empty sends no CORS header, so
+    that a stranger's page cannot use a server on the visitor's own machine."""
+    served_model_name: str | None = None
+    """Name shown in replies and model lists, and accepted as `model`; None shows the engine's model id."""
+
+    payload_limit: int = 2_000_000
+    """Largest request body, bytes."""
+    header_limit: int = 32_768
+    """Largest request head (target and headers together), bytes."""
+    header_count_limit: int = 100
+    """Most header lines of a request."""
+    header_timeout_s: float = 10.0
+    """Seconds a client has to send a whole request head."""
+    keep_alive_timeout_s: int = 75
+    """Seconds an idle connection is kept; longer than the pools of common clients, so that they close first."""
+
+    max_concurrent_requests: int = 128
+    """Most sequences in flight, waiting ones included; beyond it the answer is 429."""
+    max_best_of: int = 2
+    """Most sequences of one native request (`best_of`)."""
+    max_choices: int = 16
+    """Most sequences per prompt of one OpenAI request (`n`, `best_of`)."""
+    max_stop_sequences: int = 4
+    """Most stop strings of one request."""
+    max_stop_chars: int = 1_000
+    """Longest stop string, characters."""
+    max_top_n_tokens: int = 5
+    """Most alternatives per token of one native request."""
+    max_client_batch_size: int = 4
+    """Most prompts of one `/v1/completions` request."""
+    max_token_bytes: int = 512
+    """Longest text one token may stand for, UTF-8 bytes. A prompt longer than the token limit times this is refused
+    without being tokenised."""
+
+    validation_workers: int = 2
+    """Threads that tokenise and render chat templates."""
+    sse_keep_alive_s: float = 15.0
+    """Seconds of silence after which a stream gets a comment, so that proxies keep it."""
+    graceful_termination_timeout_s: float = 90.0
+    """Seconds running requests have to finish after a stop is asked for."""

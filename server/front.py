@@ -1,0 +1,58 @@
+"""What the routes share: configuration, backend, permits, text threads, metrics. One per app, no globals."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from starlette.requests import Request as HttpRequest
+
+from .backend import Backend
+from .config import ServerConfig
+from .errors import Busy
+from .metrics import Metrics
+from .text import TextWorkers
+
+
+class Permits:
+    """How many sequences may be in flight. Never waits: a full house is an answer, not a queue."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._taken = 0
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        """Hold `count` permits for a block. Raises Busy."""
+        if self._taken + count > self._total:
+            raise Busy("Model is overloaded")
+        self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+
+    @property
+    def taken(self) -> int:
+        """Permits held now."""
+        return self._taken
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Everything a route may use."""
+
+    config: ServerConfig
+    backend: Backend
+    permits: Permits
+    metrics: Metrics
+    workers: TextWorkers
+
+    @property
+    def model_name(self) -> str:
+        """The name of the served model in replies. Raises NotReady."""
+        return self.config.served_model_name or self.backend.serving().info.model_id
+
+
+def front_of(request: HttpRequest) -> Front:
+    """The front this request came in through."""
+    return request.app.state.front

@@ -1,0 +1,90 @@
+"""Serving the app over HTTP until told to stop. Knows sockets and uvicorn; signals and processes are the caller's.
+
+Run it in a uvloop event loop (`uvloop.run`); any other works too, slower.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from .backend import Backend
+from .config import ServerConfig
+from .protocol import uvicorn_options
+
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: whoever runs several things in a process has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        yield
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """Take the address before anything slow is started, so that a busy port is known at once. Raises OSError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((config.host, config.port))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def port_of(sock: socket.socket) -> int:
+    """The port a socket is bound to; not the configured one if that was 0."""
+    return sock.getsockname()[1]
+
+
+async def serve_http(
+    app: ASGIApp,
+    config: ServerConfig,
+    *,
+    backend: Backend,
+    stop: asyncio.Event,
+    listening: asyncio.Event | None = None,
+    sock: socket.socket | None = None,
+) -> None:
+    """Serve until `stop` is set; then refuse new requests, let the running ones end, and return.
+
+    Running requests have `graceful_termination_timeout_s`, after which they are cancelled.
+
+    Args:
+        app: what `create_app` made.
+        config: the same as the app's.
+        backend: marked as draining at the stop, so that /health says so to the last prober.
+        stop: set by the caller, from a signal handler for instance.
+        listening: set as soon as connections are taken.
+        sock: from `bind`; made here if absent.
+    """
+    sock = sock or bind(config)
+    server = _Server(uvicorn.Config(app, backlog=BACKLOG, **uvicorn_options(config)))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    stopping = asyncio.create_task(stop.wait())
+    starting = asyncio.create_task(_started(server, listening))
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        backend.drain()
+        server.should_exit = True
+        await serving
+    finally:
+        for task in (stopping, starting, serving):
+            task.cancel()
+        await asyncio.gather(stopping, starting, serving, return_exceptions=True)
+
+
+async def _started(server: uvicorn.Server, listening: asyncio.Event | None) -> None:
+    # uvicorn has no event for it. It is a matter of milliseconds, once.
+    while not server.started:
+        await asyncio.sleep(0.005)
+    if listening is not None:
+        listening.set()

@@ -1,0 +1,117 @@
+"""The routes that generate nothing: tokenising, information, health, metrics. Knows their JSON."""
+
+import asyncio
+
+import orjson
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..engine import EngineError, EngineStats
+from .backend import Serving
+from .body import read_body
+from .chat import render
+from .front import Front, front_of
+from .metrics import CONTENT_TYPE
+from .schema_openai import ChatBody
+from .schema_tgi import GenerateBody
+
+PROBE_TIMEOUT_S = 5.0
+"""Longest an engine may take to say how it is before it counts as not well."""
+
+
+async def tokenize(request: HttpRequest) -> Response:
+    """`POST /tokenize`: the tokens of `inputs`, with byte offsets; `truncate` does not count, as in TGI."""
+    body = await read_body(request, GenerateBody)
+    front = front_of(request)
+    tokens = await _tokens(front, front.backend.serving(), body.inputs, add_special_tokens=True)
+    return _json(tokens)
+
+
+async def chat_tokenize(request: HttpRequest) -> Response:
+    """`POST /chat_tokenize`: a conversation as the model sees it, as text and as tokens."""
+    body = await read_body(request, ChatBody)
+    front = front_of(request)
+    serving = front.backend.serving()
+    text = await render(front, serving, body)
+    tokens = await _tokens(front, serving, text, add_special_tokens=False)
+    return _json({"tokenize_response": tokens, "templated_text": text})
+
+
+async def info(request: HttpRequest) -> Response:
+    """`GET /info`."""
+    front = front_of(request)
+    engine, config = front.backend.serving().info, front.config
+    return _json(
+        {
+            "model_id": engine.model_id,
+            "model_sha": engine.model_sha,
+            "model_pipeline_tag": "text-generation",
+            "model_dtype": engine.dtype,
+            "model_device_type": engine.platform,
+            "max_concurrent_requests": config.max_concurrent_requests,
+            "max_best_of": config.max_best_of,
+            "max_stop_sequences": config.max_stop_sequences,
+            "max_input_tokens": engine.max_input_tokens,
+            "max_total_tokens": engine.max_total_tokens,
+            "max_batch_total_tokens": engine.pages * engine.page_tokens,
+            "max_batch_size": engine.lanes,
+            "validation_workers": config.validation_workers,
+            "max_client_batch_size": config.max_client_batch_size,
+            "router": "text-generation-router",
+            "version": engine.version,
+            "sha": None,
+            "docker_label": None,
+        }
+    )
+
+
+async def health(request: HttpRequest) -> Response:
+    """`GET /health`, `/ping`, `/v1/health`, `/`: 200 and empty when requests are served, or 503 and why not."""
+    front = front_of(request)
+    reason = front.backend.reason
+    if reason is None and not await _well(front.backend.serving()):
+        reason = "unhealthy"
+    if reason is None:
+        return Response(status_code=200)
+    body = orjson.dumps({"error": reason, "error_type": "healthcheck"})
+    return Response(body, 503, {"retry-after": "1"}, "application/json")
+
+
+async def metrics(request: HttpRequest) -> Response:
+    """`GET /metrics`. Also answers while there is no engine, with the front's own numbers."""
+    front = front_of(request)
+    serving = front.backend.latest
+    stats = None if serving is None else await _stats(serving)
+    text = front.metrics.text(stats, None if serving is None else serving.info)
+    return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+async def _tokens(
+    front: Front, serving: Serving, text: str, *, add_special_tokens: bool
+) -> list[dict[str, object]]:
+    spans = await front.workers.run(serving.tokenizer.encode_offsets, text, add_special_tokens)
+    raw = text.encode()
+    return [
+        {"id": i, "text": raw[start:stop].decode(errors="replace"), "start": start, "stop": stop}
+        for i, start, stop in spans
+    ]
+
+
+async def _well(serving: Serving) -> bool:
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            return await serving.engine.health()
+    except (TimeoutError, EngineError):
+        return False
+
+
+async def _stats(serving: Serving) -> EngineStats | None:
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            return await serving.engine.stats()
+    except (TimeoutError, EngineError):
+        return None
+
+
+def _json(value: object) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")

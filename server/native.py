@@ -1,0 +1,186 @@
+"""TGI's generation routes: `POST /generate`, `/generate_stream` and `/`. Knows their JSON; the rules are validate_tgi's."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from .backend import Serving
+from .body import read_body
+from .detokenize import Detokenizer
+from .errors import Incomplete, problem_of
+from .front import Front, front_of
+from .generate import Done, Progress, Run, TextToken, run_all, run_one
+from .headers import Clock, full_headers, stream_headers
+from .prompts import native_ids
+from .schema_tgi import GenerateBody, GenerateParameters
+from .stream import EventStream, event, unless_gone
+from .validate import Checked, requests_of
+from .validate_tgi import check_length, check_parameters
+
+_NO_TOKEN = TextToken(id=0, text="", special=True, start=0, logprob=0.0, top=())
+
+
+async def generate(request: HttpRequest) -> Response:
+    """`POST /generate`."""
+    body = await read_body(request, GenerateBody)
+    return await unless_gone(request, _answer(front_of(request), body, Clock()))
+
+
+async def generate_stream(request: HttpRequest) -> Response:
+    """`POST /generate_stream`."""
+    return _stream(front_of(request), await read_body(request, GenerateBody))
+
+
+async def compat(request: HttpRequest) -> Response:
+    """`POST /`: as the hub's inference API, with `stream` in the body, the answer in a list, and the prompt in the
+    text unless the request says otherwise."""
+    body = await read_body(request, GenerateBody)
+    front = front_of(request)
+    if body.stream:
+        return _stream(front, body, full_text=True)
+    return await unless_gone(request, _answer(front, body, Clock(), full_text=True, listed=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A native request that passed all checks."""
+
+    serving: Serving
+    inputs: str
+    prompt_ids: list[int]
+    checked: Checked
+    runs: list[Run]
+    prefix: str
+    """What the generated text begins with: the prompt, if the full text is wanted."""
+
+
+async def _prepare(
+    front: Front, body: GenerateBody, clock: Clock, *, streaming: bool, full_text: bool
+) -> _Job:
+    serving = front.backend.serving()
+    parameters = body.parameters or GenerateParameters()
+    checked = check_parameters(parameters, front.config, serving.tokenizer.eos_ids, streaming=streaming)
+    ids = await native_ids(front, serving, body.inputs, parameters.truncate)
+    max_tokens = check_length(len(ids), parameters.max_new_tokens, serving.info)
+    runs = [
+        Run(request, Detokenizer(serving.tokenizer, ids, checked.stops, include_stop=checked.include_stop))
+        for request in requests_of(checked, ids, max_tokens)
+    ]
+    front.metrics.input_length.observe(len(ids))
+    front.metrics.max_new_tokens.observe(max_tokens)
+    front.metrics.validation_duration.observe(clock.submitted())
+    wants_full = full_text if parameters.return_full_text is None else parameters.return_full_text
+    return _Job(serving, body.inputs, ids, checked, runs, body.inputs if wants_full else "")
+
+
+async def _answer(
+    front: Front, body: GenerateBody, clock: Clock, *, full_text: bool = False, listed: bool = False
+) -> Response:
+    parameters = body.parameters or GenerateParameters()
+    # Whether it is a sane number is for the checks to say; a permit comes first, as in TGI.
+    permits = max(1, min(parameters.best_of or 1, front.config.max_best_of))
+    with front.metrics.request(), front.permits.take(permits):
+        job = await _prepare(front, body, clock, streaming=False, full_text=full_text)
+        tokens: list[list[TextToken]] = [[] for _ in job.runs]
+        ends: dict[int, Done] = {}
+        async with aclosing(run_all(job.serving.engine, job.runs, front.metrics)) as arrived:
+            async for progress in arrived:
+                tokens[progress.choice] += progress.tokens
+                if progress.done is not None:
+                    ends[progress.choice] = progress.done
+        if len(ends) < len(job.runs):
+            raise Incomplete("Incomplete generation")
+    best = max(ends, key=lambda choice: ends[choice].mean_logprob)
+    answer: dict[str, Any] = {"generated_text": job.prefix + ends[best].text}
+    if parameters.details:
+        details = _details(job, tokens[best], ends[best], best)
+        if len(ends) > 1:
+            details["best_of_sequences"] = [
+                {"generated_text": job.prefix + ends[i].text, **_details(job, tokens[i], ends[i], i)}
+                for i in sorted(ends)
+                if i != best
+            ]
+        answer["details"] = details
+    generated = ends[best].tokens
+    timings = [done.timing for done in ends.values()]
+    headers = full_headers(job.serving, job.inputs, clock, timings, len(job.prompt_ids), generated)
+    return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
+
+
+def _stream(front: Front, body: GenerateBody, *, full_text: bool = False) -> EventStream:
+    headers: dict[str, str] = {}
+    return EventStream(
+        _events(front, body, headers, full_text),
+        extra_headers=headers,
+        error_event=lambda error: event(problem_of(error).tgi(streaming=True)),
+        keep_alive_s=front.config.sse_keep_alive_s,
+    )
+
+
+async def _events(
+    front: Front, body: GenerateBody, headers: dict[str, str], full_text: bool
+) -> AsyncGenerator[bytes, None]:
+    with front.metrics.request(), front.permits.take(1):
+        job = await _prepare(front, body, Clock(), streaming=True, full_text=full_text)
+        headers.update(stream_headers(job.serving, job.inputs))
+        details = bool(body.parameters and body.parameters.details)
+        index = 0
+        async with aclosing(run_one(job.serving.engine, job.runs[0], front.metrics)) as arrived:
+            async for progress in arrived:
+                yield b"".join(_token_events(job, progress, index, details))
+                index += len(progress.tokens)
+
+
+def _token_events(job: _Job, progress: Progress, index: int, details: bool) -> list[bytes]:
+    """One event per token; the last of a sequence also has its text."""
+    chunks: list[bytes] = []
+    # Clients want a token in every event, so an end that came without one is told with an empty one.
+    tokens = progress.tokens or (_NO_TOKEN,)
+    last = len(tokens) - 1
+    for i, token in enumerate(tokens):
+        data: dict[str, Any] = {"index": index + i + 1, "token": _token(token)}
+        if token.top:
+            data["top_tokens"] = _top(job, token)
+        done = progress.done if i == last else None
+        data["generated_text"] = None if done is None else job.prefix + done.text
+        data["details"] = None
+        if done is not None and details:
+            data["details"] = {
+                "finish_reason": done.ending,
+                "generated_tokens": done.tokens,
+                "seed": job.runs[0].request.sampling.seed if job.checked.sampled else None,
+                "input_length": len(job.prompt_ids),
+            }
+        chunks.append(event(data))
+    return chunks
+
+
+def _details(job: _Job, tokens: list[TextToken], done: Done, choice: int) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "finish_reason": done.ending,
+        "generated_tokens": done.tokens,
+        "seed": job.runs[choice].request.sampling.seed if job.checked.sampled else None,
+        "prefill": [],
+        "tokens": [_token(token) for token in tokens],
+    }
+    if any(token.top for token in tokens):
+        details["top_tokens"] = [_top(job, token) for token in tokens]
+    return details
+
+
+def _token(token: TextToken) -> dict[str, Any]:
+    return {"id": token.id, "text": token.text, "logprob": token.logprob, "special": token.special}
+
+
+def _top(job: _Job, token: TextToken) -> list[dict[str, Any]]:
+    """The likeliest tokens in this one's place."""
+    tokenizer = job.serving.tokenizer
+    return [
+        {"id": i, "text": tokenizer.token_text(i), "logprob": logprob, "special": tokenizer.is_special(i)}
+        for i, logprob in token.top
+    ]

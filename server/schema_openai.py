@@ -1,0 +1,98 @@
+"""The bodies of the OpenAI routes. Unknown fields are ignored, null means absent. Checks shapes only.
+
+Fields this server has no effect for yet stand here as `Any`, so that `unsupported.py` can refuse them by name. Fields
+that never change an answer (`user`, `store`, `metadata`, `service_tier`, `prompt_cache_key`, `safety_identifier`,
+`parallel_tool_calls`, `verbosity`, `prediction`, …) are not named and so ignored, as their definition allows.
+"""
+
+from typing import Any
+
+import msgspec
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+
+
+class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """What both routes share. `top_k`, `min_p`, `typical_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids`
+    are extensions under the names other servers gave them."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: Any = None
+    response_format: Any = None
+    min_tokens: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    prompt_logprobs: Any = None
+    use_beam_search: Any = None
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    """One part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatBody(_Sampling, frozen=True, kw_only=True):
+    """`POST /v1/chat/completions` and `/chat_tokenize`."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+
+
+class CompletionBody(_Sampling, frozen=True, kw_only=True):
+    """`POST /v1/completions`. `prompt` is a text, a list of texts, token ids, or a list of lists of token ids."""
+
+    prompt: str | list[str | int | list[int]]
+    best_of: int | None = None
+    logprobs: int | None = None
+    suffix: Any = None
+    echo: Any = None

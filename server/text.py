@@ -1,0 +1,72 @@
+"""What this room needs of a tokenizer, and the threads it runs in. Knows strings and ids; no HTTP, no engine.
+
+Tokenising a long text takes long enough to be felt by every stream of the process, so it never runs on the event loop.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class TokenStream(Protocol):
+    """The text of one sequence, piece by piece, never half a character."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; empty while a character is incomplete."""
+        ...
+
+    def finish(self) -> str:
+        """What is left at the end: replacement characters for an incomplete one, or nothing."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back, and the chat template. Safe to call from several threads."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Sequence[tuple[int, int, int]]:
+        """(id, start, end) of every token; offsets in UTF-8 bytes, 0 and 0 for a token that is not in the text."""
+        ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def stream(self, prompt_ids: Sequence[int] = ()) -> TokenStream:
+        """Incremental decoding of what follows a prompt."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text by itself; special tokens show, half characters are replaced."""
+        ...
+
+    def is_special(self, token_id: int) -> bool: ...
+
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str: ...
+
+
+class TextWorkers:
+    """A few threads for tokenising and templates; more work than threads waits its turn."""
+
+    def __init__(self, workers: int) -> None:
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="xlane-text")
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """The result of a call made on one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def close(self) -> None:
+        """Let running calls end, start no others."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

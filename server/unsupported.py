@@ -1,0 +1,85 @@
+"""Known parameters this server has no effect for yet. A line leaves a table in the commit that adds the effect.
+
+A listed parameter is accepted while its value asks for nothing, and refused by name otherwise: never ignored.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import Unsupported
+
+
+def _never(value: Any) -> bool:
+    return False
+
+
+def _empty(value: Any) -> bool:
+    return not value
+
+
+def _plain_text(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("type") == "text"
+
+
+def _no_tools(value: Any) -> bool:
+    return value in ("none", "auto")
+
+
+def _text_only(value: Any) -> bool:
+    return value == ["text"]
+
+
+TGI: dict[str, Callable[[Any], bool]] = {
+    "watermark": _empty,
+    "decoder_input_details": _empty,
+    "grammar": _never,
+    "adapter_id": _never,
+}
+
+SHARED: dict[str, Callable[[Any], bool]] = {
+    "logit_bias": _empty,
+    "response_format": _plain_text,
+    "min_tokens": _empty,
+    "structured_outputs": _empty,
+    "guided_json": _never,
+    "guided_regex": _never,
+    "guided_choice": _never,
+    "guided_grammar": _never,
+    "prompt_logprobs": _never,
+    "use_beam_search": _empty,
+}
+
+CHAT: dict[str, Callable[[Any], bool]] = {
+    **SHARED,
+    "functions": _empty,
+    "function_call": _no_tools,
+    # The template is the model's. A client's own could be made to run for minutes.
+    "chat_template": _never,
+    "modalities": _text_only,
+    "audio": _never,
+    "web_search_options": _never,
+}
+
+COMPLETION: dict[str, Callable[[Any], bool]] = {
+    **SHARED,
+    "suffix": _empty,
+    "echo": _empty,
+}
+
+
+def refuse(body: object, table: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raises Unsupported for the first parameter of the table that asks for something."""
+    for name, asks_nothing in table.items():
+        value = getattr(body, name)
+        if value is not None and not asks_nothing(value):
+            raise Unsupported(f"`{name}` is not supported by this server", param=name)
+
+
+def refuse_tools(tools: Any, tool_choice: Any) -> None:
+    """Raises Unsupported if a tool may have to be called. With `tool_choice: "none"` none may, whatever is offered."""
+    if tools and tool_choice != "none":
+        raise Unsupported(
+            '`tools` is not supported by this server; send `tool_choice: "none"`', param="tools"
+        )
+    if tool_choice is not None and not _no_tools(tool_choice):
+        raise Unsupported("`tool_choice` is not supported by this server", param="tool_choice")

@@ -1,0 +1,90 @@
+"""Checked parameters → engine requests: what both APIs share. Here and in validate_*.py is every limit of this room.
+
+A body that got through `validate_tgi` or `validate_openai` is a `Checked`; with its tokenised prompt it becomes one
+engine `Request` per sequence. Knows no JSON and no HTTP.
+"""
+
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..engine import EngineInfo, Request, SamplingParams
+from .config import ServerConfig
+
+MAX_SEED = 2**64 - 1
+GREEDY_BELOW = 1e-5
+"""A temperature this small divides logits into infinities; it means the largest logit, so that is what it gets."""
+_FLOAT32_MAX = 3.4028234e38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """Parameters that passed every check that needs no prompt."""
+
+    sampling: SamplingParams
+    """Everything but `max_tokens` (set per prompt) and the seed of the second and later choices."""
+    max_tokens: int | None
+    """Tokens asked for; None means as many as fit."""
+    stops: tuple[str, ...] = ()
+    include_stop: bool
+    """Whether the answer keeps the stop string that ended it (TGI) or not (OpenAI)."""
+    choices: int = 1
+    """Sequences to run per prompt."""
+    keep: int = 1
+    """Best of them to return."""
+
+    @property
+    def sampled(self) -> bool:
+        """Whether chance plays a part, so that the seed is worth telling."""
+        return self.sampling.temperature > 0.0
+
+
+def is_float32(value: float) -> bool:
+    """Whether the engine can hold this number."""
+    return math.isfinite(value) and abs(value) <= _FLOAT32_MAX
+
+
+def random_seed() -> int:
+    """A seed for a request that brought none."""
+    return secrets.randbits(64)
+
+
+def derive_seed(seed: int, choice: int) -> int:
+    """The seed of one of several sequences of a request; the first keeps the request's own.
+
+    A step and finaliser of splitmix64 (Steele et al. 2014), so neighbouring choices share nothing.
+    """
+    if choice == 0:
+        return seed
+    mixed = (seed + choice * 0x9E3779B97F4A7C15) & MAX_SEED
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MAX_SEED
+    return mixed ^ (mixed >> 31)
+
+
+def surely_longer(text: str, tokens: int, config: ServerConfig) -> bool:
+    """Whether a text has more tokens than this, told from its length alone, before any work is spent on it."""
+    limit = tokens * config.max_token_bytes
+    return len(text) > limit or (4 * len(text) > limit and len(text.encode()) > limit)
+
+
+def room_left(prompt_tokens: int, info: EngineInfo) -> int:
+    """Most tokens that can be generated after a prompt."""
+    return info.max_total_tokens - prompt_tokens
+
+
+def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) -> list[Request]:
+    """One engine request per sequence of a prompt."""
+    ids = tuple(prompt_ids)
+    base = replace(checked.sampling, max_tokens=max_tokens)
+    return [
+        Request(
+            # Ours, never the client's: two clients that send the same id must not meet.
+            id=os.urandom(16).hex(),
+            prompt_ids=ids,
+            sampling=base if choice == 0 else replace(base, seed=derive_seed(base.seed, choice)),
+        )
+        for choice in range(checked.choices)
+    ]

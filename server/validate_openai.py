@@ -1,0 +1,193 @@
+"""The rules of the OpenAI routes' parameters. Every refusal names its parameter. Knows no prompt but its length."""
+
+from typing import TypeVar
+
+from ..engine import MAX_TOP_LOGPROBS, EngineInfo, LogprobsMode, SamplingParams
+from .config import ServerConfig
+from .errors import Invalid, NoSuchModel, TooLong
+from .schema_openai import ChatBody, CompletionBody
+from .unsupported import CHAT, COMPLETION, refuse, refuse_tools
+from .validate import GREEDY_BELOW, MAX_SEED, Checked, is_float32, random_seed, room_left
+
+N = TypeVar("N", int, float)
+
+ANY_MODEL = ("", "tgi", "dummy")
+"""Names clients send when they mean "whatever is served"."""
+MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0
+
+
+def check_chat(body: ChatBody, config: ServerConfig, info: EngineInfo, eos_ids: tuple[int, ...]) -> Checked:
+    """Chat parameters → `Checked`. Raises Invalid, Unsupported."""
+    refuse(body, CHAT)
+    refuse_tools(body.tools, body.tool_choice)
+    top = _between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    if top is not None and not body.logprobs:
+        raise Invalid("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
+    choices = _choices("n", body.n, config)
+    wanted = ("max_completion_tokens", body.max_completion_tokens)
+    if body.max_completion_tokens is None:
+        wanted = ("max_tokens", body.max_tokens)
+    return _checked(
+        body,
+        _sampling(body, info, eos_ids, bool(body.logprobs), top or 0),
+        max_tokens=_between(*wanted, 1, None),
+        choices=choices,
+        keep=choices,
+        config=config,
+    )
+
+
+def check_completion(
+    body: CompletionBody, config: ServerConfig, info: EngineInfo, eos_ids: tuple[int, ...]
+) -> Checked:
+    """Completion parameters → `Checked`. Raises Invalid, Unsupported."""
+    refuse(body, COMPLETION)
+    keep = _choices("n", body.n, config)
+    choices = keep if body.best_of is None else _choices("best_of", body.best_of, config)
+    if choices < keep:
+        raise Invalid(f"`best_of` must be at least `n`. Given: {choices} and {keep}", param="best_of")
+    if choices > keep and body.stream:
+        raise Invalid("`best_of` greater than `n` cannot be streamed", param="best_of")
+    top = _between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
+    return _checked(
+        body,
+        # Which of several sequences are best is told from their log-probabilities, wanted in the answer or not.
+        _sampling(body, info, eos_ids, top is not None or choices > keep, top or 0),
+        max_tokens=_between("max_tokens", body.max_tokens, 1, None),
+        choices=choices,
+        keep=keep,
+        config=config,
+    )
+
+
+def check_model(name: str | None, served: str, info: EngineInfo) -> None:
+    """Raises NoSuchModel for a name that asks for something else than what is served."""
+    if name is not None and name not in (*ANY_MODEL, served, info.model_id):
+        raise NoSuchModel(
+            f"The model {name[:200]!r} does not exist; this server has {served!r}", param="model"
+        )
+
+
+def check_length(prompt_tokens: int, max_tokens: int | None, info: EngineInfo, param: str) -> int:
+    """How many tokens to generate after this prompt. Raises TooLong."""
+    room = room_left(prompt_tokens, info)
+    # Clients look for this wording.
+    limit = f"This model's maximum context length is {info.max_total_tokens} tokens."
+    if prompt_tokens > info.max_input_tokens or room < 1:
+        raise TooLong(
+            f"{limit} However, your {param} resulted in {prompt_tokens} tokens, and at most "
+            f"{info.max_input_tokens} can be a prompt. Please reduce the length of the {param}.",
+            param=param,
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise TooLong(
+            f"{limit} However, you requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the {param}, "
+            f"{max_tokens} in the completion). Please reduce the length of the {param} or completion.",
+            param="max_tokens",
+        )
+    return room if max_tokens is None else max_tokens
+
+
+def too_long_unread(info: EngineInfo, characters: int, param: str) -> TooLong:
+    """The error for a text that cannot fit, whatever its tokens are."""
+    return TooLong(
+        f"This model's maximum context length is {info.max_total_tokens} tokens. However, your {param} has "
+        f"{characters} characters. Please reduce the length of the {param}.",
+        param=param,
+    )
+
+
+def _checked(
+    body: ChatBody | CompletionBody,
+    sampling: SamplingParams,
+    *,
+    max_tokens: int | None,
+    choices: int,
+    keep: int,
+    config: ServerConfig,
+) -> Checked:
+    if body.stream_options is not None and not body.stream:
+        raise Invalid("`stream_options` needs `stream: true`", param="stream_options")
+    return Checked(
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stops=_stops(body.stop, config),
+        include_stop=False,
+        choices=choices,
+        keep=keep,
+    )
+
+
+def _sampling(
+    body: ChatBody | CompletionBody, info: EngineInfo, eos_ids: tuple[int, ...], logprobs: bool, top: int
+) -> SamplingParams:
+    temperature = _between("temperature", body.temperature, 0.0, MAX_TEMPERATURE)
+    top_p = _between("top_p", body.top_p, 0.0, 1.0)
+    typical_p = _between("typical_p", body.typical_p, 0.0, 1.0)
+    greedy = (temperature is not None and temperature < GREEDY_BELOW) or top_p == 0.0 or typical_p == 0.0
+    repetition = 1.0 if body.repetition_penalty is None else body.repetition_penalty
+    if not (repetition > 0.0 and is_float32(repetition)):
+        raise Invalid("`repetition_penalty` must be greater than 0", param="repetition_penalty")
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0 if greedy else 1.0 if temperature is None else temperature,
+        # 0 and −1 both mean off where this extension comes from.
+        top_k=max(0, _between("top_k", body.top_k, -1, 2**31 - 1) or 0),
+        # A 0 keeps the likeliest token only, which is what greedy does.
+        top_p=top_p or 1.0,
+        min_p=_between("min_p", body.min_p, 0.0, 1.0) or 0.0,
+        typical_p=typical_p or 1.0,
+        repetition_penalty=repetition,
+        frequency_penalty=_between("frequency_penalty", body.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        or 0.0,
+        presence_penalty=_between("presence_penalty", body.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        or 0.0,
+        seed=_seed(body.seed),
+        stop_ids=_stop_ids(body, info, eos_ids),
+        logprobs=logprobs,
+        top_logprobs=top,
+        logprobs_mode=LogprobsMode.RAW,
+    )
+
+
+def _seed(seed: int | None) -> int:
+    if seed is None:
+        return random_seed()
+    if not -(2**63) <= seed <= MAX_SEED:
+        raise Invalid("`seed` must fit 64 bits", param="seed")
+    return seed & MAX_SEED
+
+
+def _stop_ids(body: ChatBody | CompletionBody, info: EngineInfo, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    extra = tuple(body.stop_token_ids or ())
+    if len(extra) > 16 or any(not 0 <= token < info.vocab_size for token in extra):
+        raise Invalid(
+            f"`stop_token_ids` takes at most 16 ids below {info.vocab_size}", param="stop_token_ids"
+        )
+    return extra if body.ignore_eos else (*eos_ids, *extra)
+
+
+def _stops(stop: str | list[str] | None, config: ServerConfig) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > config.max_stop_sequences:
+        raise Invalid(
+            f"`stop` takes at most {config.max_stop_sequences} strings. Given: {len(stops)}", param="stop"
+        )
+    if any(not 0 < len(text) <= config.max_stop_chars for text in stops):
+        raise Invalid(
+            f"Each string of `stop` must have between 1 and {config.max_stop_chars} characters", param="stop"
+        )
+    return stops
+
+
+def _choices(name: str, value: int | None, config: ServerConfig) -> int:
+    return _between(name, value, 1, config.max_choices) or 1
+
+
+def _between(name: str, value: N | None, low: N, high: N | None) -> N | None:
+    """The value, if it is absent or in range. Raises Invalid."""
+    if value is None or (value >= low and (high is None or value <= high)):
+        return value
+    limits = f"at least {low}" if high is None else f"between {low} and {high}"
+    raise Invalid(f"`{name}` must be {limits}. Given: {value}", param=name)

@@ -1,0 +1,295 @@
+"""Everything around a generation: readiness, keys, sizes, shapes of errors, permits, metrics, other routes."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+from xlane.server.app import create_app
+from xlane.server.backend import Backend
+from xlane.server.config import ServerConfig
+
+from ..support.byte_tokenizer import BOS, ByteTokenizer
+from ..support.fake_engine import FakeEngine
+from .conftest import Rig
+
+GENERATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"inputs": "a"}),
+    ("/generate_stream", {"inputs": "a"}),
+    ("/", {"inputs": "a"}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
+    ("/v1/completions", {"prompt": "a"}),
+    ("/invocations", {"inputs": "a"}),
+    ("/tokenize", {"inputs": "a"}),
+    ("/chat_tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+]
+
+
+def message_of(response: httpx.Response) -> str:
+    """The error text, whichever shape it has to have at this path."""
+    error = response.json()["error"]
+    openai = response.request.url.path.startswith(("/v1", "/models"))
+    assert isinstance(error, dict) == openai
+    assert set(error if openai else response.json()) == (
+        {"message", "type", "param", "code"} if openai else {"error", "error_type"}
+    )
+    return error["message"] if openai else error
+
+
+def test_the_app_answers_before_there_is_an_engine():
+    backend = Backend()
+    with TestClient(create_app(backend, ServerConfig())) as client:
+        backend.say("loading weights 40 %")
+        for path in ("/health", "/ping", "/v1/health", "/"):
+            response = client.get(path)
+            assert response.status_code == 503
+            assert response.json() == {"error": "loading weights 40 %", "error_type": "healthcheck"}
+        for path, body in GENERATIONS:
+            response = client.post(path, json=body)
+            assert response.status_code == 503, path
+            assert response.headers["retry-after"] == "1"
+            assert "loading weights 40 %" in message_of(response)
+        assert client.get("/info").status_code == 503
+        assert client.get("/v1/models").status_code == 503
+        assert client.get("/metrics").status_code == 200
+        engine = FakeEngine()
+        backend.ready(engine, ByteTokenizer(), engine.info_value)
+        assert client.get("/health").status_code == 200
+        assert client.get("/health").content == b""
+        backend.down("restarting the engine")
+        assert client.get("/health").json()["error"] == "restarting the engine"
+        backend.ready(engine, ByteTokenizer(), engine.info_value)
+        backend.drain()
+        assert client.get("/health").json()["error"] == "shutting down"
+        assert client.post("/generate", json={"inputs": "a"}).status_code == 503
+
+
+def test_an_engine_that_is_not_well(rig: Rig):
+    rig.engine.healthy = False
+    response = rig.client.get("/health")
+    assert (response.status_code, response.json()["error"]) == (503, "unhealthy")
+
+
+class TestKey:
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(api_key="Sécret")
+
+    @pytest.mark.parametrize(("path", "body"), GENERATIONS)
+    def test_every_post_needs_it(self, rig: Rig, path: str, body: dict[str, Any]):
+        key = "Sécret".encode()
+        for wrong in ({}, {"authorization": b"Bearer secret"}, {"authorization": b"Basic " + key}):
+            response = rig.client.post(path, json=body, headers=wrong)
+            assert response.status_code == 401
+            assert message_of(response).startswith("A valid key is required")
+            assert response.headers["www-authenticate"] == "Bearer"
+        spelled = path if path == "/" else f"{path}//"
+        ok = rig.client.post(spelled, json=body, headers={"authorization": b"bearer " + key})
+        assert ok.status_code == 200
+
+    @pytest.mark.parametrize("path", ["/", "/health", "/ping", "/info", "/metrics", "/v1/models"])
+    def test_reading_does_not(self, rig: Rig, path: str):
+        assert rig.client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("content", "media", "native", "openai"),
+    [
+        (b"{", "application/json", 400, 400),
+        (b"", "application/json", 400, 400),
+        (b"\xff\xfe", "application/json", 400, 400),
+        (b'{"inputs": "\\ud800", "messages": "\\ud800"}', "application/json", 400, 400),
+        (b'{"inputs": NaN, "messages": NaN}', "application/json", 400, 400),
+        (b'{"x":' * 50_000, "application/json", 400, 400),
+        (b"[]", "application/json", 422, 400),
+        (b"{}", "application/json", 422, 400),
+        (b'{"inputs": 5, "messages": 5}', "application/json", 422, 400),
+        (b'{"inputs": "a"}', "text/plain", 415, 415),
+        (b'{"inputs": "a"}', None, 415, 415),
+    ],
+)
+def test_bodies_that_are_none(
+    rig: Rig, path: str, content: bytes, media: str | None, native: int, openai: int
+):
+    headers = {} if media is None else {"content-type": media}
+    response = rig.client.post(path, content=content, headers=headers)
+    assert response.status_code == (openai if path.startswith("/v1") else native)
+    assert len(message_of(response)) < 500
+
+
+def test_content_types_that_are_json(rig: Rig):
+    for media in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
+        response = rig.client.post("/generate", content=b'{"inputs":"a"}', headers={"content-type": media})
+        assert response.status_code == 200
+
+
+class TestBodyLimit:
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(payload_limit=1000)
+
+    @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+    def test_declared_and_undeclared(self, rig: Rig, path: str):
+        body = b'{"inputs": "a", "prompt": "%s"}' % (b"a" * 1000)
+
+        def parts():
+            yield body[:600]
+            yield body[600:]
+
+        for content in (body, parts()):
+            response = rig.client.post(path, content=content, headers={"content-type": "application/json"})
+            assert response.status_code == 413
+            assert message_of(response) == "The request body is larger than 1000 bytes"
+
+
+def test_unknown_routes_and_methods(rig: Rig):
+    for path in ("/nothing", "/v1/nothing", "/v1/chat"):
+        response = rig.client.get(path)
+        assert response.status_code == 404
+        message_of(response)
+    for path in ("/generate", "/v1/chat/completions"):
+        response = rig.client.get(path)
+        assert (response.status_code, response.headers["allow"]) == (405, "POST")
+        message_of(response)
+
+
+def test_request_ids(rig: Rig):
+    assert rig.client.get("/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for bad in ("a b", "a\tb", "x" * 200):
+        given = rig.client.get("/health", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert given != bad
+        assert len(given) == 24
+    assert len(rig.client.post("/generate").headers["x-request-id"]) == 24
+
+
+class TestCors:
+    def test_off_by_default(self, rig: Rig):
+        response = rig.client.get("/health", headers={"origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in response.headers
+
+    def test_on(self):
+        config = ServerConfig(cors_allow_origins=("https://chat.example",), api_key="k")
+        with TestClient(create_app(Backend(), config)) as client:
+            asked = {
+                "origin": "https://chat.example",
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "authorization,content-type",
+            }
+            response = client.options("/v1/chat/completions", headers=asked)
+            assert response.status_code == 200
+            assert response.headers["access-control-allow-origin"] == "https://chat.example"
+            refused = client.post("/generate", headers={"origin": "https://chat.example"})
+            assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+
+
+@pytest.mark.parametrize(("path", "body"), GENERATIONS[:6])
+def test_beyond_the_permits_the_answer_is_429_at_once(path: str, body: dict[str, Any]):
+    async def main() -> None:
+        engine, backend = FakeEngine(first_delay_s=0.3), Backend()
+        backend.ready(engine, ByteTokenizer(), engine.info_value)
+        app = create_app(backend, ServerConfig(max_concurrent_requests=2))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            running = [asyncio.create_task(client.post("/generate", json={"inputs": "a"})) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            response = await client.post(path, json=body)
+            assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+            assert message_of(response) == "Model is overloaded"
+            assert [r.status_code for r in await asyncio.gather(*running)] == [200, 200]
+            assert (await client.post(path, json=body)).status_code == 200
+        assert app.state.front.permits.taken == 0
+
+    asyncio.run(main())
+
+
+def test_a_request_of_more_sequences_than_there_are_permits(rig: Rig):
+    assert rig.chat(n=2).status_code == 200
+    rig.client.app.state.front.permits._total = 1  # type: ignore[attr-defined]
+    assert rig.chat(n=2).status_code == 429
+    assert rig.chat(n=1).status_code == 200
+
+
+def test_info(rig: Rig):
+    info = rig.client.get("/info").json()
+    assert info["model_id"] == "fake/alphabet"
+    assert (info["max_input_tokens"], info["max_total_tokens"]) == (400, 512)
+    assert info["router"] == "text-generation-router"
+    assert set(info) >= {
+        "model_sha", "model_pipeline_tag", "max_concurrent_requests", "max_best_of", "max_stop_sequences",
+        "validation_workers", "max_client_batch_size", "version", "sha", "docker_label",
+    }  # fmt: skip
+
+
+def test_tokenize(rig: Rig):
+    assert rig.post("/tokenize", inputs="aé").json() == [
+        {"id": BOS, "text": "", "start": 0, "stop": 0},
+        {"id": 97, "text": "a", "start": 0, "stop": 1},
+        {"id": 0xC3, "text": "\N{REPLACEMENT CHARACTER}", "start": 1, "stop": 2},
+        {"id": 0xA9, "text": "\N{REPLACEMENT CHARACTER}", "start": 2, "stop": 3},
+    ]
+
+
+def test_chat_tokenize(rig: Rig):
+    answer = rig.post("/chat_tokenize", messages=[{"role": "user", "content": "a"}]).json()
+    assert answer["templated_text"] == "[user]a|[assistant]"
+    assert [token["text"] for token in answer["tokenize_response"]] == list("[user]a|[assistant]")
+    refused = rig.post("/chat_tokenize", messages=[{"role": "system", "content": "refuse me"}])
+    assert refused.status_code == 422
+    assert refused.json()["error_type"] == "template_error"
+    assert refused.json()["error"].startswith("Template error: ")
+
+
+def samples(rig: Rig) -> dict[str, float]:
+    lines = rig.client.get("/metrics").text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+
+def test_metrics(rig: Rig):
+    rig.generate(max_new_tokens=3)
+    rig.chat(max_tokens=3, stream=True, n=2)
+    rig.generate(temperature=0)
+    found = samples(rig)
+    assert found["tgi_request_count"] == 3
+    assert found["tgi_request_success"] == 2
+    assert found['tgi_request_failure{err="validation"}'] == 1
+    assert found["tgi_request_generated_tokens_count"] == 3
+    assert found["tgi_request_generated_tokens_sum"] == 9
+    assert found["tgi_request_input_length_sum"] == 2 + 19
+    assert found["tgi_request_duration_count"] == 2
+    assert found["tgi_request_queue_duration_sum"] == pytest.approx(3 * 0.001)
+    assert found["tgi_request_inference_duration_sum"] == pytest.approx(3 * 0.002)
+    assert found["xlane_ttft_seconds_count"] == 3
+    assert found["xlane_inter_token_seconds_count"] == 6
+    assert (found["tgi_queue_size"], found["tgi_batch_current_size"]) == (0, 0)
+    assert (found["xlane_pages_free"], found["xlane_pages_total"]) == (60, 64)
+    assert found["xlane_compiles_after_ready_total"] == 0
+    assert found['tgi_batch_inference_count{method="decode"}'] == 7
+
+
+def test_metrics_are_typed_under_their_own_names(rig: Rig):
+    response = rig.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    for line in (
+        "# TYPE tgi_request_count counter",
+        "# TYPE tgi_request_duration histogram",
+        "# TYPE tgi_queue_size gauge",
+        "# TYPE xlane_compiles_after_ready_total counter",
+    ):
+        assert line in response.text.splitlines()
+    buckets = [line for line in response.text.splitlines() if line.startswith("tgi_request_duration_bucket")]
+    assert len(buckets) == 36
+
+
+def test_the_served_name_is_shown_and_accepted():
+    engine, backend = FakeEngine(), Backend()
+    backend.ready(engine, ByteTokenizer(), engine.info_value)
+    config = replace(ServerConfig(), served_model_name="alphabet")
+    with TestClient(create_app(backend, config)) as client:
+        body = {"prompt": "a", "max_tokens": 1}
+        for model in ("alphabet", "fake/alphabet"):
+            assert client.post("/v1/completions", json={**body, "model": model}).json()["model"] == "alphabet"
+        assert client.get("/v1/models").json()["data"][0]["id"] == "alphabet"

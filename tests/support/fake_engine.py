@@ -1,0 +1,162 @@
+"""An engine whose arithmetic a person can do by hand, behind `EngineClient`. No device, no model, no jax.
+
+Greedy, the next token is the next letter of the alphabet: after "…c" comes "d", after "z" comes "a", after anything
+else "a". Sampled, letters advance by 1 + seed % 5 instead of 1. Token number i (from 0) has log-probability
+-(i + 1) / 8 greedy, and -(step) / 8 sampled, so a smaller step is a better sequence. With `reply` set, its bytes are
+generated instead, then the first stop id.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from xlane.engine import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    StepOutput,
+    Timing,
+    TokenOutput,
+)
+
+from .byte_tokenizer import VOCAB_SIZE
+
+LETTERS = range(ord("a"), ord("z") + 1)
+
+
+def fake_info(max_total_tokens: int = 512, max_input_tokens: int = 400) -> EngineInfo:
+    """What the fake engine says of itself."""
+    return EngineInfo(
+        model_id="fake/alphabet",
+        model_sha=None,
+        dtype="float32",
+        platform="cpu",
+        device_kind="fake",
+        device_count=1,
+        vocab_size=VOCAB_SIZE,
+        max_total_tokens=max_total_tokens,
+        max_input_tokens=max_input_tokens,
+        lanes=8,
+        pages=64,
+        page_tokens=32,
+        max_queued=128,
+        kernels="none",
+        version="0.0",
+    )
+
+
+def next_letter(token: int, step: int = 1) -> int:
+    """The letter `step` places on; "a" after anything that is no letter."""
+    if token not in LETTERS:
+        return LETTERS[0]
+    return LETTERS[(token - LETTERS[0] + step) % len(LETTERS)]
+
+
+@dataclass
+class FakeEngine:
+    """Set the fields before a request; read the lists after it."""
+
+    info_value: EngineInfo = field(default_factory=fake_info)
+    reply: str | None = None
+    """Generate this text, then end of sequence."""
+    first_delay_s: float = 0.0
+    delay_s: float = 0.0
+    """Before each later step."""
+    tokens_per_step: int = 1
+    cached_tokens: int = 0
+    refuse_with: Exception | None = None
+    """Raised instead of the first step."""
+    fail_with: Exception | None = None
+    fail_after: int = 3
+    """Tokens before `fail_with` is raised."""
+    abort_after: int | None = None
+    """Tokens before the engine gives a sequence up."""
+    healthy: bool = True
+
+    submitted: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    """Ids of requests whose iterator was closed before its end."""
+    active: int = 0
+
+    async def submit(self, request: Request) -> AsyncIterator[StepOutput]:  # type: ignore[override]
+        if self.refuse_with is not None:
+            raise self.refuse_with
+        if max(request.prompt_ids) >= self.info_value.vocab_size:
+            raise InvalidRequest("an id is out of range")
+        self.submitted.append(request)
+        self.active += 1
+        finished = False
+        try:
+            tokens, reason = self._tokens(request)
+            for start in range(0, len(tokens), self.tokens_per_step):
+                await asyncio.sleep(self.first_delay_s if start == 0 else self.delay_s)
+                if self.fail_with is not None and start >= self.fail_after:
+                    raise self.fail_with
+                end = start + self.tokens_per_step
+                aborts = self.abort_after is not None and end >= self.abort_after
+                finished = end >= len(tokens) or aborts
+                yield StepOutput(
+                    request.id,
+                    tuple(tokens[start:end]),
+                    (FinishReason.ABORT if aborts else reason) if finished else None,
+                    self.cached_tokens,
+                    Timing(0.001, 0.002, 0.003) if finished else None,
+                )
+        finally:
+            self.active -= 1
+            if not finished:
+                self.cancelled.append(request.id)
+
+    def _tokens(self, request: Request) -> tuple[list[TokenOutput], FinishReason]:
+        sampling = request.sampling
+        step = 1 if sampling.temperature == 0.0 else 1 + sampling.seed % 5
+        ids: list[int] = []
+        token = request.prompt_ids[-1]
+        for _ in range(sampling.max_tokens):
+            token = next_letter(token, step)
+            ids.append(token)
+        reason = FinishReason.LENGTH
+        if self.reply is not None:
+            ids = [*self.reply.encode(), *sampling.stop_ids[:1]]
+            reason = FinishReason.STOP if sampling.stop_ids else FinishReason.LENGTH
+            if len(ids) > sampling.max_tokens:
+                ids, reason = ids[: sampling.max_tokens], FinishReason.LENGTH
+        greedy = sampling.temperature == 0.0
+        return [
+            self._output(request, token, -((i + 1) if greedy else step) / 8) for i, token in enumerate(ids)
+        ], reason
+
+    def _output(self, request: Request, token: int, logprob: float) -> TokenOutput:
+        if not request.sampling.logprobs:
+            return TokenOutput(token)
+        top = tuple(((token + i) % 256, logprob - i) for i in range(request.sampling.top_logprobs))
+        return TokenOutput(token, logprob, top)
+
+    async def info(self) -> EngineInfo:
+        return self.info_value
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(
+            lanes_active=self.active,
+            queued=0,
+            pages_free=60,
+            pages_total=64,
+            steps=7,
+            prefill_tokens=11,
+            decode_tokens=13,
+            preemptions=0,
+            compiles_after_ready=0,
+            step_ms=2.0,
+            gap_ms=0.1,
+        )
+
+    async def health(self) -> bool:
+        return self.healthy
+
+    async def drain(self, timeout_s: float) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
