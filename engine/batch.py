@@ -13,8 +13,7 @@ import numpy as np
 from .request import MAX_TOP_LOGPROBS, LogprobsMode, SamplingParams, TokenOutput
 from .sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
 from .state import MAX_STOP_IDS
-
-NO_PAGE = -1
+from .turn import Segment
 
 RESULT_WIDTH = 3 + 2 * MAX_TOP_LOGPROBS
 """Columns of a result row: valid, token, log-probability, alternatives' ids, alternatives' log-probabilities."""
@@ -37,23 +36,6 @@ DECODE_WIDTH = len(DecodePlan._fields)
 def read_decode(packed: jax.Array) -> DecodePlan:
     """int32[b, DECODE_WIDTH] -> its columns."""
     return DecodePlan(*(packed[:, column] for column in range(DECODE_WIDTH)))
-
-
-class Segment(NamedTuple):
-    """Host side: one lane's part of a prefill launch."""
-
-    lane: int
-    tokens: list[int]
-    start: int
-    """Position of the first of them."""
-    last: bool
-    """The prompt ends here: sample a token and switch the lane on."""
-    prompt_tokens: int
-    """Length of the original prompt; later tokens are replayed output and count for penalties as such."""
-    remaining: int
-    """Tokens that may be generated from here on."""
-    pages: list[int]
-    sampling: SamplingParams
 
 
 class PrefillPlan(NamedTuple):

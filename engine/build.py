@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ..models.attention import XlaKernels
 from ..models.config import ModelConfig
 from ..models.decoder import DecoderGraph
+from ..models.demo import default_cache_dir
 from ..models.kernels import Kernels
 from ..models.loader import dummy_params, load_params
 from ..models.weights import WeightSource
@@ -142,7 +143,7 @@ def _kernels(config: EngineConfig, platform: str, placement: Placement, dtype: s
                 f"--kernels native serves one CPU in float32, and this is {why}: use --kernels xla"
             )
         return plain, f"xla ({why})"
-    native = native_kernels(None if config.cache_dir is None else Path(config.cache_dir))
+    native = native_kernels(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
     if not isinstance(native, str):
         return native, native.name
     if config.kernels == "native":

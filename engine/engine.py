@@ -63,7 +63,7 @@ class Engine:
             version=version("xlane"),
         )
         jax.block_until_ready(built.params)
-        self._compiles = CompileCounter()
+        self._compiles = CompileCounter(self._loop.thread)
         self._loop.start()
 
     @classmethod

@@ -38,11 +38,11 @@ class Loop:
         self._stopping = False
         self._failed: str | None = None
         self._turned_s = time.monotonic()
-        self._thread = threading.Thread(target=self._main, name="xlane-engine", daemon=True)
+        self.thread = threading.Thread(target=self._main, name="xlane-engine", daemon=True)
 
     def start(self) -> None:
         """Begin to serve."""
-        self._thread.start()
+        self.thread.start()
 
     @property
     def live(self) -> int:
@@ -93,12 +93,12 @@ class Loop:
             self._closed = self._stopping = True
             self._cancelled.update(self._live)
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.thread.is_alive():
+            self.thread.join()
 
     def healthy(self) -> bool:
         """The thread lives, and has turned recently if it had work."""
-        if self._failed or self._closed or not self._thread.is_alive():
+        if self._failed or self._closed or not self.thread.is_alive():
             return False
         return not self._live or time.monotonic() - self._turned_s < STALL_S
 

@@ -1,19 +1,22 @@
 """Counts compilations, so that "nothing compiles after ready" is a number and not a hope. Knows only jax's own events."""
 
+import threading
+
 import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts backend compilations from its creation until `close`."""
+    """Counts backend compilations of one thread, from its creation until `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread: threading.Thread) -> None:
         self.count = 0
+        self._thread = thread
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, duration_s: float, **_: object) -> None:
-        if event == _EVENT:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _EVENT and threading.current_thread() is self._thread:
             self.count += 1
 
     def close(self) -> None:

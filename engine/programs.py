@@ -18,10 +18,11 @@ from ..models.config import ModelConfig
 from ..models.decoder import DecoderGraph
 from ..models.kernels import Kernels, KvLayer, PagedBatch
 from ..sharding.mesh import Placement
-from .batch import DECODE_WIDTH, NO_PAGE, pack_result, prefill_size, read_decode, read_prefill
+from .batch import DECODE_WIDTH, pack_result, prefill_size, read_decode, read_prefill
 from .request import ProgramInfo
 from .sampler import IN_PROMPT, SamplingRows, sample
 from .state import LaneState, Shapes, abstract_kv, abstract_state
+from .turn import NO_PAGE
 
 Params = tuple[jax.Array, ...]
 Kv = tuple[KvLayer, ...]

@@ -11,7 +11,7 @@ A request that itself kills the engine must not be replayed for ever. Who killed
 3. one that loses an engine again while it is the only suspect fails with RequestFailed, and so does any request after
    `max_losses` engines, however far it got.
 
-A new token ends all suspicion. Knows only `EngineClient`; not processes, not the wire.
+A new token ends all suspicion. (A bystander is blamed only if a second killer strikes just while it is tried.) Knows only `EngineClient`; not processes, not the wire.
 """
 
 import asyncio

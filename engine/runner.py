@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from .batch import NO_PAGE, pack_prefill, read_result
+from .batch import pack_prefill, read_result
 from .programs import Programs
 from .request import TokenOutput
-from .scheduler import Turn
 from .sequence import Sequence
 from .state import abstract_kv, abstract_state, zeros_like
+from .turn import NO_PAGE, Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Arra
     repetition = rows.repetition[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen > 0, scaled, logits)
-    return logits - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0)
+    return logits - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0).astype(jnp.float32)
 
 
 def cut(logits: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -7,12 +7,12 @@ Knows no device and no time: the loop calls `plan` once a turn and `absorb` for 
 """
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .batch import NO_PAGE, Segment
 from .pages import PageAllocator, pages_for
 from .request import StepOutput, TokenOutput
 from .sequence import Phase, Sequence
+from .turn import NO_PAGE, Segment, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +25,6 @@ class Limits:
     """Prompt tokens per turn."""
     chunk_segments: int
     """Sequences per prefill launch."""
-
-
-@dataclass(slots=True)
-class Turn:
-    """What to launch next. Prefill goes first, so lanes it switches on may decode in the same turn."""
-
-    segments: list[Segment] = field(default_factory=list)
-    prefilled: list[Sequence] = field(default_factory=list)
-    """The sequence of each segment."""
-    rows: list[tuple[int, int, int]] = field(default_factory=list)
-    """(lane, page index, page) of each decoding lane, see `batch.DecodePlan`."""
-    decoded: list[Sequence] = field(default_factory=list)
-    """The sequence of each row."""
 
 
 class Scheduler:

@@ -3,7 +3,7 @@
 Knows shapes, types and placement; not what a launch does with them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +59,17 @@ def page_bytes(config: ModelConfig, page_tokens: int, dtype: str) -> int:
     return 2 * config.layers * config.kv_heads * page_tokens * config.head_dim * jnp.dtype(dtype).itemsize
 
 
+def _described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
+    """A description that stands where an array will; typed as anything, because the tuples name arrays."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
     """Shapes, types and placement of the lane state: a whole copy on every device, but `seen` split over vocabulary."""
     b = shapes.lanes
 
-    def leaf(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=placement.replicated)
+    def leaf(dtype: Any, *shape: int) -> Any:
+        return _described((b, *shape), dtype, placement.replicated)
 
     i32, f32 = jnp.int32, jnp.float32
     split = shapes.vocab % placement.model_size == 0
@@ -76,7 +81,7 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
         active=leaf(jnp.bool_),
         table=leaf(i32, shapes.table_width),
         stop=leaf(i32, MAX_STOP_IDS),
-        seen=jax.ShapeDtypeStruct((b, shapes.vocab), i32, sharding=seen),
+        seen=_described((b, shapes.vocab), i32, seen),
         sampling=SamplingRows(
             temperature=leaf(f32),
             top_k=leaf(i32),
@@ -96,7 +101,7 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
 def abstract_kv(config: ModelConfig, shapes: Shapes, dtype: str, placement: Placement) -> tuple[KvLayer, ...]:
     """Shapes, types and placement of the pool, one entry a layer."""
     sharding = placement.sharding(("kv_heads", None, None, None))
-    pool = jax.ShapeDtypeStruct(kv_shape(config, shapes), dtype, sharding=sharding)
+    pool = _described(kv_shape(config, shapes), dtype, sharding)
     return tuple(KvLayer(pool, pool) for _ in range(config.layers))
 
 

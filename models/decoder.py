@@ -8,6 +8,7 @@ positions, KV). Knows nothing of lanes, sampling or where kernels come from.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +203,7 @@ class DecoderGraph:
     """A decoder taken apart: structure here, arrays as a flat tuple elsewhere, in the order of `specs`."""
 
     graph: nnx.GraphDef
-    tree: jax.tree_util.PyTreeDef
+    tree: Any
     specs: tuple[ParamSpec, ...]
 
     @classmethod

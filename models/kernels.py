@@ -7,7 +7,6 @@ knows arrays only, not which request a row belongs to.
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 
 
 class PagedBatch(NamedTuple):
@@ -34,10 +33,15 @@ class KvLayer(NamedTuple):
 class Kernels(Protocol):
     """One platform's way to compute. Pure functions of arrays; called while tracing."""
 
-    name: str
-    """Shown to the user: which implementation."""
-    packed: bool
-    """Weights are stored as panels (see `spec.pack`)."""
+    @property
+    def name(self) -> str:
+        """Shown to the user: which implementation."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Weights are stored as panels (see `spec.pack`)."""
+        ...
 
     def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
         """x [T, D] times a stored weight -> [T, outputs], accumulated in float32, in x's dtype."""

@@ -10,5 +10,5 @@ LogicalAxis = Literal["tokens", "kv_heads", "heads", "ffn", "vocab"]
 
 MeshAxis = Literal["data", "model"]
 
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+Constrain = Callable[["jax.Array", tuple[str | None, ...]], "jax.Array"]
 """Says, while tracing, how an array lies: one logical axis name (or None) per dimension."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ class Placement:
 
 
 def make_placement(
-    data: int = 1, model: int | None = None, devices: Sequence[jax.Device] | None = None
+    data: int = 1, model: int | None = None, devices: Sequence[Any] | None = None
 ) -> Placement:
     """A (data, model) mesh over the first data*model devices; `model` None takes all that are left.
 

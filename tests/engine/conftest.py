@@ -1,0 +1,69 @@
+"""Engines of tiny models, built once a session and shared by the tests that only ask them."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import tiny_model
+from xlane.engine import EngineConfig, Request, SamplingParams, StepOutput
+from xlane.engine.engine import Engine
+from xlane.engine.local import LocalClient
+from xlane.models.opened import open_model
+
+_ids = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def engine_of(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Engine]]:
+    """Build (once per set of options) an engine of a tiny model."""
+    built: dict[tuple, Engine] = {}
+    cache = str(tmp_path_factory.getbasetemp().parent / "kernels")
+
+    def make(kind: str = "llama-gqa-tied", **options) -> Engine:
+        options = {
+            "lanes": 4, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 32, "kernels": "xla", **options,
+        }  # fmt: skip
+        key = (kind, *sorted(options.items()))
+        if key not in built:
+            opened = open_model(tiny_model(kind, models))
+            config = EngineConfig(model_id=kind, cache_dir=cache, **options)
+            built[key] = Engine.build(config, opened.config, opened.source)
+        return built[key]
+
+    yield make
+    for engine in built.values():
+        engine.stop()
+
+
+def request(prompt: list[int], **sampling) -> Request:
+    """A request with a fresh id; greedy unless told otherwise."""
+    sampling = {"max_tokens": 8, "temperature": 0.0, **sampling}
+    return Request(id=f"test-{next(_ids)}", prompt_ids=tuple(prompt), sampling=SamplingParams(**sampling))
+
+
+async def collect(client: LocalClient, asked: Request) -> list[StepOutput]:
+    """Every output of one request."""
+    return [output async for output in client.submit(asked)]
+
+
+def ids(outputs: list[StepOutput]) -> list[int]:
+    """The generated tokens."""
+    return [token.id for output in outputs for token in output.tokens]
+
+
+def run(engine: Engine, *asked: Request) -> list[list[StepOutput]]:
+    """Run requests at once and return each one's outputs."""
+
+    async def all_at_once() -> list[list[StepOutput]]:
+        client = LocalClient(engine)
+        return list(await asyncio.gather(*(collect(client, one) for one in asked)))
+
+    return asyncio.run(all_at_once())

@@ -1,0 +1,214 @@
+"""The whole engine on tiny models: tokens equal transformers', whatever shares the batch, however memory is short."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from tests.engine.conftest import collect, ids, request, run
+from tests.support.tiny import hf_greedy, hf_logits, tiny_model
+from xlane.engine import FinishReason, InvalidRequest, LogprobsMode, Overloaded, Request, SamplingParams
+from xlane.engine.local import LocalClient
+
+PROMPTS = [np.random.default_rng(seed).integers(3, 131, size).tolist() for seed, size in enumerate((5, 40, 1, 17, 33, 8))]
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "qwen3", "mistral-window"])
+def test_greedy_tokens_equal_transformers(engine_of, models, kind: str, kernels: str) -> None:
+    engine = engine_of(kind, kernels=kernels)
+    path = tiny_model(kind, models)
+    outputs = run(engine, *(request(prompt, max_tokens=12) for prompt in PROMPTS))
+    for prompt, output in zip(PROMPTS, outputs):
+        assert ids(output) == hf_greedy(path, prompt, 12)
+        assert [step.finish_reason for step in output] == [None] * (len(output) - 1) + [FinishReason.LENGTH]
+
+
+def test_nothing_compiles_after_ready(engine_of) -> None:
+    engine = engine_of()
+    run(engine, *(request(prompt, max_tokens=20, temperature=1.0, top_k=5, logprobs=True) for prompt in PROMPTS))
+    assert engine.stats().compiles_after_ready == 0
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_same_seed_same_tokens_alone_or_among_fifteen_others(engine_of, kernels: str) -> None:
+    engine = engine_of(kernels=kernels, lanes=16)
+    rng = np.random.default_rng(7)
+
+    def ours() -> Request:
+        return request(PROMPTS[1], max_tokens=24, temperature=0.9, top_p=0.95, seed=1234567890123)
+
+    others = [
+        request(rng.integers(3, 131, rng.integers(1, 60)).tolist(), max_tokens=int(rng.integers(1, 30)), temperature=1.0, seed=i)
+        for i in range(15)
+    ]  # fmt: skip
+    alone = ids(run(engine, ours())[0])
+    among = ids(run(engine, *others[:8], ours(), *others[8:])[8])
+    assert alone == among
+    other_seed = request(PROMPTS[1], max_tokens=24, temperature=0.9, top_p=0.95, seed=1)
+    assert ids(run(engine, other_seed)[0]) != alone
+
+
+def test_a_stop_token_ends_the_sequence_and_is_its_last_token(engine_of, models) -> None:
+    engine = engine_of()
+    expected = hf_greedy(tiny_model("llama-gqa-tied", models), PROMPTS[0], 12)
+    stop = expected[5]
+    (output,) = run(engine, request(PROMPTS[0], max_tokens=12, stop_ids=(stop, 0)))
+    assert ids(output) == expected[: expected.index(stop) + 1]
+    assert output[-1].finish_reason is FinishReason.STOP
+
+
+def test_the_first_token_may_be_the_last(engine_of) -> None:
+    (output,) = run(engine_of(), request(PROMPTS[0], max_tokens=1))
+    assert len(ids(output)) == 1
+    assert output[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_max_total_tokens_bounds_the_output(engine_of) -> None:
+    engine = engine_of()
+    (output,) = run(engine, request(PROMPTS[1], max_tokens=1000))
+    assert len(ids(output)) == engine.info.max_total_tokens - len(PROMPTS[1])
+
+
+def test_memory_pressure_preempts_and_nothing_changes(engine_of) -> None:
+    roomy = engine_of()
+    expected = [ids(output) for output in run(roomy, *(request(p, max_tokens=40) for p in PROMPTS))]
+    seeded = [ids(output) for output in run(roomy, *_sampled())]
+    page = 2 * 3 * 2 * 4 * 16 * 4
+    tight = engine_of(kv_bytes=30 * page)
+    assert tight.info.pages == 30
+    assert [ids(output) for output in run(tight, *(request(p, max_tokens=40) for p in PROMPTS))] == expected
+    assert [ids(output) for output in run(tight, *_sampled())] == seeded
+    assert tight.stats().preemptions > 0
+    assert tight.stats().pages_free == 30
+
+
+def _sampled() -> list[Request]:
+    return [
+        request(p, max_tokens=40, temperature=1.0, seed=i, repetition_penalty=1.3, frequency_penalty=0.5)
+        for i, p in enumerate(PROMPTS)
+    ]
+
+
+@pytest.mark.parametrize("given", [1, 7, 19])
+def test_resumed_requests_go_on_as_if_nothing_had_happened(engine_of, given: int) -> None:
+    engine = engine_of()
+    whole = request(PROMPTS[3], max_tokens=20, temperature=1.0, seed=3, presence_penalty=1.0, repetition_penalty=1.2)
+    expected = ids(run(engine, whole)[0])
+    rest = Request(id="rest", prompt_ids=whole.prompt_ids, sampling=whole.sampling, resume_ids=tuple(expected[:given]))
+    assert ids(run(engine, rest)[0]) == expected[given:]
+
+
+@pytest.mark.parametrize("mode", LogprobsMode)
+def test_logprobs_equal_transformers(engine_of, models, mode: LogprobsMode) -> None:
+    temperature = 0.7
+    asked = request(
+        PROMPTS[3], max_tokens=6, temperature=temperature, seed=5, logprobs=True, top_logprobs=4, logprobs_mode=mode
+    )
+    (output,) = run(engine_of(), asked)
+    path, text = tiny_model("llama-gqa-tied", models), list(PROMPTS[3])
+    for token in (token for step in output for token in step.tokens):
+        logits = hf_logits(path, text)[-1] / (temperature if mode is LogprobsMode.PROCESSED else 1.0)
+        logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        best = np.argsort(-logprobs)[:4]
+        assert token.logprob == pytest.approx(logprobs[token.id], abs=1e-4)
+        assert [top for top, _ in token.top] == best.tolist()
+        assert [value for _, value in token.top] == pytest.approx(logprobs[best].tolist(), abs=1e-4)
+        text.append(token.id)
+
+
+def test_a_long_prompt_does_not_hold_up_a_running_stream(engine_of) -> None:
+    """Decode never waits for more than one chunk: while 80 prompt tokens are computed in chunks of 32, the running
+    stream gets a token each turn."""
+    engine = engine_of()
+
+    async def main() -> list[str]:
+        client, order = LocalClient(engine), []
+
+        async def watch(name: str, asked: Request) -> None:
+            async for output in client.submit(asked):
+                order.extend(name for _ in output.tokens)
+
+        first = asyncio.create_task(watch("running", request(PROMPTS[0], max_tokens=60)))
+        while not order:
+            await asyncio.sleep(0.001)
+        start = len(order)
+        await asyncio.gather(first, watch("long", request([5] * 80, max_tokens=2)))
+        return order[start:]
+
+    order = asyncio.run(main())
+    assert order.index("long") >= 2
+
+
+def test_a_closed_stream_frees_its_lane(engine_of) -> None:
+    engine = engine_of()
+
+    async def main() -> int:
+        stream = LocalClient(engine).submit(request(PROMPTS[0], max_tokens=80))
+        await anext(stream)
+        before = engine.stats().steps
+        await stream.aclose()
+        while engine.stats().lanes_active:
+            await asyncio.sleep(0.001)
+        return engine.stats().steps - before
+
+    # Two steps, and one that may have been counted between reading the number and closing.
+    assert asyncio.run(main()) <= 3
+    assert engine.stats().pages_free == engine.stats().pages_total
+
+
+def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of) -> None:
+    engine = engine_of(max_queued=2)
+
+    async def main() -> None:
+        client = LocalClient(engine)
+        running = [asyncio.create_task(collect(client, request(PROMPTS[0], max_tokens=60))) for _ in range(6)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refused:
+            await collect(client, request(PROMPTS[0]))
+        assert refused.value.retry_after_s >= 1
+        results = await asyncio.gather(*running)
+        assert len({tuple(ids(result)) for result in results}) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt_ids": ()}, "prompt is empty"),
+        ({"prompt_ids": (131,)}, "token id 131"),
+        ({"prompt_ids": (-1,)}, "token id -1"),
+        ({"prompt_ids": (1,) * 96}, "96 tokens"),
+        ({"sampling": SamplingParams(max_tokens=0)}, "max_tokens=0"),
+        ({"sampling": SamplingParams(max_tokens=1, temperature=float("nan"))}, "temperature=nan"),
+        ({"sampling": SamplingParams(max_tokens=1, top_p=0.0)}, "top_p=0.0"),
+        ({"sampling": SamplingParams(max_tokens=1, seed=2**64)}, "seed=18446744073709551616"),
+        ({"sampling": SamplingParams(max_tokens=1, top_logprobs=21, logprobs=True)}, "top_logprobs=21"),
+        ({"sampling": SamplingParams(max_tokens=1, top_logprobs=2)}, "needs logprobs"),
+        ({"sampling": SamplingParams(max_tokens=1, stop_ids=tuple(range(9)))}, "stop_ids"),
+        ({"resume_ids": (3,) * 8}, "nothing is left"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_by_name(engine_of, change: dict, named: str) -> None:
+    good = request([5, 6], max_tokens=8)
+    bad = Request(**{"id": "bad", "prompt_ids": good.prompt_ids, "sampling": good.sampling, **change})
+    with pytest.raises(InvalidRequest, match=named):
+        run(engine_of(), bad)
+
+
+def test_drain_lets_the_running_finish_and_takes_no_more(engine_of) -> None:
+    engine = engine_of(max_queued=3)
+
+    async def main() -> None:
+        client = LocalClient(engine)
+        running = asyncio.create_task(collect(client, request(PROMPTS[0], max_tokens=60)))
+        await asyncio.sleep(0.01)
+        await client.drain(30.0)
+        assert (await running)[-1].finish_reason is FinishReason.LENGTH
+
+    started = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - started < 30
+    assert not engine.healthy()
