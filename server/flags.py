@@ -102,8 +102,8 @@ DEVICE = (
         choices=("auto", "xla", "native")
     ),
     _own(
-        "cache-dir", "engine.cache_dir", "Where compiled programs are kept between starts; `none` keeps none.",
-        default="~/.cache/xlane"
+        "cache-dir", "engine.cache_dir",
+        "Where compiled programs and the demo are kept; default ~/.cache/xlane, `none` keeps no programs."
     ),
 )  # fmt: skip
 
@@ -148,6 +148,8 @@ ENGINE = (
     Flag(
         "listen", "listen", "Serve gRPC on this HOST:PORT, which asks for no password: private networks only."
     ),
+    Flag("model-path", "model_path", "Where the model lies, if it need not be looked for."),
+    Flag("model-sha", "model_sha", "The commit it was fetched at."),
     Flag(
         "progress-fd",
         "progress_fd",
@@ -189,7 +191,7 @@ BENCH_SERVE = (
     Flag("requests", "requests", "Requests a run; default 4 for each client, at least 16.", "int", at_least=1),
     Flag("warmup", "warmup", "Requests before the clock starts.", "int", default=1, at_least=0),
     Flag("shared-prefix", "shared_prefix", "Tokens at the start that all prompts share.", "int", default=0, at_least=0),
-    Flag("seed", "seed", "Of prompts and arrivals.", "int", default=0),
+    Flag("seed", "seed", "Of prompts and arrivals; default a new one each time.", "int"),
     Flag("api-key", "api_key", "Bearer key.", env="API_KEY"),
     Flag("json", "json", "Print the JSON line only.", "bool"),
 )  # fmt: skip

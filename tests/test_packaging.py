@@ -50,7 +50,8 @@ def tracked_files() -> list[Path]:
 
 def test_data_files_travel_with_the_package(project: dict[str, Any]):
     globs = project["tool"]["setuptools"]["package-data"]["*"]
-    data = [path for path in tracked_files() if path.suffix not in (".py", ".pyi")]
+    # Shell scripts are for those who change the code, not for those who install it.
+    data = [path for path in tracked_files() if path.suffix not in (".py", ".pyi", ".sh")]
     packed = [path for path in data if any(fnmatch.fnmatch(path.name, glob) for glob in globs)]
     assert [path.relative_to(ROOT).as_posix() for path in data if path not in packed] == []
     assert [path.as_posix() for path in data if not (path.parent / "__init__.py").exists()] == []

@@ -1,0 +1,274 @@
+"""The command line: reads arguments and environment into frozen configs, runs one command, turns errors into exit codes.
+
+Exit codes: 0 done · 1 a crash, which is a bug · 2 the command line or environment is wrong · 3 the model or the plan
+cannot work here · 130 interrupted. Knows what commands exist, not how they work: a command's code is imported when it is
+chosen, so that `--help` is quick.
+"""
+
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+from ..engine.config import EngineConfig
+from ..engine.errors import EngineError
+from ..models.errors import ModelError
+from . import flags
+from .config import ServerConfig
+from .flags import CONFIGS, RunConfig
+from .options import Flag, Options, UsageError, build_parser, did_you_mean, resolve
+
+OK, CRASH, USAGE, CANNOT, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that was asked for, checked."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    run: RunConfig
+    options: Options
+    """Options of one command only, notes, and where values came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One thing the program does."""
+
+    name: str
+    summary: str
+    groups: Mapping[str, Sequence[Flag]]
+    run: Callable[[Settings], int]
+    takes_model: bool = True
+    """Whether a bare word is the model's id."""
+
+
+def _serve(settings: Settings) -> int:
+    from .serve import serve
+
+    return serve(settings.engine, settings.server, settings.run)
+
+
+def _engine(settings: Settings) -> int:
+    from .commands import engine
+
+    return engine(settings.engine, settings.run, settings.options)
+
+
+def _download(settings: Settings) -> int:
+    from .commands import download
+
+    return download(settings.engine, settings.run)
+
+
+def _info(settings: Settings) -> int:
+    from .commands import info
+
+    return info(settings.engine, settings.run, settings.options)
+
+
+def _warmup(settings: Settings) -> int:
+    from .commands import warmup
+
+    return warmup(settings.engine, settings.run)
+
+
+def _bench(settings: Settings) -> int:
+    from .commands import bench
+
+    return bench(settings.engine, settings.run, settings.options)
+
+
+def _bench_serve(settings: Settings) -> int:
+    from .bench import bench
+
+    return bench(settings.options.of(""))
+
+
+_SIZES = {"Model": flags.MODEL, "Limits": flags.LIMITS, "Device": flags.DEVICE}
+_FOREIGN = {"From TGI": flags.FOREIGN}
+
+COMMANDS = (
+    Command("serve", "Serve a model over HTTP.", _SIZES | {"HTTP": flags.HTTP, "Process": flags.RUN} | _FOREIGN, _serve),
+    Command("engine", "Run an engine alone, over gRPC.", _SIZES | {"Process": flags.ENGINE}, _engine),
+    Command("download", "Fetch a model from the Hub.", {"Model": flags.MODEL, "Process": flags.LOG}, _download),
+    Command("info", "Say what a model needs and what fits here.", _SIZES | {"Output": flags.INFO}, _info),
+    Command("warmup", "Compile a model's programs into --cache-dir.", _SIZES | {"Process": flags.LOG}, _warmup),
+    Command("bench", "Measure the engine on this device.", _SIZES | {"Load": flags.BENCH}, _bench),
+    Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),
+)  # fmt: skip
+
+
+def settle(
+    command: Command, argv: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, Any]
+) -> Settings:
+    """Arguments and environment as configs. Raises UsageError; prints help and exits 0 for `--help`."""
+    groups = {
+        title: tuple(replace(flag, default=defaults.get(flag.name, flag.default)) for flag in group)
+        for title, group in command.groups.items()
+    }
+    parser = build_parser(f"xlane {command.name}", command.summary, groups, CONFIGS, _epilog(command))
+    parser.usage = f"xlane {command.name}{' [MODEL]' if command.takes_model else ''} [OPTION...]"
+    if command.takes_model:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="The same as --model-id.")
+    typed = vars(parser.read(argv))
+    if model := typed.pop("model", None):
+        if typed["model-id"] not in (None, model):
+            raise UsageError(f"two models: {model} and --model-id {typed['model-id']}")
+        typed["model-id"] = model
+    if typed.get("progress-fd") is not None:
+        environ = {}  # A front started this engine and has put all it read from the environment on our command line.
+    notes: list[str] = []
+    environ = _tidy(environ, typed, notes)
+    options = resolve([flag for group in groups.values() for flag in group], typed, environ)
+    if command.name == "serve":
+        notes += [
+            f"{name} has no meaning here: {why}"
+            for name, why in flags.ENV_WITHOUT_MEANING.items()
+            if name in environ
+        ]
+    options.notes[:0] = notes
+    _agree(options)
+    engine = EngineConfig(**{"model_id": "demo", **options.of("engine")})
+    return Settings(engine, ServerConfig(**options.of("server")), RunConfig(**options.of("run")), options)
+
+
+def _tidy(environ: Mapping[str, str], typed: Mapping[str, Any], notes: list[str]) -> Mapping[str, str]:
+    """Variables that others set for their own ends, made fit: a container's HOSTNAME, a filter in LOG_LEVEL."""
+    tidy = dict(environ)
+    host = tidy.get("HOSTNAME")
+    if host is not None and not _is_address(host):
+        del tidy["HOSTNAME"]
+        if typed.get("hostname", "") is None:
+            notes.append(
+                f"HOSTNAME={host} is the machine's name, not an address to listen on; --hostname sets that"
+            )
+    level = tidy.get("LOG_LEVEL", "").split(",")[0].lower()
+    tidy["LOG_LEVEL"] = {"warn": "warning", "trace": "debug"}.get(level, level)
+    if "=" in level:
+        tidy["LOG_LEVEL"] = ""
+        notes.append(f"LOG_LEVEL={environ['LOG_LEVEL']} filters by TGI's modules; --log-level sets the level")
+    return tidy
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
+
+
+def _agree(options: Options) -> None:
+    """Refuse values that contradict each other, and fold `--sharded` into the number of shards."""
+    engine = options.values.setdefault("engine", {})
+    most_input, most = engine.get("max_input_tokens"), engine.get("max_total_tokens")
+    if most_input is not None and most is not None and most_input >= most:
+        raise UsageError(f"--max-input-tokens {most_input} must be less than --max-total-tokens {most}")
+    sharded, shards = options.plain("sharded"), engine.get("model_parallel")
+    if sharded is False:
+        if shards not in (None, 1):
+            raise UsageError(f"--sharded false contradicts --num-shard {shards}")
+        engine["model_parallel"] = 1
+    elif sharded and shards == 1:
+        raise UsageError("--sharded true contradicts --num-shard 1")
+    engine["cache_dir"] = _cache_dir(engine.get("cache_dir"))
+
+
+def _cache_dir(given: str | None) -> str | None:
+    from ..models.demo import default_cache_dir
+
+    if given == "none":
+        return None
+    return str(default_cache_dir()) if given is None else os.path.expanduser(given)
+
+
+def _epilog(command: Command) -> str:
+    lines = ["Each option is also read from the variable in brackets; what is typed wins."]
+    if "From TGI" in command.groups:
+        lines += [
+            "",
+            "Accepted from TGI, without meaning here:",
+            *_wrapped([flag.option for flag in flags.NO_MEANING]),
+            "Known from TGI and refused:",
+            *_wrapped([flag.option for flag in flags.REFUSED]),
+        ]
+    return "\n".join(
+        [*lines, "", "Exit codes: 0 done, 1 crash, 2 usage, 3 model or plan cannot work, 130 interrupted."]
+    )
+
+
+def _wrapped(words: Sequence[str]) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(
+        ", ".join(words), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def overview() -> str:
+    """What `xlane --help` prints."""
+    lines = ["usage: xlane COMMAND [MODEL] [OPTION...]", "", "LLM serving compiled by XLA.", ""]
+    lines += [f"  {command.name:<12} {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        [*lines, "", "`xlane COMMAND --help` lists a command's options. `xlane serve` alone serves a demo."]
+    )
+
+
+def choose(argv: Sequence[str]) -> tuple[Command, Sequence[str]]:
+    """The command of `argv` and its arguments. Raises UsageError."""
+    for length in (2, 1):
+        for command in COMMANDS:
+            if argv[:length] == command.name.split():
+                return command, argv[length:]
+    word = argv[0] if argv else ""
+    names = [command.name for command in COMMANDS]
+    if not word:
+        raise UsageError(f"a command is missing: one of {', '.join(names)}")
+    raise UsageError(
+        f"there is no command {word}{did_you_mean(word, names) or ': one of ' + ', '.join(names)}"
+    )
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> int:
+    """Run one command line and return its exit code. Errors end as one line on stderr."""
+    try:
+        if argv[:1] in (["-h"], ["--help"]):
+            print(overview())
+            return OK
+        if argv[:1] in (["-V"], ["--version"]):
+            print(f"xlane {metadata.version('xlane')}")
+            return OK
+        command, rest = choose(argv)
+        settings = settle(command, rest, environ, defaults or {})
+        for note in settings.options.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        return command.run(settings)
+    except UsageError as error:
+        return _fail(USAGE, error)
+    except (EngineError, ModelError) as error:
+        return _fail(CANNOT, error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _fail(code: int, error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def main() -> int:
+    """`xlane`."""
+    return run(sys.argv[1:], os.environ)
+
+
+def launcher() -> int:
+    """`text-generation-launcher`: `xlane serve` with the defaults Text Generation Inference has."""
+    argv = sys.argv[1:]
+    if argv[:1] in (["-V"], ["--version"]):
+        return run(argv, os.environ)
+    return run(["serve", *argv], os.environ, flags.TGI_DEFAULTS)

@@ -1,0 +1,147 @@
+"""The commands besides `serve`: engine, download, info, warmup, bench. Each is short; what they do is other rooms' work.
+
+jax comes in with `engine.start`, which each command imports when it runs.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..engine.config import EngineConfig
+from ..engine.errors import EngineError
+from ..models.errors import ModelError
+from . import logs
+from .console import Console, bytes_text
+from .flags import RunConfig
+from .model import find_model
+from .options import Options, UsageError
+
+OK, CRASH = 0, 1
+
+
+def _console(run: RunConfig) -> Console:
+    """Progress and logs go to stderr: stdout is for results."""
+    console = Console(sys.stderr, json_output=run.json_output)
+    logs.setup(run.log_level, console.line, json_output=run.json_output)
+    return console
+
+
+def _find(config: EngineConfig, run: RunConfig, console: Console) -> Path:
+    return find_model(
+        config, run.hub_cache, lambda done, total: console.progress("download", done, total, "B")
+    ).path
+
+
+def engine(config: EngineConfig, run: RunConfig, options: Options) -> int:
+    """Serve gRPC until told to stop; under a supervisor, tell it how the start goes."""
+    from ..engine.process import ParentLink
+
+    descriptor = options.plain("progress_fd")
+    link = None if descriptor is None else ParentLink(descriptor)
+    if link is not None:
+        link.die_with_parent()
+    try:
+        return _serve_engine(config, run, options, link)
+    except (EngineError, ModelError) as error:
+        if link is None:
+            raise
+        link.failed(str(error))
+        return 3
+
+
+def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: Any) -> int:
+    from ..engine.rpc_server import serve
+    from ..engine.start import start
+
+    address = _address(options)
+    console = _console(run)
+    path = Path(given) if (given := options.plain("model_path")) else _find(config, run, console)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if link is None:
+            console.progress(phase, done, total, "B" if phase == "weights" else "")
+        else:
+            link.report(phase, done, total)
+
+    def ready(at: str) -> None:
+        if link is None:
+            console.settle()
+            console.say(f"Connected: engine for {config.model_id} at {at}")
+        else:
+            link.ready()
+
+    core = start(config, path, options.plain("model_sha"), progress)
+    try:
+        asyncio.run(serve(core, address, on_ready=ready))
+    except OSError as error:
+        raise UsageError(str(error)) from error
+    return OK
+
+
+def _address(options: Options) -> str:
+    uds, listen = options.plain("uds"), options.plain("listen")
+    if (uds is None) == (listen is None):
+        raise UsageError("give one of --uds PATH and --listen HOST:PORT: where the engine is to be reached")
+    return listen if uds is None else f"unix:{Path(uds).absolute()}"
+
+
+def download(config: EngineConfig, run: RunConfig) -> int:
+    """Fetch a model and print where it lies."""
+    console = _console(run)
+    path = _find(config, run, console)
+    console.settle()
+    print(path)
+    return OK
+
+
+def info(config: EngineConfig, run: RunConfig, options: Options) -> int:
+    """Print what a model needs and what it would get here."""
+    console = _console(run)
+    path = _find(config, run, console)
+    from ..engine.start import describe
+
+    facts = describe(config, path)
+    if options.plain("json"):
+        print(json.dumps({name.replace(" ", "_"): value for name, value in facts.items()}))
+    else:
+        Console(sys.stdout).table("", [(_without_unit(name), _shown(name, facts)) for name in facts])
+    return OK
+
+
+def _without_unit(name: str) -> str:
+    return name.replace(" bytes per", " per").removesuffix(" bytes")
+
+
+def _shown(name: str, facts: Mapping[str, Any]) -> str:
+    value = facts[name]
+    if "bytes" in name:
+        return bytes_text(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def warmup(config: EngineConfig, run: RunConfig) -> int:
+    """Compile everything into the cache directory."""
+    console = _console(run)
+    if config.cache_dir is None:
+        raise UsageError(
+            "--cache-dir none leaves nothing to warm up: give the directory that the server will use"
+        )
+    path = _find(config, run, console)
+    from ..engine.start import warm
+
+    manifest = warm(config, path, lambda done, total: console.progress("programs", done, total))
+    console.settle()
+    print(manifest)
+    return OK
+
+
+def bench(config: EngineConfig, run: RunConfig, options: Options) -> int:
+    """Measure the engine in this process."""
+    console = _console(run)
+    path = _find(config, run, console)
+    from ..engine.bench import main
+
+    return main(config, path, options.of(""))

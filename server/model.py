@@ -1,0 +1,19 @@
+"""Where the model to serve lies: on this machine, on the Hub, or the demo out of its wheel. Knows no file formats."""
+
+from pathlib import Path
+
+from ..engine.config import EngineConfig
+from ..models.demo import default_cache_dir, demo_model
+from ..models.hub import Progress, ResolvedModel, resolve
+
+DEMO = "demo"
+
+
+def find_model(
+    config: EngineConfig, hub_cache: str | None, progress: Progress | None = None
+) -> ResolvedModel:
+    """The model on this machine, downloaded if need be. Raises HubError."""
+    if config.model_id == DEMO:
+        kept = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+        return ResolvedModel(demo_model(kept, progress), None, "gguf")
+    return resolve(config.model_id, config.revision, cache_dir=hub_cache, progress=progress)
