@@ -121,4 +121,5 @@ def stream(
         extra_headers=headers,
         error_event=lambda error: event(problem_of(error).openai()) + DONE,
         keep_alive_s=front.config.sse_keep_alive_s,
+        write_timeout_s=front.config.write_timeout_s,
     )

@@ -20,7 +20,7 @@ _TEXTS = {
 
 
 class _HeadRefused(Exception):
-    """Stops the parser: the connection is already answered and closed."""
+    """Stops the parser, which reports it as an error of its own; the connection is answered and closed by then."""
 
 
 def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
@@ -39,12 +39,6 @@ def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._head_complete()
             super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            try:
-                super().data_received(data)
-            except _HeadRefused:
-                pass
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -89,7 +83,7 @@ def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
             self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
-            # The parser reports an error of ours as one of its own, after it is answered.
+            # After _HeadRefused there is nothing left to say.
             if not self.transport.is_closing():
                 super().send_400_response(msg)
 

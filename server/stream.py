@@ -5,6 +5,7 @@ with its client. Knows bytes and ASGI; not what an event says.
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, MutableMapping
 from contextlib import aclosing
+from time import monotonic
 from typing import Any, TypeVar
 
 import orjson
@@ -43,11 +44,14 @@ class EventStream(Response):
         extra_headers: MutableMapping[str, str],
         error_event: Callable[[Exception], bytes],
         keep_alive_s: float,
+        write_timeout_s: float,
     ) -> None:
         self._chunks = chunks
         self._extra = extra_headers
         self._error_event = error_event
         self._keep_alive_s = keep_alive_s
+        self._write_timeout_s = write_timeout_s
+        self._writing_since: float | None = None
         self._started = False
         self._quiet = True
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -78,19 +82,24 @@ class EventStream(Response):
         await self._send(send, b"", more=False)
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Returns when the client is gone; sends a comment whenever nothing else was sent for a while."""
+        """Returns when the client is gone, or reads nothing for too long. Sends a comment after each silence."""
         while True:
             try:
                 async with asyncio.timeout(self._keep_alive_s):
                     await until_gone(receive)
                 return
             except TimeoutError:
-                if self._quiet:
-                    await self._send(send, KEEP_ALIVE)
-                self._quiet = True
+                pass
+            if self._writing_since is not None:
+                if monotonic() - self._writing_since > self._write_timeout_s:
+                    return
+            elif self._quiet:
+                await self._send(send, KEEP_ALIVE)
+            self._quiet = True
 
     async def _send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
         self._quiet = False
+        self._writing_since = monotonic()
         if not self._started:
             self._started = True
             self.headers.update(self._extra)
@@ -99,6 +108,7 @@ class EventStream(Response):
             start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
         await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self._writing_since = None
 
 
 async def until_gone(receive: Receive) -> None:
