@@ -55,19 +55,38 @@ def build(
     blueprint, memory, note = design(config, model)
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         loading = pool.submit(_load, blueprint, source, report)
-        programs = compile_all(blueprint, lambda done, total: report("programs", done, total))
+        programs, memory = compile_within(config, blueprint, memory, report)
         params = loading.result()
-    temp = max(info.temp_bytes for info in programs.infos)
     return Built(
         programs=programs,
         params=params,
-        memory=replace(memory, temp_bytes=temp),
+        memory=memory,
         kernels_note=note,
         chunk_tokens=blueprint.prefill_tokens[-1],
         max_input_tokens=min(
             config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1
         ),
     )
+
+
+def compile_within(
+    config: EngineConfig, blueprint: Blueprint, memory: MemoryPlan, report: Progress
+) -> tuple[Programs, MemoryPlan]:
+    """Compile, and hold the plan against what the compiler says the programs need: where its temporaries are larger than
+    was estimated, the pool gives way and the programs are compiled for the smaller one."""
+    programs = compile_all(blueprint, lambda done, total: report("programs", done, total))
+    memory = replace(memory, temp_bytes=max(info.temp_bytes for info in programs.infos))
+    if memory.total_bytes <= memory.limit_bytes:
+        return programs, memory
+    demand = Demand(
+        weights_bytes=memory.weights_bytes,
+        page_bytes=memory.kv_bytes // memory.pages,
+        state_bytes=memory.state_bytes,
+        temp_bytes=memory.temp_bytes,
+    )
+    memory = plan_pages(config, demand, memory.limit_bytes, False, memory.lanes, memory.max_total_tokens)
+    smaller = replace(blueprint, shapes=blueprint.shapes._replace(pages=memory.pages))
+    return compile_all(smaller, lambda done, total: report("programs", done, total)), memory
 
 
 def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryPlan, str]:

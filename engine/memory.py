@@ -37,6 +37,11 @@ class MemoryPlan:
     max_total_tokens: int
 
     @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_bytes + self.state_bytes + self.temp_bytes
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens the pool holds."""
         return self.pages * self.page_tokens

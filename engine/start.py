@@ -13,20 +13,22 @@ import jax
 
 from ..models.opened import open_model
 from ..tpu.runtime import use_compile_cache
-from .build import Built, Progress, build, design
+from .build import Progress, build, compile_within, design
 from .config import EngineConfig
 from .engine import Engine
 from .manifest import write_manifest
 from .state import page_bytes
 
 
-def start(config: EngineConfig, path: Path, model_sha: str | None = None, progress: Progress | None = None) -> Engine:
+def start(
+    config: EngineConfig, path: Path, model_sha: str | None = None, progress: Progress | None = None
+) -> Engine:
     """Load the model at `path`, compile, and serve. Raises PlanError, ModelError."""
     _prepare(config)
     opened = open_model(path, weights=config.load_format != "dummy")
     built = build(config, opened.config, opened.source, progress)
     engine = Engine(config, opened.config, built, model_sha)
-    write_manifest(config, built, jax.__version__)
+    write_manifest(config, built.programs, jax.__version__)
     # What lives now lives for ever: the collector need not look at it again and again while tokens wait.
     gc.collect()
     gc.freeze()
@@ -39,14 +41,12 @@ def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] 
     opened = open_model(path, weights=False)
 
     def report(phase: str, done: int, total: int) -> None:
-        if progress is not None and phase == "programs":
+        if progress is not None:
             progress(done, total)
 
-    return write_manifest(config, _compile(config, opened.config, report), jax.__version__)
-
-
-def _compile(config: EngineConfig, model: Any, report: Progress) -> Built:
-    return build(config, model, None, report, load=False)
+    blueprint, memory, _ = design(config, opened.config)
+    programs, _ = compile_within(config, blueprint, memory, report)
+    return write_manifest(config, programs, jax.__version__)
 
 
 def describe(config: EngineConfig, path: Path) -> dict[str, Any]:
