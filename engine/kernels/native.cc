@@ -39,7 +39,7 @@ constexpr int PANEL = 16;  // outputs of a packed weight that lie side by side; 
 constexpr int KEYS = 64;   // keys of one softmax block
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 12;
+constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 8;
 constexpr const char* kIsa = "AVX-512";
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int LANES = 8, BUDGET = 12, MAX_ROWS = 6;
@@ -151,37 +151,58 @@ float* scratch(Slot slot, i64 floats) {
 // The one inner loop: rows of x times panels of w
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Lines that a later call will read, fetched into L2 while this one computes.
+// Memory that will be read next, asked for a few lines at a time between the arithmetic. Weights need none of this: they
+// lie in order, which the hardware sees by itself; pages do not.
 struct Ahead {
-  const char* at = nullptr;
-  const char* end = nullptr;
-  int lines = 0;  // per 8 steps of depth
+  struct Piece {
+    const char *at, *end;
+  };
+  Piece pieces[2 * KEYS / 16];
+  int count = 0, current = 0;
+
+  void add(const float* from, i64 floats) {
+    const char* at = reinterpret_cast<const char*>(from);
+    pieces[count++] = {at, at + floats * 4};
+  }
+  void fetch(int lines) {
+    for (; lines && current < count; --lines) {
+      Piece& piece = pieces[current];
+      __builtin_prefetch(piece.at, 0, 2);
+      if ((piece.at += 64) >= piece.end) ++current;
+    }
+  }
 };
 
-// out[r, 16 p + j] (+)= sum over d of x[r, d] * w[p, d, j], for MR rows and NP panels.
+// out[r, 16 p + j] (+)= sum over d of x[r, d] * w[d, p, j], for MR rows and NP panels. w lies in `pieces` that hold `run`
+// steps of depth each (the last may hold fewer), `wd` apart; panels are `wp` apart.
 template <int MR, int NP, int XR, int XD, bool Add>
-inline void micro(const float* x, const float* w, i64 wd, i64 wp, i64 depth, float* out, i64 stride, Ahead& ahead) {
+inline void micro(const float* x, const float* const* pieces, i64 offset, i64 run, i64 wd, i64 wp, i64 depth, float* out,
+                  i64 stride, Ahead* ahead) {
   vec acc[MR][NP * VECTORS];
   for (int r = 0; r < MR; ++r)
     for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] = Add ? load(out + r * stride + c * LANES) : vec{};
-  i64 d = 0;
-  auto step = [&] {
-    vec weights[NP * VECTORS];
-    for (int p = 0; p < NP; ++p)
-      for (int v = 0; v < VECTORS; ++v) weights[p * VECTORS + v] = load(w + p * wp + v * LANES);
-    for (int r = 0; r < MR; ++r) {
-      vec xr = splat(x[r * XR]);
-      for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] += xr * weights[c];
-    }
-    x += XD;
-    w += wd;
-  };
-  for (; d + 8 <= depth; d += 8) {
-    for (int i = 0; i < ahead.lines && ahead.at < ahead.end; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+  for (; depth > 0; depth -= run, ++pieces) {
+    const float* w = *pieces + offset;
+    auto step = [&] {
+      vec weights[NP * VECTORS];
+      for (int p = 0; p < NP; ++p)
+        for (int v = 0; v < VECTORS; ++v) weights[p * VECTORS + v] = load(w + p * wp + v * LANES);
+      for (int r = 0; r < MR; ++r) {
+        vec xr = splat(x[r * XR]);
+        for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] += xr * weights[c];
+      }
+      x += XD;
+      w += wd;
+    };
+    const i64 steps = std::min(run, depth);
+    i64 d = 0;
+    for (; d + 8 <= steps; d += 8) {
+      if (ahead) ahead->fetch(Add ? 16 : 12);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) step();
+      for (int i = 0; i < 8; ++i) step();
+    }
+    for (; d < steps; ++d) step();
   }
-  for (; d < depth; ++d) step();
   for (int r = 0; r < MR; ++r)
     for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
 }
@@ -192,34 +213,45 @@ constexpr int panels_at_once(int rows) {
 }
 
 struct Tile {
-  const float* x;   // linear and scores: [depth, rows]; values: [rows, KEYS]
-  const float* w;
-  i64 wd, wp;       // strides of w: per step of depth, per panel
-  i64 depth;
-  i64 panels;
+  const float* x;
+  const float* const* w;  // pieces, see micro
+  i64 run, wd, wp;
+  i64 depth, panels;
   float* out;
-  i64 stride;       // of out, per row
+  i64 stride;  // of out, per row
+  Ahead* ahead = nullptr;
 };
 
-// Packed: x is [depth, MR]. Otherwise [MR, KEYS], the probabilities of a key block, and the result is added to out.
-template <int MR, bool Packed>
-void tile(const Tile& t, Ahead& ahead) {
-  constexpr int NP = panels_at_once(MR), XR = Packed ? 1 : KEYS, XD = Packed ? MR : 1;
+enum Use {
+  kLinear,  // x [depth, rows]
+  kScores,  // the same, some pages fetched ahead
+  kValues,  // x [rows, KEYS], the probabilities of a key block; the result is added to out
+};
+
+template <int MR, Use use>
+void tile(const Tile& t) {
+  constexpr bool values = use == kValues;
+  constexpr int XR = values ? KEYS : 1, XD = values ? 1 : MR;
+  // A key block is 4 panels, and so is a head of 64: 2 + 2 is better than 3 + 1.
+  constexpr int fit = panels_at_once(MR), NP = use != kLinear && fit == 3 ? 2 : fit;
+  Ahead* ahead = use == kLinear ? nullptr : t.ahead;
   i64 p = 0;
   for (; p + NP <= t.panels; p += NP)
-    micro<MR, NP, XR, XD, !Packed>(t.x, t.w + p * t.wp, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+    micro<MR, NP, XR, XD, values>(t.x, t.w, p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
   for (; p < t.panels; ++p)
-    micro<MR, 1, XR, XD, !Packed>(t.x, t.w + p * t.wp, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+    micro<MR, 1, XR, XD, values>(t.x, t.w, p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
 }
 
-using TileFn = void (*)(const Tile&, Ahead&);
-template <bool Packed, int... I>
-TileFn tile_of(int rows, std::integer_sequence<int, I...>) {
-  static constexpr TileFn table[] = {&tile<I + 1, Packed>...};
+using TileFn = void (*)(const Tile&);
+template <Use use, int... I>
+TileFn choose(int rows, std::integer_sequence<int, I...>) {
+  static constexpr TileFn table[] = {&tile<I + 1, use>...};
   return table[rows - 1];
 }
-inline TileFn packed_tile(int rows) { return tile_of<true>(rows, std::make_integer_sequence<int, MAX_ROWS>()); }
-inline TileFn value_tile(int rows) { return tile_of<false>(rows, std::make_integer_sequence<int, MAX_ROWS>()); }
+template <Use use>
+void run_tile(int rows, const Tile& t) {
+  choose<use>(rows, std::make_integer_sequence<int, MAX_ROWS>())(t);
+}
 
 // Even cuts: 16 rows are 8 + 8, not 12 + 4.
 struct Cut {
@@ -239,62 +271,63 @@ void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
 // linear
 // ---------------------------------------------------------------------------------------------------------------------
 
-ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w,
-                  ffi::Result<F32x2> y) {
-  const i64 T = x.dimensions()[0], D = x.dimensions()[1], panels = w.dimensions()[0], N = y->dimensions()[1];
-  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > panels * PANEL)
-    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
-  if (T == 0 || N == 0) return ffi::Error::Success();
-  const float* xs = x.typed_data();
-  const float* ws = w.typed_data();
-  float* out = y->typed_data();
-  const i64 used = (N + PANEL - 1) / PANEL;
-  const Cut cut(T);
+struct Linear {
+  const float* x;
+  const float* w;
+  float* y;
+  i64 T, D, N;
+  Cut cut{T};
+  i64 group = panels_at_once(cut.size(0));  // panels computed at once
 
-  const float* shared = nullptr;
-  const bool few = T <= PANEL;  // then every worker packs for itself: cheaper than waiting for each other
-  if (!few) {
-    float* packed = scratch(kRows, T * D);
-    parallel(pool, cut.tiles, 1, [&](i64 begin, i64 end) {
-      for (i64 i = begin; i < end; ++i)
-        pack_rows(xs + cut.begin(i) * D, D, cut.size(i), D, packed + cut.begin(i) * D);
-    });
-    shared = packed;
+  // Every tile of x as [D, rows], one tile behind the other.
+  void pack(float* to, i64 begin, i64 end) const {
+    for (i64 i = begin; i < end; ++i) pack_rows(x + cut.begin(i) * D, D, cut.size(i), D, to + cut.begin(i) * D);
   }
 
-  const i64 group = panels_at_once(cut.size(0));
-  parallel(pool, used, group, [&](i64 begin, i64 end) {
-    const float* rows = shared;
-    if (T == 1) {
-      rows = xs;
-    } else if (few) {
-      float* packed = scratch(kRows, T * D);
-      for (i64 i = 0; i < cut.tiles; ++i)
-        pack_rows(xs + cut.begin(i) * D, D, cut.size(i), D, packed + cut.begin(i) * D);
-      rows = packed;
-    }
+  void run(const float* rows, i64 begin, i64 end) const {
     for (i64 p = begin; p < end; p += group) {
       const i64 count = std::min(group, end - p);
-      Ahead ahead;
-      ahead.at = reinterpret_cast<const char*>(ws + (p + group) * D * PANEL);
-      ahead.end = ahead.at + group * D * PANEL * 4;
-      ahead.lines = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
+      const float* from = w + p * D * PANEL;
       for (i64 i = 0; i < cut.tiles; ++i) {
         const int size = cut.size(i);
-        Tile t{rows + cut.begin(i) * D, ws + p * D * PANEL, PANEL, D * PANEL, D, count, out + cut.begin(i) * N + p * PANEL, N};
-        const bool ragged = (p + count) * PANEL > N;
-        if (!ragged) {
-          packed_tile(size)(t, ahead);
+        Tile t{rows + cut.begin(i) * D, &from, D, PANEL, D * PANEL, D, count, y + cut.begin(i) * N + p * PANEL, N};
+        if ((p + count) * PANEL <= N) {
+          run_tile<kLinear>(size, t);
           continue;
         }
         // The last panel is wider than what is left of a row of y.
         alignas(64) float spare[MAX_ROWS * 4 * PANEL];
         t.out = spare, t.stride = count * PANEL;
-        packed_tile(size)(t, ahead);
+        run_tile<kLinear>(size, t);
         for (int r = 0; r < size; ++r)
-          std::memcpy(out + (cut.begin(i) + r) * N + p * PANEL, spare + r * t.stride, (N - p * PANEL) * sizeof(float));
+          std::memcpy(y + (cut.begin(i) + r) * N + p * PANEL, spare + r * t.stride, (N - p * PANEL) * sizeof(float));
       }
     }
+  }
+};
+
+ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) {
+  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1];
+  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > w.dimensions()[0] * PANEL)
+    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
+  if (T == 0 || N == 0) return ffi::Error::Success();
+  const Linear job{x.typed_data(), w.typed_data(), y->typed_data(), T, D, N};
+
+  const float* shared = T == 1 ? job.x : nullptr;
+  const bool each = T > 1 && T <= 16;  // every worker packs for itself: cheaper than waiting for each other
+  if (T > 16) {
+    float* packed = scratch(kRows, T * D);
+    parallel(pool, job.cut.tiles, 1, [&](i64 begin, i64 end) { job.pack(packed, begin, end); });
+    shared = packed;
+  }
+  parallel(pool, (N + PANEL - 1) / PANEL, job.group, [&](i64 begin, i64 end) {
+    const float* rows = shared;
+    if (each) {
+      float* packed = scratch(kRows, T * D);
+      job.pack(packed, 0, job.cut.tiles);
+      rows = packed;
+    }
+    job.run(rows, begin, end);
   });
   return ffi::Error::Success();
 }
@@ -322,6 +355,19 @@ inline vec exp_nonpositive(vec x) {
   return x < -87.0f ? vec{} : y;
 }
 
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+inline float largest(vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float a[LANES];
+  store(a, v);
+  for (int i = 1; i < LANES; ++i) a[0] = std::max(a[0], a[i]);
+  return a[0];
+#endif
+}
+
 template <typename Op>
 inline float fold16(const float* from, Op op) {
   float a[16];
@@ -331,17 +377,18 @@ inline float fold16(const float* from, Op op) {
   return a[0];
 }
 
-// k[16, depth] (rows `stride` apart) -> to[depth, 16]; depth is a multiple of 4.
-inline void transpose16(const float* k, i64 stride, i64 depth, float* to) {
+// k[16, depth] -> to[depth, 16]; depth is a multiple of 4.
+inline void transpose16(const float* k, i64 depth, float* to, Ahead& ahead) {
 #if defined(__AVX512F__)
   for (i64 h = 0; h < depth; h += 4) {
+    ahead.fetch(4);
     __m512 a[4];
     for (int i = 0; i < 4; ++i) {  // a[i] = keys i, i+4, i+8, i+12, four values each
-      const float* p = k + i * stride + h;
+      const float* p = k + i * depth + h;
       __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
-      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
-      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
-      a[i] = _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * depth), 1);
+      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * depth), 2);
+      a[i] = _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * depth), 3);
     }
     __m512d lo01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1])), hi01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
     __m512d lo23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3])), hi23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
@@ -354,10 +401,11 @@ inline void transpose16(const float* k, i64 stride, i64 depth, float* to) {
 #elif defined(__AVX2__)
   for (int half = 0; half < 16; half += 8)
     for (i64 h = 0; h < depth; h += 4) {
+      ahead.fetch(4);
       __m256 a[4];
       for (int i = 0; i < 4; ++i) {
-        const float* p = k + (half + i) * stride + h;
-        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+        const float* p = k + (half + i) * depth + h;
+        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * depth), 1);
       }
       __m256d lo01 = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1])), hi01 = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
       __m256d lo23 = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3])), hi23 = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
@@ -368,10 +416,18 @@ inline void transpose16(const float* k, i64 stride, i64 depth, float* to) {
       _mm256_storeu_ps(o + 48, _mm256_castpd_ps(_mm256_unpackhi_pd(hi01, hi23)));
     }
 #else
+  ahead.fetch(static_cast<int>(depth));
   for (i64 h = 0; h < depth; ++h)
-    for (int j = 0; j < 16; ++j) to[h * 16 + j] = k[j * stride + h];
+    for (int j = 0; j < 16; ++j) to[h * 16 + j] = k[j * depth + h];
 #endif
 }
+
+// Query rows that walk the keys together: heads of one kv head, tokens of one row; row r is head r % G of token r / G.
+struct Queries {
+  i64 token;  // of r = 0
+  i64 begin, end;
+  i64 head;   // kv head
+};
 
 // Everything one call knows. Letters: T tokens, N query heads, K kv heads, G = N / K, H head size, W tokens per page.
 struct Attend {
@@ -382,53 +438,57 @@ struct Attend {
   const int32_t *positions, *rows, *table;
 
   i64 page(i64 row, i64 position) const { return table[row * pmax + position / W]; }
+  bool whole_pages() const { return W % 16 == 0 && padded == H; }
+  i64 position(const Queries& qs, i64 r) const { return positions[qs.token + (qs.begin + r) / G]; }
+  i64 first_key(const Queries& qs) const { return first_key(position(qs, 0)); }
+  i64 last_key(const Queries& qs) const { return position(qs, qs.end - qs.begin - 1); }
   i64 first_key(i64 position) const { return window > 0 ? std::max<i64>(0, position - window + 1) : 0; }
   float* slot(float* pool, i64 head, i64 row, i64 position) const {
     return pool + ((head * P + page(row, position)) * W + position % W) * H;
   }
 };
 
-// Query rows that walk the keys together: heads of one kv head, tokens of one row; row r is head r % G of token r / G.
-struct Queries {
-  i64 token;  // of r = 0
-  i64 begin, end;
-  i64 head;   // kv head
-};
-
 constexpr i64 QUERY_ROWS = 4 * MAX_ROWS;
 
-// 16 keys (or values) that lie in order, at most one page: `data` rows are `stride` apart and hold `padded` values.
-struct Keys16 {
-  const float* data;
-  i64 stride;
-};
-
-// Pages that are no multiple of 16 tokens, or heads that are no multiple of 16 wide, are copied together first.
-Keys16 keys16(const Attend& a, float* pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
-  if (a.W % 16 == 0 && a.padded == a.H) return {a.slot(pool, qs.head, row, from), a.H};
+// 16 keys (or values) behind each other, `padded` floats each. Pages that are no multiple of 16 tokens, or heads that are
+// no multiple of 16 wide, are copied together in `spare`.
+const float* keys16(const Attend& a, float* pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
+  if (a.whole_pages()) return a.slot(pool, qs.head, row, from);
   for (i64 j = 0; j < 16; ++j) {
     float* to = spare + j * a.padded;
-    if (from + j <= last) std::memcpy(to, a.slot(pool, qs.head, row, from + j), a.H * sizeof(float));
-    i64 held = from + j <= last ? a.H : 0;
+    const i64 held = from + j <= last ? a.H : 0;
+    if (held) std::memcpy(to, a.slot(pool, qs.head, row, from + j), held * sizeof(float));
     std::memset(to + held, 0, (a.padded - held) * sizeof(float));
   }
-  return {spare, a.padded};
+  return spare;
 }
 
-void attend_tile(const Attend& a, const Queries& qs) {
+// The pages from a key on to the end of its block, to be read soon.
+void add_block(const Attend& a, const Queries& qs, i64 from, Ahead& ahead) {
+  if (!a.whole_pages()) return;
+  const i64 row = a.rows[qs.token], last = a.last_key(qs);
+  for (i64 p = from / 16 * 16; p <= last && p < (from / KEYS + 1) * KEYS; p += 16) {
+    ahead.add(a.slot(a.kpool, qs.head, row, p), 16 * a.H);
+    ahead.add(a.slot(a.vpool, qs.head, row, p), 16 * a.H);
+  }
+}
+
+// `following`: what this thread does next, or null; its first keys are fetched while the last ones here are used.
+void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
   const i64 R = qs.end - qs.begin, H = a.padded, G = a.G;
   const i64 row = a.rows[qs.token];
-  auto position = [&](i64 r) { return static_cast<i64>(a.positions[qs.token + (qs.begin + r) / G]); };
-  const i64 last = position(R - 1), first = a.first_key(position(0));
+  const i64 first = a.first_key(qs), last = a.last_key(qs);
   const Cut cut(R);
 
-  float* at = scratch(kAttend, R * H * 2 + R * (KEYS + 17) + KEYS * H * 2 + 64);
+  float* at = scratch(kAttend, 2 * R * H + R * (KEYS + 16) + 3 * (R + 16) + 2 * KEYS * H);
   auto take = [&](i64 floats) { float* p = at; at += (floats + 15) / 16 * 16; return p; };
   float* query = take(R * H);        // per tile [H, rows], already scaled
   float* sum = take(R * H);          // [R, H]: values weighted so far
   float* score = take(R * KEYS);     // [R, KEYS]: scores, then probabilities
   float* mass = take(R * 16);        // [R, 16]: sums of probabilities, lane by lane
   float* best = take(R);             // [R]: largest score so far
+  float* next = take(R);             // [R]: the same, this block included
+  float* shrink = take(R);           // [R]: what is left of everything so far when the largest score grows
   float* keys = take(KEYS * H);      // [KEYS / 16, H, 16]
   float* spare = take(KEYS * H);     // [KEYS, H]: see keys16
 
@@ -447,55 +507,63 @@ void attend_tile(const Attend& a, const Queries& qs) {
   std::memset(mass, 0, R * 16 * sizeof(float));
   for (i64 r = 0; r < R; ++r) best[r] = -INFINITY;
 
-  Ahead none;
   for (i64 block = first / KEYS * KEYS; block <= last; block += KEYS) {
-    const i64 skip = std::max<i64>(0, first - block) / 16;                       // leading groups nobody sees
-    const i64 groups = std::min<i64>(KEYS, last - block + 1 + 15) / 16;
-    const i64 count = std::min<i64>(KEYS, last - block + 1);
+    const i64 skip = std::max<i64>(0, first - block) / 16;  // leading groups of 16 nobody sees
+    const i64 count = std::min<i64>(KEYS, last - block + 1), groups = (count + 15) / 16;
+    Ahead ahead;
+    if (block + KEYS <= last)
+      add_block(a, qs, block + KEYS, ahead);
+    else if (following)
+      add_block(a, *following, a.first_key(*following), ahead);
+
     for (i64 g = skip; g < groups; ++g) {
-      Keys16 k = keys16(a, a.kpool, qs, row, block + g * 16, last, spare);
-      transpose16(k.data, k.stride, H, keys + g * 16 * H);
+      const float* k = keys16(a, a.kpool, qs, row, block + g * 16, last, spare);
+      transpose16(k, H, keys + g * 16 * H, ahead);
     }
+    const float* first_keys = keys + skip * 16 * H;
     for (i64 i = 0; i < cut.tiles; ++i) {
-      Tile t{query + cut.begin(i) * H, keys + skip * 16 * H, PANEL, H * PANEL, H, groups - skip,
-             score + cut.begin(i) * KEYS + skip * 16, KEYS};
-      packed_tile(cut.size(i))(t, none);
+      Tile t{query + cut.begin(i) * H, &first_keys, H, PANEL, H * PANEL, H, groups - skip,
+             score + cut.begin(i) * KEYS + skip * 16, KEYS, &ahead};
+      run_tile<kScores>(cut.size(i), t);
+    }
+
+    for (i64 r = 0; r < R; ++r) {
+      float* s = score + r * KEYS;
+      const i64 p = a.position(qs, r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
+      if (from > skip * 16 || to < groups * 16 - 1)
+        for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > to ? -INFINITY : s[j];
+      vec top = load(s + skip * 16);
+      for (i64 j = skip * 16 + LANES; j < groups * 16; j += LANES) top = larger(top, load(s + j));
+      next[r] = std::max(best[r], largest(top));
+    }
+    for (i64 r = 0; r < R; r += LANES) {
+      const vec top = load(next + r), base = top == -INFINITY ? vec{} : top;  // no key seen yet: nothing to take off
+      store(shrink + r, exp_nonpositive(load(best + r) - base));
+      store(best + r, top);
+      store(next + r, base);
     }
     for (i64 r = 0; r < R; ++r) {
       float* s = score + r * KEYS;
-      const i64 p = position(r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
-      for (i64 j = skip * 16; j < groups * 16; ++j)
-        if (j < from || j > to) s[j] = -INFINITY;
-      alignas(64) float top[16];
-      std::memcpy(top, s + skip * 16, sizeof top);
-      for (i64 g = skip + 1; g < groups; ++g)
-        for (int j = 0; j < 16; ++j) top[j] = std::max(top[j], s[g * 16 + j]);
-      const float highest = std::max(best[r], fold16(top, [](float x, float y) { return std::max(x, y); }));
-      const float base = highest == -INFINITY ? 0.0f : highest;
-      const float shrink = best[r] == -INFINITY ? 0.0f : best[r] == highest ? 1.0f : exp_nonpositive(splat(best[r] - base))[0];
-      best[r] = highest;
-      if (shrink != 1.0f) {
-        for (i64 h = 0; h < H; h += LANES) store(sum + r * H + h, load(sum + r * H + h) * shrink);
-        for (int j = 0; j < 16; j += LANES) store(mass + r * 16 + j, load(mass + r * 16 + j) * shrink);
+      ahead.fetch(4);
+      if (shrink[r] != 1.0f) {
+        for (i64 h = 0; h < H; h += LANES) store(sum + r * H + h, load(sum + r * H + h) * shrink[r]);
+        for (int j = 0; j < 16; j += LANES) store(mass + r * 16 + j, load(mass + r * 16 + j) * shrink[r]);
       }
       for (i64 j = skip * 16; j < groups * 16; j += LANES) {
-        vec e = exp_nonpositive(load(s + j) - base);
+        const vec e = exp_nonpositive(load(s + j) - next[r]);
         store(s + j, e);
         float* m = mass + r * 16 + j % 16;
         store(m, load(m) + e);
       }
     }
-    for (i64 g = skip; g < groups;) {
-      Keys16 v = keys16(a, a.vpool, qs, row, block + g * 16, last, spare);
-      i64 to = g + 1;
-      // Groups of one page lie behind each other: one longer run.
-      while (v.data != spare && to < groups && (block + to * 16) % a.W != 0) ++to;
-      const i64 depth = std::min(count, to * 16) - g * 16;
-      for (i64 i = 0; i < cut.tiles; ++i) {
-        Tile t{score + cut.begin(i) * KEYS + g * 16, v.data, v.stride, PANEL, depth, H / PANEL, sum + cut.begin(i) * H, H};
-        value_tile(cut.size(i))(t, none);
-      }
-      g = to;
+
+    const float* values[KEYS / 16];
+    for (i64 g = skip; g < groups; ++g)
+      values[g] = keys16(a, a.vpool, qs, row, block + g * 16, last, spare + g * 16 * H);
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      Tile t{score + cut.begin(i) * KEYS + skip * 16, values + skip, 16, H, PANEL, count - skip * 16, H / PANEL,
+             sum + cut.begin(i) * H, H, &ahead};
+      run_tile<kValues>(cut.size(i), t);
     }
   }
 
@@ -576,15 +644,21 @@ ffi::Error attend(ffi::ThreadPool pool, F32x3 q, F32x3 k, F32x3 v,
     for (i64 head = begin; head < end; ++head)
       for (const Run& run : runs) write_run(a, run, head);
   });
+  // The last tiles of a prompt see the most keys: they go first, so that no long one is left over at the end.
+  auto queries = [&](i64 unit) {
+    i64 index = units - 1 - unit / a.K;
+    auto run = runs.begin();
+    while (index >= run->units) index -= run->units, ++run;
+    const i64 all = (run->end - run->begin) * a.G;
+    return Queries{run->begin, index * QUERY_ROWS, std::min(all, (index + 1) * QUERY_ROWS), unit % a.K};
+  };
   parallel(pool, units * a.K, 1, [&](i64 begin, i64 end) {
+    Queries now = queries(begin);
     for (i64 unit = begin; unit < end; ++unit) {
-      // The last tiles of a prompt see the most keys: they go first, so that no long one is left over at the end.
-      i64 index = units - 1 - unit / a.K;
-      auto run = runs.begin();
-      while (index >= run->units) index -= run->units, ++run;
-      const i64 all = (run->end - run->begin) * a.G;
-      Queries qs{run->begin, index * QUERY_ROWS, std::min(all, (index + 1) * QUERY_ROWS), unit % a.K};
-      attend_tile(a, qs);
+      const bool more = unit + 1 < end;
+      const Queries next = more ? queries(unit + 1) : now;
+      attend_tile(a, now, more ? &next : nullptr);
+      now = next;
     }
   });
   return ffi::Error::Success();
