@@ -263,7 +263,14 @@ def _fail(code: int, error: Exception) -> int:
 
 def main() -> int:
     """`xlane`."""
+    _old_names()
     return run(sys.argv[1:], os.environ)
+
+
+def _old_names() -> None:
+    """Hand on a variable that TGI reads under another name than the Hub client does."""
+    if "HF_API_TOKEN" in os.environ:
+        os.environ.setdefault("HF_TOKEN", os.environ["HF_API_TOKEN"])
 
 
 def launcher() -> int:
@@ -271,4 +278,5 @@ def launcher() -> int:
     argv = sys.argv[1:]
     if argv[:1] in (["-V"], ["--version"]):
         return run(argv, os.environ)
+    _old_names()
     return run(["serve", *argv], os.environ, flags.TGI_DEFAULTS)

@@ -19,8 +19,9 @@ class UsageError(Exception):
     """What was asked for cannot be meant; the message is one line that says what is allowed."""
 
 
-Kind = Literal["text", "int", "float", "bool", "list"]
-"""A list takes commas and may be repeated."""
+Kind = Literal["text", "int", "float", "bool", "list", "ints"]
+"""A list (`ints`: of whole numbers) takes commas and may be repeated."""
+LISTS = ("list", "ints")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def build_parser(
         for flag in flags:
             names = [*([f"-{flag.short}"] if flag.short else []), flag.option]
             shown = argparse.SUPPRESS if flag.fate != "used" else _help(flag, defaults).replace("%", "%%")
-            extra: dict[str, Any] = {"action": "append"} if flag.kind == "list" else {}
+            extra: dict[str, Any] = {"action": "append"} if flag.kind in LISTS else {}
             if flag.kind == "bool":
                 extra = {"nargs": "?", "const": "true", "metavar": "BOOL"}
             elif flag.choices:
@@ -196,8 +197,9 @@ def convert(given: Given) -> Any:
         if raw.lower() not in (*TRUE, *FALSE):
             raise UsageError(f"{given.origin}={raw}: expected true or false")
         return raw.lower() in TRUE
-    if flag.kind == "list":
-        return tuple(part.strip() for part in raw.split(",") if part.strip())
+    if flag.kind in LISTS:
+        parts = tuple(part.strip() for part in raw.split(",") if part.strip())
+        return parts if flag.kind == "list" else tuple(_number(given, part) for part in parts)
     if flag.kind == "text":
         if flag.choices and raw not in flag.choices:
             raise UsageError(
@@ -209,14 +211,14 @@ def convert(given: Given) -> Any:
 
 def _number(given: Given, raw: str) -> float:
     flag = given.flag
-    noun = "a whole number" if flag.kind == "int" else "a number"
+    noun = "a number" if flag.kind == "float" else "a whole number"
     low, high = flag.at_least, flag.at_most
     if low is not None and high is not None:
         noun += f" from {low:g} to {high:g}"
     elif low is not None:
         noun += f" of at least {low:g}"
     try:
-        value = int(raw.replace("_", "")) if flag.kind == "int" else float(raw)
+        value = float(raw) if flag.kind == "float" else int(raw.replace("_", ""))
     except ValueError:
         raise UsageError(f"{given.origin}={raw}: expected {noun}") from None
     out = not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)

@@ -3,6 +3,7 @@
 Knows the order of a start and how it is told; what runs is `session.py`'s.
 """
 
+import os
 import platform
 import sys
 from importlib import metadata
@@ -23,7 +24,10 @@ def serve(engine: EngineConfig, server: ServerConfig, run: RunConfig) -> int:
     console.say(f"xlane {metadata.version('xlane')} starts with model {engine.model_id}")
     if run.show_env:
         console.table("environment", environment())
-    # A terminal's worth of imports (HTTP, gRPC) comes only now.
+    # gRPC reads these when it is imported: it would tell of every engine that is started beside it.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # What is slow to import (HTTP, gRPC) comes only now.
     import uvloop
 
     from .session import Session

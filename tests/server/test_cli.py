@@ -106,6 +106,10 @@ def test_variables_work_and_what_is_typed_wins():
     assert (settings.server.port, settings.server.api_key, settings.run.json_output) == (9090, "k", True)
 
 
+def test_a_list_of_numbers():
+    assert read("bench --concurrency 1,2 --concurrency 16").options.plain("concurrency") == (1, 2, 16)
+
+
 def test_own_variables_have_a_prefix():
     assert read("serve", {"XLANE_MAX_QUEUED": "3", "MAX_QUEUED": "9"}).engine.max_queued == 3
 
@@ -151,6 +155,8 @@ def test_a_model_may_be_a_bare_word():
             "--dtype=float16: expected one of float32, bfloat16 (for float16 take bfloat16",
         ),
         ("serve --memory-fraction nan", "--memory-fraction=nan: expected a number from 0.01 to 1"),
+        ("bench --concurrency 1,two", "--concurrency=1,two: expected a whole number of at least 1"),
+        ("bench serve --concurrency 0", "--concurrency=0: expected a whole number of at least 1"),
         ("serve --json-output maybe", "--json-output=maybe: expected true or false"),
         ("serve --port", "expected one argument"),
         ("serve --max-input-tokens 8 --max-total-tokens 8", "--max-input-tokens 8 must be less than"),

@@ -1,0 +1,220 @@
+"""A server run from start to stop, in a process of its own: what it says, what survives, how it ends."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ..support.fake_session import fake_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+
+
+class RunningServer:
+    """The process and all it says."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        self.said: list[str] = []
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.url = ""
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def until(self, word: str) -> dict[str, Any]:
+        """Read on until a line holds `word`; its fields."""
+        give_up = time.monotonic() + PATIENCE_S
+        while (line := self._lines.get(timeout=max(0.0, give_up - time.monotonic()))) is not None:
+            self.said.append(line)
+            if word in line:
+                return json.loads(line)["fields"] if line.startswith("{") else {}
+        raise AssertionError(f"ended without saying {word}: {self.said}")
+
+    def ready(self) -> "RunningServer":
+        self.url = self.until("Connected")["url"]
+        return self
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = [int(pid) for pid in children if b"fake_core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return pid
+
+    def stream(self, tokens: int, each: Callable[[int], None] = lambda number: None) -> str:
+        """The text of a streamed completion; `each` is called with the number of the event."""
+        body = {
+            "prompt": "w1 w2 w3",
+            "max_tokens": tokens,
+            "seed": 7,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        text = ""
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+            assert answer.status_code == 200
+            for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
+                text += json.loads(line[6:])["choices"][0]["text"]
+                each(number)
+        return text
+
+
+Start = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    running: list[RunningServer] = []
+
+    def begin(turn_s: float = 0.002, command: list[str] | None = None) -> RunningServer:
+        model = str(fake_model(tmp_path / "model"))
+        fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s)]
+        running.append(RunningServer(command or fake))
+        return running[-1]
+
+    yield begin
+    for server in running:
+        server.process.kill()
+        server.process.wait()
+
+
+def xlane(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "xlane.server", "serve", *arguments]
+
+
+def test_from_start_to_stop(start: Start):
+    server = start().ready()
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert len(server.stream(5).split("w")) == 1 + 5
+    assert any('"message": "serving"' in line for line in server.said)
+    pid = server.engine_pid()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(PATIENCE_S) == 0
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_killed_engine_costs_no_token(start: Start):
+    server = start(turn_s=0.01).ready()
+    whole = server.stream(60)
+
+    def kill(number: int) -> None:
+        if number == 10:
+            os.kill(server.engine_pid(), signal.SIGKILL)
+
+    assert server.stream(60, kill) == whole
+    assert "died: killed by SIGKILL" in server.until("died")["message"]
+    server.until("the engine is back")
+
+
+def test_a_stop_lets_running_requests_end(start: Start):
+    server = start(turn_s=0.01).ready()
+
+    def stop(number: int) -> None:
+        if number == 5:
+            server.process.send_signal(signal.SIGINT)
+
+    assert len(server.stream(100, stop).split("w")) == 1 + 100
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_a_second_signal_does_not_wait(start: Start):
+    server = start(turn_s=0.05).ready()
+    failed: list[Exception] = []
+
+    def read() -> None:
+        try:
+            server.stream(2000)
+        except (httpx.HTTPError, KeyError) as error:  # cut off, or told so
+            failed.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGTERM)
+    server.until("stopping")
+    server.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    server.process.wait(PATIENCE_S)
+    assert time.monotonic() - began < 10, "20 s are given to running requests, but not after a second signal"
+    reader.join(PATIENCE_S)
+
+
+def test_the_port_answers_why_before_the_engine_is_there(start: Start, tmp_path: Path):
+    stub = tmp_path / "slow.py"
+    stub.write_text("import sys, time; time.sleep(60)")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, uvloop\nfrom xlane.engine import EngineConfig\nfrom xlane.server.config import ServerConfig\n"
+        "from xlane.server.console import Console\nfrom xlane.server.flags import RunConfig\n"
+        "from xlane.server.session import Session\nfrom xlane.server import session\n"
+        "port_of = session.port_of\nsession.port_of = lambda sock: print('port', port_of(sock), flush=True) or 1\n"
+        f"model = {str(fake_model(tmp_path / 'm'))!r}\n"
+        f"args = EngineConfig(model_id=model), ServerConfig(port=0), RunConfig(), Console(), [sys.executable, {str(stub)!r}]\n"
+        "sys.exit(uvloop.run(Session(*args).run()))\n"
+    )
+    server = start(command=[sys.executable, str(script)])
+    server.until("port ")
+    url = f"http://127.0.0.1:{server.said[-1].split()[1]}/health"
+    answer = next(answer for answer in (try_get(url) for _ in range(500)) if answer is not None)
+    assert answer.status_code == 503
+    assert answer.json()["error"] in ("looking for the model", "the engine starts")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def try_get(url: str) -> httpx.Response | None:
+    try:
+        return httpx.get(url)
+    except httpx.ConnectError:
+        time.sleep(0.02)
+        return None
+
+
+def failure(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        xlane(*arguments), capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=ROOT
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr.strip()
+
+
+def test_a_model_that_is_not_there_is_code_3(tmp_path: Path):
+    code, said = failure("--model-id", str(tmp_path / "none"), "--port", "0")
+    assert code == 3
+    assert said.startswith("error: ")
+    assert "no such file or directory" in said
+
+
+def test_a_port_that_is_taken_is_code_2(start: Start):
+    server = start().ready()
+    port = server.url.rsplit(":", 1)[1]
+    code, said = failure("--port", port)
+    assert code == 2
+    assert (
+        said
+        == f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose --hostname and --port"
+    )
+
+
+def test_the_first_line_comes_at_once(start: Start, tmp_path: Path):
+    began = time.monotonic()
+    server = start(command=xlane("--model-id", str(tmp_path / "none"), "--port", "0"))
+    server.until("starts with model")
+    assert time.monotonic() - began < 3  # About 0.2 s alone; the machine may be busy.
