@@ -59,8 +59,7 @@ class _Connection:
         try:
             await asyncio.wait_for(self._answered.wait(), CONNECT_TIMEOUT_S)
         except TimeoutError:
-            self._call.cancel()
-            raise EngineLost(f"no engine at {self._address} answered in {CONNECT_TIMEOUT_S:g} s") from None
+            self._cancel(f"it did not answer in {CONNECT_TIMEOUT_S:g} s")
         if self.lost is not None:
             raise self.lost
 
@@ -81,9 +80,13 @@ class _Connection:
                 self.streams.deliver(codec.decode_batch(batch))
         except grpc.RpcError as error:
             reason = _reason(error)
-        except asyncio.CancelledError:  # `close` or `opened` has cancelled the call
-            reason = "the client ended it"
+        except asyncio.CancelledError:
+            reason = "it was cancelled"
         finally:
+            self._lose(reason)
+
+    def _lose(self, reason: str) -> None:
+        if not self._loss:
             self._loss = f"the connection to the engine at {self._address} is lost: {reason}"
             self._answered.set()
             self._outbox.put_nowait(None)
@@ -91,8 +94,13 @@ class _Connection:
 
     async def close(self) -> None:
         """End the call; what still runs ends with EngineLost."""
-        self._call.cancel()
+        self._cancel("the client ended it")
         await asyncio.wait([self._reading])
+
+    def _cancel(self, reason: str) -> None:
+        self._lose(reason)
+        self._call.cancel()
+        self._reading.cancel()  # a call that was never connected does not wake those who wait for it
 
 
 class RpcClient:

@@ -5,13 +5,17 @@ A new engine is added by one entry in CORES. Tests that need an engine to misbeh
 
 import asyncio
 import itertools
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from xlane.engine import (
     DeadlineExceeded,
     EngineClient,
@@ -24,6 +28,8 @@ from xlane.engine import (
     RequestFailed,
     SamplingParams,
     StepOutput,
+    rpc_client,
+    rpc_server,
 )
 from xlane.engine.local import EngineCore, LocalClient
 from xlane.engine.replay import ReplayingClient
@@ -356,6 +362,41 @@ async def test_no_engine_is_a_lost_engine(tmp_path: Path):
         with pytest.raises(EngineLost, match=r"nobody\.sock"):
             await asked
     await client.close()
+
+
+async def test_an_engine_that_says_nothing_is_a_lost_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rpc_client, "CONNECT_TIMEOUT_S", 0.1)
+    mute = socket.create_server(("127.0.0.1", 0))
+    client = RpcClient(f"127.0.0.1:{mute.getsockname()[1]}")
+    started = asyncio.get_running_loop().time()
+    results = await asyncio.gather(
+        *(collect(client, make_request()) for _ in range(5)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [EngineLost] * 5
+    assert asyncio.get_running_loop().time() - started < 1  # they wait side by side, not one after the other
+    await client.close()
+    mute.close()
+
+
+async def test_those_who_watch_the_health_hear_of_a_change(
+    fake: FakeCore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rpc_server, "HEALTH_PERIOD_S", 0.01)
+    async with (
+        connect("unix", fake, tmp_path),
+        grpc.aio.insecure_channel(f"unix:{tmp_path}/engine.sock") as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        for service in ("", rpc_server.SERVICE):
+            fake.sick = False
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            fake.sick = True
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            watch.cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(service="other"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_a_client_finds_an_engine_that_comes_later(served: Served, tmp_path: Path):
