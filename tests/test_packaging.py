@@ -61,3 +61,10 @@ def test_the_installed_package_is_this_one(project: dict[str, Any]):
     scripts = {script.name: script.value for script in metadata.entry_points(group="console_scripts")}
     assert metadata.version("xlane") == project["project"]["version"]
     assert {name: scripts[name] for name in project["project"]["scripts"]} == project["project"]["scripts"]
+
+
+def test_the_readme_tells_the_two_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert "pip install -e . && xlane serve" in lines
+    assert 'pip install -e ".[test]" && pytest' in lines
+    assert (ROOT / ".dev" / "check").read_text().splitlines()[-1] == 'step pytest "$@"'

@@ -155,7 +155,7 @@ def test_a_model_may_be_a_bare_word():
             "--dtype=float16: expected one of float32, bfloat16 (for float16 take bfloat16",
         ),
         ("serve --memory-fraction nan", "--memory-fraction=nan: expected a number from 0.01 to 1"),
-        ("bench --concurrency 1,two", "--concurrency=1,two: expected a whole number of at least 1"),
+        ("bench --concurrency 1,two", "--concurrency=two: expected a whole number of at least 1"),
         ("bench serve --concurrency 0", "--concurrency=0: expected a whole number of at least 1"),
         ("serve --json-output maybe", "--json-output=maybe: expected true or false"),
         ("serve --port", "expected one argument"),

@@ -1,0 +1,56 @@
+"""Commands on a real engine and a tiny model, each in a process of its own, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..support.tiny import tiny_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama-gqa-tied", tmp_path_factory.mktemp("models"))
+
+
+def xlane(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "xlane.server", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+
+
+def test_info_counts_by_hand(model: Path, one_device_env: dict[str, str]):
+    done = xlane("info", model, "--json", "--kernels", "xla", "--cache-dir", "none", env=one_device_env)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    # V=131 D=64 F=96 L=3 N=4 K=2 H=16, embeddings tied: embedding, then per layer norms, q k v o, gate up down; last norm.
+    per_layer = 2 * 64 + 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
+    assert facts["parameters"] == 131 * 64 + 3 * per_layer + 64
+    assert facts["weights_bytes"] == 4 * facts["parameters"]
+    assert facts["KV_cache_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
+    assert facts["context_tokens"] == 256
+
+
+def test_what_does_not_fit_is_one_line_and_code_3(model: Path, one_device_env: dict[str, str]):
+    done = xlane("info", model, "--max-total-tokens", "100000", env=one_device_env)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: ")
+    assert "--max-total-tokens" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_warmup_leaves_programs_and_a_manifest(model: Path, one_device_env: dict[str, str], tmp_path: Path):
+    environ = {
+        name: value for name, value in one_device_env.items() if not name.startswith("JAX_COMPILATION")
+    }
+    cache = tmp_path / "cache"
+    done = xlane(
+        "warmup", model, "--cache-dir", cache, "--kernels", "xla", "--max-batch-size", "2", env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(Path(done.stdout.strip()).read_text())
+    assert manifest["programs"]
+    assert list((cache / "programs").iterdir())
