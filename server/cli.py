@@ -1,6 +1,6 @@
 """The command line: reads arguments and environment into frozen configs, runs one command, turns errors into exit codes.
 
-Exit codes: 0 done · 1 a crash, which is a bug · 2 the command line or environment is wrong · 3 the model or the plan
+Exit codes: 0 done · 1 a crash, ours or the engine's · 2 the command line or environment is wrong · 3 the model or the plan
 cannot work here · 130 interrupted. Knows what commands exist, not how they work: a command's code is imported when it is
 chosen, so that `--help` is quick.
 """
@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from ..engine.config import EngineConfig
-from ..engine.errors import EngineError
+from ..engine.errors import EngineError, EngineLost
 from ..models.errors import ModelError
 from . import flags
 from .config import ServerConfig
@@ -250,6 +250,8 @@ def run(argv: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, 
         return command.run(settings)
     except UsageError as error:
         return _fail(USAGE, error)
+    except EngineLost as error:
+        return _fail(CRASH, error)
     except (EngineError, ModelError) as error:
         return _fail(CANNOT, error)
     except KeyboardInterrupt:

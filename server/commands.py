@@ -19,7 +19,7 @@ from .flags import RunConfig
 from .model import find_model
 from .options import Options, UsageError
 
-OK, CRASH = 0, 1
+OK, CANNOT = 0, 3
 
 
 def _console(run: RunConfig) -> Console:
@@ -49,7 +49,7 @@ def engine(config: EngineConfig, run: RunConfig, options: Options) -> int:
         if link is None:
             raise
         link.failed(str(error))
-        return 3
+        return CANNOT
 
 
 def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: Any) -> int:

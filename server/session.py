@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from ..engine.client import EngineClient
 from ..engine.config import EngineConfig
@@ -30,7 +32,8 @@ from .http import bind, port_of, serve_http
 from .model import find_model
 from .options import UsageError
 
-OK, CRASH = 0, 1
+T = TypeVar("T")
+OK = 0
 ENGINE_STOP_S = 10.0
 """Time the engine has to end, after its requests have ended."""
 
@@ -106,7 +109,7 @@ class Session:
     async def _start_and_watch(self) -> None:
         """Find the model, start the engine, open the doors, and return never but by an error."""
         self._backend.say("looking for the model")
-        model = await asyncio.to_thread(self._find)
+        model = await _detached(self._find)
         tokenizer = asyncio.create_task(asyncio.to_thread(TextTokenizer.from_path, model.path, _kind(model)))
         self._supervisor = Supervisor(
             self._command or engine_command(self._engine, model, self._run),
@@ -117,9 +120,10 @@ class Session:
         )
         try:
             self._backend.say("the engine starts")
-            await self._supervisor.start()
+            # Together, so that a tokenizer that cannot be read is told of before the weights are loaded.
+            _, text = await asyncio.gather(self._supervisor.start(), tokenizer)
             self._client = client = ReplayingClient(RpcClient(self._supervisor.address))
-            self._open(client, await tokenizer, await client.info())
+            self._open(client, text, await client.info())
         finally:
             tokenizer.cancel()
         await self._supervisor.wait()
@@ -177,6 +181,26 @@ class Session:
         await asyncio.gather(http, hurry, return_exceptions=True)
 
 
+async def _detached(work: Callable[[], T]) -> T:
+    """The result of slow work in a thread that nobody waits for at the end: a stop must not wait for a download."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def tell(method: Callable[[Any], None], value: Any) -> None:
+        if not result.done():
+            method(value)
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is gone: so is whoever asked.
+            try:
+                loop.call_soon_threadsafe(tell, result.set_result, work())
+            except Exception as error:
+                loop.call_soon_threadsafe(tell, result.set_exception, error)
+
+    threading.Thread(target=run, name="find-model", daemon=True).start()
+    return await result
+
+
 def engine_command(config: EngineConfig, model: ResolvedModel, run: RunConfig) -> list[str]:
     """How the engine of this server is started. `-P`: a folder named xlane where we stand must not be imported."""
     found = [f"--model-path={model.path}"]
@@ -206,7 +230,7 @@ def plan(info: EngineInfo, server: ServerConfig) -> list[tuple[str, object]]:
     ]
 
 
-def _kind(model: ResolvedModel):
+def _kind(model: ResolvedModel) -> Literal["directory", "gguf"]:
     return "gguf" if model.kind == "gguf" else "directory"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xlane.engine import EngineConfig, PlanError
+from xlane.engine import EngineConfig, EngineLost, PlanError
 from xlane.models.errors import HubError
 from xlane.server import cli, flags
 from xlane.server.cli import COMMANDS, Settings, choose, settle
@@ -224,6 +224,13 @@ def test_expected_errors_are_one_line_and_code_3(
 ):
     assert run(monkeypatch, error) == 3
     assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+def test_an_engine_that_keeps_dying_is_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert run(monkeypatch, EngineLost("died 5 times")) == 1
+    assert capsys.readouterr().err == "error: died 5 times\n"
 
 
 def test_usage_is_code_2_and_interrupt_130(

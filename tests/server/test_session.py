@@ -156,20 +156,31 @@ def test_a_second_signal_does_not_wait(start: Start):
     reader.join(PATIENCE_S)
 
 
-def test_the_port_answers_why_before_the_engine_is_there(start: Start, tmp_path: Path):
+def scripted(tmp_path: Path, *changes: str) -> list[str]:
+    """A command that runs a session whose engine never gets ready, with some lines run before; it prints its port."""
     stub = tmp_path / "slow.py"
-    stub.write_text("import sys, time; time.sleep(60)")
+    stub.write_text("import time; time.sleep(60)")
     script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, uvloop\nfrom xlane.engine import EngineConfig\nfrom xlane.server.config import ServerConfig\n"
-        "from xlane.server.console import Console\nfrom xlane.server.flags import RunConfig\n"
-        "from xlane.server.session import Session\nfrom xlane.server import session\n"
-        "port_of = session.port_of\nsession.port_of = lambda sock: print('port', port_of(sock), flush=True) or 1\n"
-        f"model = {str(fake_model(tmp_path / 'm'))!r}\n"
-        f"args = EngineConfig(model_id=model), ServerConfig(port=0), RunConfig(), Console(), [sys.executable, {str(stub)!r}]\n"
-        "sys.exit(uvloop.run(Session(*args).run()))\n"
+    lines = (
+        "import sys, time, uvloop",
+        "from xlane.engine import EngineConfig",
+        "from xlane.server import session",
+        "from xlane.server.config import ServerConfig",
+        "from xlane.server.console import Console",
+        "from xlane.server.flags import RunConfig",
+        "port_of = session.port_of",
+        "session.port_of = lambda sock: print('port', port_of(sock), flush=True) or 1",
+        *changes,
+        f"engine, command = EngineConfig(model_id={str(fake_model(tmp_path / 'm'))!r}), [sys.executable, {str(stub)!r}]",
+        "server = session.Session(engine, ServerConfig(port=0), RunConfig(), Console(), command)",
+        "sys.exit(uvloop.run(server.run()))",
     )
-    server = start(command=[sys.executable, str(script)])
+    script.write_text("\n".join(lines))
+    return [sys.executable, str(script)]
+
+
+def test_the_port_answers_why_before_the_engine_is_there(start: Start, tmp_path: Path):
+    server = start(command=scripted(tmp_path))
     server.until("port ")
     url = f"http://127.0.0.1:{server.said[-1].split()[1]}/health"
     answer = next(answer for answer in (try_get(url) for _ in range(500)) if answer is not None)
@@ -177,6 +188,23 @@ def test_the_port_answers_why_before_the_engine_is_there(start: Start, tmp_path:
     assert answer.json()["error"] in ("looking for the model", "the engine starts")
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_a_stop_does_not_wait_for_a_download(start: Start, tmp_path: Path):
+    server = start(command=scripted(tmp_path, "session.find_model = lambda *_: time.sleep(300)"))
+    server.until("port ")
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+
+
+def test_a_broken_tokenizer_is_told_of_before_the_engine_is_ready(start: Start, tmp_path: Path):
+    breaks = (
+        "import pathlib; pathlib.Path(sys.argv[0]).with_name('m').joinpath('tokenizer.json').write_text('[')"
+    )
+    server = start(command=scripted(tmp_path, breaks))
+    server.until("TokenizerError")
+    assert server.process.wait(20) == 1
 
 
 def try_get(url: str) -> httpx.Response | None:
