@@ -6,19 +6,21 @@ engine is healthy again and are submitted anew with those tokens as `resume_ids`
 A request that itself kills the engine must not be replayed for ever. Who killed it cannot be seen from here, so:
 
 1. a request whose engine is lost is replayed together with all others;
-2. one that loses a second engine without a single new token in between is under suspicion, and is replayed only while no
-   other suspect is: so bystanders of a killer are told from it;
-3. one that loses an engine again while it is the only suspect fails with RequestFailed, and so does any request after
+2. one that loses a second engine without a new token in between is a suspect. Suspects are tried one at a time, the worst
+   first, and until the first token of the last of them nobody else may start: so bystanders are told from a killer;
+3. one that loses the engine when nothing else ran in it fails with RequestFailed, and so does any request after
    `max_losses` engines, however far it got.
 
-A new token ends all suspicion. (A bystander is blamed only if a second killer strikes just while it is tried.) Knows only `EngineClient`; not processes, not the wire.
+A killer so costs three deaths of the engine, or a few more if its tokens die with it, and no other stream. A new token
+ends suspicion.
+Knows only `EngineClient`; not processes, not the wire.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -33,7 +35,7 @@ POLL_S = 0.05
 MAX_POLL_S = 1.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Progress:
     """What has become of one request so far."""
 
@@ -45,6 +47,10 @@ class _Progress:
     losses: int = 0
     losses_in_place: int = 0
     """Losses since the last token."""
+    engine: int = 0
+    """Which engine it runs in, counted by losses."""
+    alone: bool = False
+    """On trial: nothing else runs, so if the engine is lost now it was this request."""
 
     @property
     def elapsed_s(self) -> float:
@@ -108,7 +114,9 @@ class _Progress:
         )
 
     def ended(self) -> StepOutput | None:
-        """The last output, if only the news of the end was lost with the engine."""
+        """The last output, if only the news of the end was lost with an engine."""
+        if not self.losses:
+            return None
         sampling, ids = self.request.sampling, (*self.request.resume_ids, *self.ids)
         if ids and ids[-1] in sampling.stop_ids:
             reason = FinishReason.STOP
@@ -126,11 +134,69 @@ def _generator(outputs: AsyncIterator[StepOutput]) -> AsyncGenerator[StepOutput,
     return cast(AsyncGenerator[StepOutput, None], outputs)
 
 
+class _Trials:
+    """Who may start now: everyone, or, while there are suspects, the worst of them alone."""
+
+    def __init__(self) -> None:
+        self._suspects: list[_Progress] = []
+        self._on_trial: _Progress | None = None
+        self._engines_lost = 0
+        self._running = 0
+        """In the engine that is there now; what an engine loses, it loses all at once."""
+        self._news = asyncio.Event()
+
+    @asynccontextmanager
+    async def attempt(self, progress: _Progress) -> AsyncIterator[None]:
+        """Wait until it may start; it runs until the end of the block."""
+        while not self._may_start(progress):
+            await self._news.wait()
+        if progress in self._suspects:
+            self._on_trial = progress
+            progress.alone = not self._running
+        engine = progress.engine = self._engines_lost
+        self._running += 1
+        try:
+            yield
+        finally:
+            if engine == self._engines_lost:
+                self._running -= 1
+            self._end_trial(progress)
+
+    def engine_lost(self, progress: _Progress) -> None:
+        """The engine that `progress` ran in is gone, whether or not the slower readers have noticed."""
+        if progress.engine == self._engines_lost:
+            self._engines_lost += 1
+            self._running = 0
+
+    def accuse(self, progress: _Progress) -> None:
+        """From now on nobody starts before it was tried."""
+        if progress not in self._suspects:
+            self._suspects.append(progress)
+
+    def acquit(self, progress: _Progress) -> None:
+        """It has made a token, or is gone."""
+        if progress in self._suspects:
+            self._suspects.remove(progress)
+            self._end_trial(progress)
+
+    def _may_start(self, progress: _Progress) -> bool:
+        if not self._suspects:
+            return True
+        return self._on_trial is None and progress is max(self._suspects, key=lambda p: p.losses_in_place)
+
+    def _end_trial(self, progress: _Progress) -> None:
+        progress.alone = False
+        if self._on_trial is progress:
+            self._on_trial = None
+        self._news.set()
+        self._news = asyncio.Event()
+
+
 class ReplayingClient:
     """An `EngineClient` over another one, whose streams survive EngineLost."""
 
     def __init__(
-        self, inner: EngineClient, *, recovery_timeout_s: float = 120.0, max_losses: int = 10
+        self, inner: EngineClient, *, recovery_timeout_s: float = 120.0, max_losses: int = 20
     ) -> None:
         """
         Args:
@@ -142,7 +208,7 @@ class ReplayingClient:
         self._recovery_timeout_s = recovery_timeout_s
         self._max_losses = max_losses
         self._recovering: asyncio.Task[None] | None = None
-        self._one_suspect = asyncio.Lock()
+        self._trials = _Trials()
         self._closed = asyncio.Event()
         self.replays = 0
         """Requests submitted again since the start, for the metrics."""
@@ -150,32 +216,34 @@ class ReplayingClient:
     async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `EngineClient.submit`. EngineLost is raised only if no engine came back in time."""
         progress = _Progress(request)
-        while True:
-            async with self._suspicion(progress) as clear:
-                if progress.losses:
-                    await self._recovered(progress)
-                try:
-                    async with aclosing(self._attempt(progress)) as outputs:
-                        async for output in outputs:
-                            if output.tokens:
-                                clear()
-                            yield output
-                    return
-                except EngineLost as error:
-                    self._judge(progress, error)
-            if (last := progress.ended()) is not None:
-                yield last
-                return
+        try:
+            while (last := progress.ended()) is None:
+                await self._recovered(progress)
+                async with self._trials.attempt(progress):
+                    await self._recovered(progress)  # it may have died of a suspect meanwhile
+                    try:
+                        async with aclosing(self._attempt(progress)) as outputs:
+                            async for output in outputs:
+                                yield output
+                        return
+                    except EngineLost as error:
+                        self._judge(progress, error)
+        finally:
+            self._trials.acquit(progress)
+        yield last
 
     async def _attempt(self, progress: _Progress) -> AsyncGenerator[StepOutput, None]:
         """Ask one engine for the rest."""
         give_up = time.monotonic() + self._recovery_timeout_s
+        self.replays += bool(progress.losses)
         while True:
-            asked_s = progress.elapsed_s
+            asked_s = progress.elapsed_s if progress.losses else 0.0
             try:
                 async with aclosing(_generator(self._inner.submit(progress.rest()))) as outputs:
                     async for output in outputs:
-                        yield progress.take(output, asked_s if progress.losses else 0.0)
+                        if output.tokens:
+                            self._trials.acquit(progress)
+                        yield progress.take(output, asked_s)
                 return
             except (Overloaded, EngineStopped) as error:
                 # Raised before any output. A caller may be refused a request, but not the rest of one we took.
@@ -188,25 +256,21 @@ class ReplayingClient:
         """Count a loss. Raises if the request may not be replayed."""
         if self._closed.is_set():
             raise error
-        if progress.losses_in_place >= SUSPECT_LOSSES or progress.losses + 1 >= self._max_losses:
-            raise RequestFailed(
-                f"request {progress.request.id} ran in {progress.losses + 1} engines that were lost "
-                f"({progress.losses_in_place + 1} without a new token) and is not tried again; last: {error}"
-            ) from error
+        self._trials.engine_lost(progress)
         progress.losses += 1
         progress.losses_in_place += 1
-
-    @asynccontextmanager
-    async def _suspicion(self, progress: _Progress) -> AsyncIterator[Callable[[], None]]:
-        """Run at once, or, if a suspect, while no other suspect does. What it gives is called to end the suspicion."""
-        with ExitStack() as stack:
-            if progress.losses_in_place >= SUSPECT_LOSSES:
-                await self._one_suspect.acquire()
-                stack.callback(self._one_suspect.release)
-            yield stack.close
+        if progress.alone or progress.losses >= self._max_losses:
+            raise RequestFailed(
+                f"request {progress.request.id} ran in {progress.losses} engines that were lost "
+                f"({progress.losses_in_place} without a new token) and is not tried again; last: {error}"
+            ) from error
+        if progress.losses_in_place >= SUSPECT_LOSSES:
+            self._trials.accuse(progress)
 
     async def _recovered(self, progress: _Progress) -> None:
-        """Return when an engine is healthy; one look-out serves all who wait."""
+        """Return when an engine is healthy, if one was lost; one look-out serves all who wait."""
+        if not progress.losses:
+            return
         if self._recovering is None or self._recovering.done():
             self._recovering = asyncio.ensure_future(self._look_out())
         recovering = self._recovering
@@ -218,7 +282,6 @@ class ReplayingClient:
             raise EngineLost(
                 f"no engine was healthy in the {self._recovery_timeout_s:g} s after one was lost"
             )
-        self.replays += 1
 
     async def _look_out(self) -> None:
         pause = POLL_S

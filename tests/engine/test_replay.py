@@ -35,7 +35,7 @@ from xlane.engine.process import RestartPolicy, Supervisor
 from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 
-from tests.support.fake_core import KILL_AT_ONCE_TOKEN, KILL_TOKEN, FakeCore, expected_ids
+from tests.support.fake_core import KILL_AT_ONCE_TOKEN, KILL_TOKEN, FakeCore, expected_ids, token_at
 
 pytestmark = pytest.mark.anyio
 
@@ -220,6 +220,50 @@ async def test_over_an_engine_in_this_process_it_only_passes_on():
     core.stop()
 
 
+class Mortal(Scripted):
+    """Simulates an engine that dies when a request with KILL_TOKEN reaches its third token, up to two of which may still
+    be on their way to the client then. Times are random."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.chance = random.Random(seed)
+        self.deaths = 0
+
+    async def health(self) -> bool:
+        await asyncio.sleep(0.002)  # it takes a while to start an engine
+        return True
+
+    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        life = self.deaths
+        for position in range(len(request.resume_ids), request.sampling.max_tokens):
+            await asyncio.sleep(self.chance.choice([0, 0, 0.001]))
+            if life == self.deaths and KILL_TOKEN in request.prompt_ids:
+                self.deaths += position + self.chance.randrange(3) >= 2
+            if life != self.deaths:
+                raise LOST
+            last = position + 1 == request.sampling.max_tokens
+            yield StepOutput(
+                request.id, (token_at(request, position),), FinishReason.LENGTH if last else None
+            )
+
+
+@pytest.mark.parametrize("killers", [1, 2])
+async def test_no_bystander_is_ever_blamed(killers: int):
+    for seed in range(25):
+        engine = Mortal(seed)
+        client = ReplayingClient(engine, max_losses=50)
+        good = [make_request(n, max_tokens=20) for n in range(6)]
+        bad = [make_request(90 + n, max_tokens=20, prompt=(KILL_TOKEN,)) for n in range(killers)]
+        results = await asyncio.gather(
+            *(collect(client, request) for request in [*good, *bad]), return_exceptions=True
+        )
+        for request, outputs in zip(good, results):
+            assert not isinstance(outputs, BaseException), seed
+            assert ids_of(outputs) == expected_ids(request)
+        assert [type(result) for result in results[6:]] == [RequestFailed] * killers
+        assert engine.deaths <= 8 * killers
+
+
 @asynccontextmanager
 async def killable(turn_s: float = 0.002, **options) -> AsyncIterator[tuple[Supervisor, ReplayingClient]]:
     """An engine process that is started again whenever it dies, and a client that replays over it."""
@@ -278,4 +322,4 @@ async def test_a_killer_is_found_and_its_neighbours_live(token: int):
         streams = await asyncio.gather(*running)
         deaths = Counter(event.kind for event in supervisor.events)["died"]
     assert [ids_of(outputs) for outputs in streams] == [expected_ids(request) for request in requests]
-    assert deaths == 3
+    assert 3 <= deaths <= 7  # three, and some more when its first tokens die with the engine
