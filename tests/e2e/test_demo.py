@@ -1,0 +1,102 @@
+"""The whole product with a real model: what it says, under load, and when its engine is killed."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from xlane.models.demo import default_cache_dir, demo_model
+
+from .conftest import Served
+from .make_demo_greedy import PATH, TOKENS, greedy, reference_model
+
+CASES = json.loads(PATH.read_text())
+
+
+async def complete(client: httpx.AsyncClient, prompt: list[int], **fields: Any) -> list[dict]:
+    """The streamed chunks of one completion of token ids."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, **fields}
+    chunks = []
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                chunks.append(chunk)
+    return chunks
+
+
+def text_of(chunks: list[dict]) -> str:
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+async def all_at_once(served: Served, cases: list[dict], **fields: Any) -> list[str]:
+    async with httpx.AsyncClient(base_url=served.url, timeout=300) as client:
+        answers = await asyncio.gather(*(complete(client, case["prompt"], **fields) for case in cases))
+    return [text_of(chunks) for chunks in answers]
+
+
+@pytest.fixture(scope="session")
+def expected() -> list[str]:
+    """transformers' answers as text, special tokens left out."""
+    from xlane.models.tokenizer import TextTokenizer
+
+    tokenizer = TextTokenizer.from_path(demo_model(default_cache_dir()))
+    return [tokenizer.decode(case["output"], skip_special_tokens=True) for case in CASES]
+
+
+def test_greedy_text_equals_transformers_while_all_share_the_batch(demo: Served, expected: list[str]) -> None:
+    assert len(CASES) >= 20
+    assert asyncio.run(all_at_once(demo, CASES, ignore_eos=True)) == expected
+
+
+def test_the_kept_answers_are_what_transformers_says_today() -> None:
+    model = reference_model(demo_model(default_cache_dir()))
+    for case in (CASES[0], CASES[-2]):
+        assert greedy(model, case["prompt"], 16) == case["output"][:16]
+
+
+def test_a_killed_engine_loses_and_repeats_no_token(demo: Served, expected: list[str]) -> None:
+    """Greedy and seeded streams go on over the death of the engine as if nothing had happened."""
+    cases = CASES[:6]
+    sampled = {"temperature": 0.8, "seed": 11, "ignore_eos": True}
+    quiet = asyncio.run(all_at_once(demo, cases, **sampled))
+
+    async def kill_in_the_middle() -> tuple[list[str], list[str]]:
+        greedy_streams = asyncio.create_task(all_at_once(demo, cases, ignore_eos=True))
+        seeded_streams = asyncio.create_task(all_at_once(demo, cases, **sampled))
+        await asyncio.sleep(1.0)
+        os.kill(demo.engine_pid(), signal.SIGKILL)
+        return await greedy_streams, await seeded_streams
+
+    greedy_texts, seeded_texts = asyncio.run(kill_in_the_middle())
+    assert greedy_texts == expected[:6]
+    assert seeded_texts == quiet
+
+
+def test_a_dropped_connection_frees_its_lane(demo: Served) -> None:
+    def lanes() -> int:
+        found = re.search(r"^xlane_lanes_active (\d+)", httpx.get(f"{demo.url}/metrics").text, re.MULTILINE)
+        assert found is not None
+        return int(float(found.group(1)))
+
+    body = {"inputs": "Count to a thousand: 1, 2,", "parameters": {"max_new_tokens": 2000}}
+    with httpx.stream("POST", f"{demo.url}/generate_stream", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        assert lanes() == 1
+    until = time.monotonic() + 5
+    while lanes() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert lanes() == 0
+
+
+def test_nothing_compiled_after_ready(demo: Served) -> None:
+    metrics = httpx.get(f"{demo.url}/metrics").text
+    assert re.search(r"^xlane_compiles_after_ready_total 0(\.0)?$", metrics, re.MULTILINE), metrics
