@@ -83,8 +83,17 @@ def read_directory(directory: Path) -> TokenizerFiles:
         tokenizer,
         templates_of_directory(directory, config),
         special,
+        _ends(directory / "generation_config.json", tokenizer, special),
         max_context=int(limit) if isinstance(limit, int | float) and 0 < limit < _UNLIMITED else None,
     )
+
+
+def _ends(path: Path, tokenizer: Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:
+    """Ids that end a text: all that generation_config.json names, and the tokenizer's own. Chat models have several."""
+    named = read_object(path).get("eos_token_id") if path.is_file() else None
+    own = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    ids = [*(named if isinstance(named, list) else [named]), own]
+    return tuple(dict.fromkeys(number for number in ids if isinstance(number, int)))
 
 
 def _special_tokens(path: Path) -> dict[str, str]:
