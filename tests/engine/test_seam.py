@@ -43,9 +43,16 @@ pytestmark = pytest.mark.anyio
 _numbers = itertools.count()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """One event loop for all tests here: gRPC's queue is the process's, and late news for a closed loop hits the next."""
+    yield
+    await asyncio.sleep(0.2)
 
 
 @dataclass(frozen=True)
