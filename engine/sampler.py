@@ -58,15 +58,16 @@ def sample(
 ) -> Sampled:
     """Choose one token per row.
 
-    logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on) ·
-    position int32[R] of the token to be chosen.
+    logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on); B marks a row
+    nobody uses, which gets any token · position int32[R] of the token to be chosen.
     """
+    rows = _neutral(rows, lanes >= seen.shape[0])
     penalised = (rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)
     processed = jax.lax.cond(
         penalised.any(), lambda x: penalize(x, rows, seen.at[lanes].get(mode="clip")), lambda x: x, logits
     )
     random = rows.temperature > 0
-    processed = processed / jnp.where(random, rows.temperature, 1.0)[:, None]
+    processed = jax.lax.cond(random.any(), lambda x: scale(x, rows.temperature), lambda x: x, processed)
     filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
     processed = jax.lax.cond((filtered & random).any(), lambda x: cut(x, rows), lambda x: x, processed)
     noisy = jax.lax.cond(
@@ -79,6 +80,18 @@ def sample(
     return Sampled(token, *report(logits, processed, token, rows))
 
 
+def _neutral(rows: SamplingRows, unused: jax.Array) -> SamplingRows:
+    """Unused rows hold what another request, or nobody, left there: it must not make the batch do work."""
+    return rows._replace(
+        temperature=jnp.where(unused, 0.0, rows.temperature),
+        repetition=jnp.where(unused, 1.0, rows.repetition),
+        frequency=jnp.where(unused, 0.0, rows.frequency),
+        presence=jnp.where(unused, 0.0, rows.presence),
+        logprobs=jnp.where(unused, 0, rows.logprobs),
+        top_n=jnp.where(unused, 0, rows.top_n),
+    )
+
+
 def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Array:
     """Lower what occurred before. seen int32[R, V].
 
@@ -89,6 +102,14 @@ def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Arra
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen > 0, scaled, logits)
     return logits - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0).astype(jnp.float32)
+
+
+def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Divide by the temperature, where there is one. The likeliest is put at 0 first, so that however small the
+    temperature is, nothing but the unlikely becomes infinite."""
+    random = (temperature > 0)[:, None]
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(random, temperature[:, None], 1.0)
+    return jnp.where(random, scaled, logits)
 
 
 def cut(logits: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -140,8 +161,8 @@ def _typical_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 of the same order (no NaN)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    """float32 -> uint32 of the same order (no NaN); both zeros are one."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
