@@ -25,8 +25,8 @@ from .errors import PlanError
 from .kernels.native import native_kernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
-from .programs import Blueprint, Programs, compile_all, param_sharding
-from .state import MAX_STOP_IDS, Shapes, page_bytes
+from .programs import Blueprint, Programs, abstract_params, compile_all, param_sharding
+from .state import Shapes, abstract_kv, abstract_state, held_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`weights`: bytes, `programs`: count), what is done and what there is in all."""
@@ -75,7 +75,8 @@ def compile_within(
     """Compile, and hold the plan against what the compiler says the programs need: where its temporaries are larger than
     was estimated, the pool gives way and the programs are compiled for the smaller one."""
     programs = compile_all(blueprint, lambda done, total: report("programs", done, total))
-    memory = replace(memory, temp_bytes=max(info.temp_bytes for info in programs.infos))
+    temp_bytes = max(info.temp_bytes for info in programs.infos) * blueprint.placement.mesh.size
+    memory = replace(memory, temp_bytes=temp_bytes)
     if memory.total_bytes <= memory.limit_bytes:
         return programs, memory
     demand = Demand(
@@ -107,15 +108,16 @@ def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryP
     chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
     segments = min(SEGMENTS, lanes)
     itemsize = jnp.dtype(dtype).itemsize
-    width = pages_for(most, config.page_tokens)
+    one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
+    temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), max(segments, lanes), itemsize)
     demand = Demand(
-        weights_bytes=sum(spec.nbytes for spec in graph.specs),
-        page_bytes=page_bytes(model, config.page_tokens, dtype),
-        state_bytes=lanes * 4 * (model.vocab_size + width + MAX_STOP_IDS + 16),
-        temp_bytes=estimate_temp_bytes(model, max(chunk, lanes), max(segments, lanes), itemsize),
+        weights_bytes=held_bytes(abstract_params(graph.specs, placement)),
+        page_bytes=held_bytes(abstract_kv(model, one_page, dtype, placement)),
+        state_bytes=held_bytes(abstract_state(one_page, placement)),
+        temp_bytes=temp_bytes * placement.mesh.size,
     )
     memory = plan_pages(config, demand, _limit(config, placement, platform), platform == "cpu", lanes, most)
-    shapes = Shapes(lanes, memory.pages, config.page_tokens, width, model.vocab_size)
+    shapes = one_page._replace(pages=memory.pages)
     blueprint = Blueprint(
         config=model,
         graph=graph,
@@ -138,11 +140,8 @@ def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
     except MeshError as error:
         raise PlanError(str(error)) from None
     split = placement.model_size
-    for name, size in (
-        ("kv_heads", model.kv_heads),
-        ("ffn_size", model.ffn_size),
-        ("vocab_size", model.vocab_size),
-    ):
+    # A vocabulary that does not divide is whole on every device; of these a whole copy would be the model itself.
+    for name, size in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size)):
         if size % split:
             raise PlanError(
                 f"{name}={size} of this model cannot be split over {split} devices: lower --num-shard"

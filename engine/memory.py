@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What goes where, in bytes over all devices together."""
+    """What goes where, in bytes over all devices together; what several devices hold counts for each."""
 
     limit_bytes: int
     """What the engine may use."""
@@ -49,7 +49,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Bytes a model and its lanes need, whatever the device."""
+    """Bytes a model and its lanes need, over all devices together."""
 
     weights_bytes: int
     page_bytes: int

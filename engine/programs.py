@@ -6,7 +6,7 @@ called, which refuse other shapes instead of compiling anew. Knows no policy and
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from ..models.config import ModelConfig
 from ..models.decoder import DecoderGraph
 from ..models.kernels import Kernels, KvLayer, PagedBatch
+from ..models.spec import ParamSpec
 from ..sharding.mesh import Placement
 from .batch import DECODE_WIDTH, pack_result, prefill_size, read_decode, read_prefill
 from .request import ProgramInfo
 from .sampler import IN_PROMPT, SamplingRows, sample
-from .state import LaneState, Shapes, abstract_kv, abstract_state
+from .state import LaneState, Shapes, abstract_kv, abstract_state, described
 from .turn import NO_PAGE
 
 Params = tuple[jax.Array, ...]
@@ -56,6 +57,10 @@ class Programs:
         self.infos = infos
         self._compiled = compiled
 
+    def __getitem__(self, name: str) -> Any:
+        """A compiled program by the name its info has, to look into."""
+        return self._compiled[name]
+
     def decode(self, rows: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
         """One token for each planned lane -> (kv, state, int32[rows, RESULT_WIDTH])."""
         return self._compiled[f"decode[{rows}]"](params, kv, state, plan)
@@ -86,6 +91,8 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
     logits = decoder.logits(hidden, b.kernels)
     sampled = sample(logits, SamplingRows(*map(rows, state.sampling)), state.seen, plan.lane, position + 1)
     target = jnp.where(active, plan.lane, b.shapes.lanes)
+    # Every device writes every lane's state: a few numbers, where a split would add up whole rows of `seen`.
+    target, sampled = b.placement.everywhere((target, sampled))
     state = state._replace(table=table, seen=state.seen.at[target, sampled.token].add(1, mode="drop"))
     remaining = rows(state.remaining) - 1
     going = (remaining > 0) & ~_stops(sampled.token, rows(state.stop))
@@ -103,9 +110,11 @@ def prefill_step(
     decoder = b.graph.merge(params)
     hidden, kv = decoder(plan.tokens, batch, kv, b.kernels, b.placement.constrain, one_token_rows=False)
     logits = decoder.logits(hidden[plan.end], b.kernels)
-    seen = _record_prompt(state.seen, plan, b.shapes.lanes)
+    seen = _record_prompt(state.seen, b.placement.everywhere(plan), b.shapes.lanes)
     sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length)
-    finishing = jnp.where(plan.last, plan.lane, b.shapes.lanes)
+    finishing, sampled = b.placement.everywhere(
+        (jnp.where(plan.last, plan.lane, b.shapes.lanes), sampled)
+    )
     state = state._replace(
         seen=seen.at[finishing, sampled.token].add(1, mode="drop"),
         table=state.table.at[plan.lane].set(plan.table, mode="drop"),
@@ -182,10 +191,7 @@ def _lower(
 ) -> Any:
     """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
     b = blueprint
-    params = tuple(
-        jax.ShapeDtypeStruct(spec.stored_shape, spec.dtype, sharding=param_sharding(b.placement, spec))
-        for spec in b.graph.specs
-    )
+    params = abstract_params(b.graph.specs, b.placement)
     kv = abstract_kv(b.config, b.shapes, b.dtype, b.placement)
     state = abstract_state(b.shapes, b.placement)
     shape = plan_shape if isinstance(plan_shape, tuple) else (plan_shape,)
@@ -217,6 +223,11 @@ def _compile(name: str, lowered: Any) -> tuple[Any, ProgramInfo]:
     return compiled, info
 
 
-def param_sharding(placement: Placement, spec: Any) -> jax.sharding.NamedSharding:
+def abstract_params(specs: Sequence[ParamSpec], placement: Placement) -> Params:
+    """Shapes, types and placement of the parameters."""
+    return tuple(described(spec.stored_shape, spec.dtype, param_sharding(placement, spec)) for spec in specs)
+
+
+def param_sharding(placement: Placement, spec: ParamSpec) -> jax.sharding.NamedSharding:
     """Where one parameter lies."""
-    return placement.replicated if spec.packed else placement.sharding(spec.axes)
+    return placement.replicated if spec.packed else placement.fitted(spec.axes, spec.shape)

@@ -3,6 +3,7 @@
 Knows shapes, types and placement; not what a launch does with them.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,7 @@ def page_bytes(config: ModelConfig, page_tokens: int, dtype: str) -> int:
     return 2 * config.layers * config.kv_heads * page_tokens * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def _described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
+def described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
     """A description that stands where an array will; typed as anything, because the tuples name arrays."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -69,11 +70,10 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
     b = shapes.lanes
 
     def leaf(dtype: Any, *shape: int) -> Any:
-        return _described((b, *shape), dtype, placement.replicated)
+        return described((b, *shape), dtype, placement.replicated)
 
     i32, f32 = jnp.int32, jnp.float32
-    split = shapes.vocab % placement.model_size == 0
-    seen = placement.sharding((None, "vocab" if split else None))
+    seen = placement.fitted((None, "vocab"), (b, shapes.vocab))
     return LaneState(
         token=leaf(i32),
         position=leaf(i32),
@@ -81,7 +81,7 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
         active=leaf(jnp.bool_),
         table=leaf(i32, shapes.table_width),
         stop=leaf(i32, MAX_STOP_IDS),
-        seen=_described((b, shapes.vocab), i32, seen),
+        seen=described((b, shapes.vocab), i32, seen),
         sampling=SamplingRows(
             temperature=leaf(f32),
             top_k=leaf(i32),
@@ -101,8 +101,16 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
 def abstract_kv(config: ModelConfig, shapes: Shapes, dtype: str, placement: Placement) -> tuple[KvLayer, ...]:
     """Shapes, types and placement of the pool, one entry a layer."""
     sharding = placement.sharding(("kv_heads", None, None, None))
-    pool = _described(kv_shape(config, shapes), dtype, sharding)
+    pool = described(kv_shape(config, shapes), dtype, sharding)
     return tuple(KvLayer(pool, pool) for _ in range(config.layers))
+
+
+def held_bytes(abstract: Any) -> int:
+    """Bytes a described tree takes on all its devices together, copies counted."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize * a.sharding.num_devices
+        for a in jax.tree.leaves(abstract)
+    )
 
 
 def zeros_like(abstract):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .rules import partition
+from .rules import fitted, partition
 
 
 class MeshError(Exception):
@@ -37,8 +37,12 @@ class Placement:
         return self.mesh.size == 1
 
     def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        """The sharding of an array with these logical axes."""
+        """The sharding of an array with these logical axes, each of which must divide."""
         return NamedSharding(self.mesh, partition(axes))
+
+    def fitted(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """The same for an array of this shape: what does not divide is not split."""
+        return NamedSharding(self.mesh, fitted(partition(axes), shape, self.mesh.shape))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -47,12 +51,11 @@ class Placement:
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """While tracing: lay x out like this, where the sizes allow it."""
-        spec = partition(axes)
-        fits = (
-            name if name is not None and size % self.mesh.shape[str(name)] == 0 else None
-            for name, size in zip(spec, x.shape, strict=True)
-        )
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*fits)))
+        return jax.lax.with_sharding_constraint(x, self.fitted(axes, x.shape))
+
+    def everywhere(self, tree: Any) -> Any:
+        """While tracing: give every device the whole of these arrays."""
+        return jax.lax.with_sharding_constraint(tree, self.replicated)
 
 
 def make_placement(

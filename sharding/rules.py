@@ -1,5 +1,7 @@
 """Which mesh axis each logical axis is split over: one table. Knows no array."""
 
+from collections.abc import Mapping
+
 from jax.sharding import PartitionSpec
 
 from .axes import LogicalAxis, MeshAxis
@@ -28,3 +30,16 @@ def partition(axes: tuple[str | None, ...]) -> PartitionSpec:
     if len(used) != len(set(used)):
         raise ValueError(f"axes {axes} put two dimensions on one mesh axis: {names}")
     return PartitionSpec(*names)
+
+
+def fitted(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec without the splits that would not come out even: such a dimension is whole on every device.
+
+    A vocabulary of 50257 is served by two devices in this way, at the price of a second copy. `sizes` are the mesh's.
+    """
+    return PartitionSpec(
+        *(
+            name if name is not None and size % sizes[str(name)] == 0 else None
+            for name, size in zip(spec, shape, strict=True)
+        )
+    )
