@@ -1,7 +1,8 @@
 """Compiles `native.cc` for the machine at hand and keeps the result.
 
 Knows compilers and files; does not load the library and does not know what is in it. The file name carries a hash of
-everything the machine code depends on, so a cached library is right or absent, never stale. Importing does nothing.
+everything the machine code depends on, and the file ends in a hash of itself: a cached library is never stale, and a
+damaged one is compiled again rather than loaded, which could kill the process. Importing does nothing.
 """
 
 import hashlib
@@ -34,21 +35,28 @@ class Built:
     """What compiling took; 0 when it was found in the cache."""
 
 
-def build(cache_dir: Path, *, search: str | None = None, fresh: bool = False) -> Built | str:
+def build(cache_dir: Path, *, search: str | None = None) -> Built | str:
     """Return the compiled kernels, or why there are none.
 
     Args:
         cache_dir: where libraries are kept; made if missing.
         search: where compilers are looked for, in the form of PATH; None is the process's own.
-        fresh: compile even if the cache has it, because what it has does not load.
     """
     compiler = next((found for name in COMPILERS if (found := shutil.which(name, path=search))), None)
     if compiler is None:
         return f"no C++ compiler ({', '.join(COMPILERS)}) is on the PATH; install g++ or clang++"
     path = cache_dir / f"xlane-native-{_key(compiler)}.so"
-    if path.exists() and not fresh:
+    if _intact(path):
         return Built(path, 0.0)
     return _compile(compiler, path)
+
+
+def _intact(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _key(compiler: str) -> str:
@@ -95,6 +103,9 @@ def _compile(compiler: str, path: Path) -> Built | str:
             lines = done.stderr.strip().splitlines()
             first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
             return f"{compiler} failed with status {done.returncode}: {first}"
+        with partial.open("r+b") as file:
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)  # behind the end of the ELF file, where nobody else looks
         os.chmod(name, 0o755)
         # Whoever else compiles the same thing at this moment gets the same file: last one in wins, nobody sees a half.
         os.replace(partial, path)

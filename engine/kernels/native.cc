@@ -8,16 +8,18 @@
 //   attend   keys are met in blocks of KEYS by absolute position; a masked key adds exactly nothing. So a query's result
 //            is also the same however its prompt was cut into chunks, and whether it came in a prefill or a decode.
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
+#include <utility>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -76,6 +78,30 @@ inline void pause() {
 #endif
 }
 
+// Denormals are zero while this lives: XLA's threads mostly run that way, and a row's bits must not depend on which thread
+// met it.
+class FlushDenormals {
+#if defined(__SSE__)
+  unsigned before = __builtin_ia32_stmxcsr();
+
+ public:
+  FlushDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }
+#elif defined(__aarch64__)
+  uint64_t before;
+
+ public:
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" ::"r"(before | (uint64_t{1} << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before)); }
+#else
+ public:
+  FlushDenormals() {}
+#endif
+};
+
 // Outlives the call: a helper that wakes late finds nothing left to claim and touches nothing else.
 struct Job {
   std::atomic<i64> next{0}, done{0};
@@ -104,6 +130,7 @@ template <typename Body>
 void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
   if (total <= 0) return;
   i64 workers = std::min<i64>(pool.num_threads(), (total + grain - 1) / grain);
+  FlushDenormals flush;
   if (workers <= 1) return body(i64{0}, total);
   auto job = std::make_shared<Job>();
   job->total = total, job->grain = grain, job->workers = workers;
@@ -117,7 +144,10 @@ void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
       }
     }
   };
-  for (i64 i = 1; i < workers; ++i) pool.Schedule([job, work] { work(*job); });
+  for (i64 i = 1; i < workers; ++i) pool.Schedule([job, work] {
+    FlushDenormals flush;
+    work(*job);
+  });
   work(*job);
   // The others are inside their last grain: some microseconds. Sleeping costs more than that; spinning for long costs
   // whoever else needs the core.
@@ -130,7 +160,7 @@ void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
 }
 
 // Memory that a thread keeps between calls. `slot` keeps users that are alive at the same time apart.
-enum Slot { kRows, kAttend, kPages, kSlots };
+enum Slot { kRows, kAttend, kSlots };
 float* scratch(Slot slot, i64 floats) {
   struct Buffer {
     float* data = nullptr;

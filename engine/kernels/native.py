@@ -15,7 +15,7 @@ import numpy as np
 
 from ...models.kernels import KvLayer, PagedBatch
 from ...models.spec import PANEL
-from .build import Built, build
+from .build import build
 
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
 LINEAR = "xlane_linear.1"
@@ -84,25 +84,14 @@ def _load(cache_dir: Path) -> NativeKernels | str:
     built = build(cache_dir)
     if isinstance(built, str):
         return built
-    library = _open(built)
-    if isinstance(library, str):  # a damaged file: once more, from the source
-        built = build(cache_dir, fresh=True)
-        if isinstance(built, str):
-            return built
-        library = _open(built)
-        if isinstance(library, str):
-            return library
+    try:
+        library = ctypes.CDLL(str(built.path))
+    except OSError as error:
+        return f"the compiled kernels do not load: {error}"
     for target, symbol in ((LINEAR, "xlane_linear"), (ATTEND, "xlane_attend")):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     library.xlane_isa.restype = ctypes.c_char_p
     return NativeKernels(name=f"native ({library.xlane_isa().decode()})", compile_s=built.seconds)
-
-
-def _open(built: Built) -> ctypes.CDLL | str:
-    try:
-        return ctypes.CDLL(str(built.path))
-    except OSError as error:
-        return f"the compiled kernels do not load: {error}"
 
 
 def _require_float32(function: str, **arrays: jax.Array) -> None:
