@@ -4,7 +4,7 @@ Implementations: `local.LocalClient` (an engine in this process), `rpc_client.Rp
 `replay.ReplayingClient` (wraps either and survives the loss of an engine). All pass the same tests.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from .request import EngineInfo, EngineStats, Request, StepOutput
@@ -13,7 +13,7 @@ from .request import EngineInfo, EngineStats, Request, StepOutput
 class EngineClient(Protocol):
     """An engine as its users see it. All methods are called from one asyncio event loop."""
 
-    def submit(self, request: Request) -> AsyncIterator[StepOutput]:
+    def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Run a request. Closing the iterator (`aclose`) cancels it and frees its lane within two steps.
 
         Raises, on first iteration: InvalidRequest, Overloaded, EngineStopped.

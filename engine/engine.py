@@ -4,7 +4,6 @@ Everything a request can get wrong is refused here, at the door, before it may t
 """
 
 import itertools
-import math
 from importlib.metadata import version
 
 import jax
@@ -59,6 +58,10 @@ class Engine:
             page_tokens=config.page_tokens,
             max_queued=config.max_queued,
             kernels=built.kernels_note,
+            memory_bytes=built.memory.limit_bytes,
+            weights_bytes=built.memory.weights_bytes,
+            kv_bytes=built.memory.kv_bytes,
+            temp_bytes=built.memory.temp_bytes,
             programs=built.programs.infos,
             version=version("xlane"),
         )
@@ -81,14 +84,13 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """See `EngineCore.submit`."""
         self._check(request)
-        if self._loop.live >= self.info.lanes + self._max_queued:
-            waiting = self._loop.live - self.info.lanes
-            raise Overloaded(
-                f"the queue is full ({waiting} requests wait; --max-queued)", self._retry_after_s()
-            )
         budget = request.sampling.max_tokens + len(request.prompt_ids)
         most = min(budget, self.info.max_total_tokens)
-        self._loop.submit(Sequence(request, sink, next(self._arrivals), most))
+        sequence = Sequence(request, sink, next(self._arrivals), most)
+        if not self._loop.submit(sequence, most_live=self.info.lanes + self._max_queued):
+            raise Overloaded(
+                f"the queue is full ({self._max_queued} requests wait; --max-queued)", self._retry_after_s()
+            )
 
     def cancel(self, request_id: str) -> None:
         """See `EngineCore.cancel`."""
@@ -133,10 +135,6 @@ class Engine:
     def _check(self, request: Request) -> None:
         """Raise InvalidRequest for anything this engine can never serve."""
         prompt = len(request.prompt_ids)
-        if self._loop.running_id(request.id):
-            raise InvalidRequest(
-                f"request id {request.id!r} is already running; use a fresh id for each request"
-            )
         if not prompt:
             raise InvalidRequest("the prompt is empty: give at least one token")
         if prompt > self.info.max_input_tokens:
@@ -152,6 +150,8 @@ class Engine:
             raise InvalidRequest(
                 f"nothing is left to generate: {len(request.resume_ids)} tokens resumed, max_tokens={request.sampling.max_tokens}"
             )
+        if request.deadline_s is not None and not request.deadline_s > 0:
+            raise InvalidRequest(f"deadline_s={request.deadline_s} is not above 0")
         check_sampling(request.sampling)
 
 
@@ -172,7 +172,11 @@ def check_sampling(s: SamplingParams) -> None:
         ("stop_ids (count)", len(s.stop_ids), 0, MAX_STOP_IDS),
     )
     for name, value, low, high in bounds:
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # false for NaN, too
             raise InvalidRequest(f"{name}={value} is outside {low} … {high}")
+    for token in s.stop_ids:
+        # A tokenizer may know more ids than the model, so these need not be in its vocabulary; but they must fit a lane.
+        if not 0 <= token < 2**31:
+            raise InvalidRequest(f"stop_ids: {token} is not a token id")
     if s.top_logprobs and not s.logprobs:
         raise InvalidRequest(f"top_logprobs={s.top_logprobs} needs logprobs=True")

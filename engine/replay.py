@@ -22,7 +22,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 from .client import EngineClient
 from .errors import DeadlineExceeded, EngineLost, EngineStopped, Overloaded, RequestFailed
@@ -127,11 +126,6 @@ class _Progress:
         now_s = self.elapsed_s
         first_token_s = now_s if self.first_token_s is None else self.first_token_s
         return StepOutput(self.request.id, (), reason, timing=Timing(first_token_s, first_token_s, now_s))
-
-
-def _generator(outputs: AsyncIterator[StepOutput]) -> AsyncGenerator[StepOutput, None]:
-    """The protocol promises `aclose`, but its type does not say so."""
-    return cast(AsyncGenerator[StepOutput, None], outputs)
 
 
 class _Trials:
@@ -239,7 +233,7 @@ class ReplayingClient:
         while True:
             asked_s = progress.elapsed_s if progress.losses else 0.0
             try:
-                async with aclosing(_generator(self._inner.submit(progress.rest()))) as outputs:
+                async with aclosing(self._inner.submit(progress.rest())) as outputs:
                     async for output in outputs:
                         if output.tokens:
                             self._trials.acquit(progress)

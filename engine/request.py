@@ -152,6 +152,12 @@ class EngineInfo:
     max_queued: int
     kernels: str
     """Which attention and matmul implementation was chosen, and why."""
+    memory_bytes: int = 0
+    """What the engine may use, over all devices."""
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    temp_bytes: int = 0
+    """The largest program's temporaries."""
     programs: tuple[ProgramInfo, ...] = field(default=())
     version: str = ""
 

@@ -26,7 +26,7 @@ from ..models.tokenizer import TextTokenizer
 from .app import create_app
 from .backend import Backend
 from .config import ServerConfig
-from .console import Console
+from .console import Console, bytes_text
 from .flags import RunConfig, engine_arguments
 from .http import bind, port_of, serve_http
 from .model import find_model
@@ -224,6 +224,11 @@ def plan(info: EngineInfo, server: ServerConfig) -> list[tuple[str, object]]:
             f"{info.max_total_tokens:,} tokens a request, at most {info.max_input_tokens:,} of prompt",
         ),
         ("lanes", f"{info.lanes} decode at once, {info.max_queued} may wait"),
+        (
+            "memory",
+            f"weights {bytes_text(info.weights_bytes)}, KV cache {bytes_text(info.kv_bytes)}, temporaries "
+            f"{bytes_text(info.temp_bytes)}, of {bytes_text(info.memory_bytes)}",
+        ),
         ("KV cache", f"{tokens:,} tokens, {tokens // info.max_total_tokens} requests of full length"),
         ("programs", len(info.programs)),
         ("API key", "asked for" if server.api_key else "none asked for"),

@@ -86,6 +86,10 @@ _SAME_INFO = (
     "page_tokens",
     "max_queued",
     "kernels",
+    "memory_bytes",
+    "weights_bytes",
+    "kv_bytes",
+    "temp_bytes",
     "version",
 )
 _SAME_STATS = (
