@@ -33,7 +33,7 @@ class Sink(Protocol):
     def deliver(self, batch: list[Delivery]) -> None:
         """Take what one turn made for this sink's requests, in order.
 
-        Called from the engine's thread at most once a turn. Never blocks, never raises. The list now belongs to the sink.
+        Called from the engine's thread, once for each launch that is read back. Never blocks, never raises. The list now belongs to the sink.
         Ids it does not know (any more) are dropped.
         """
         ...

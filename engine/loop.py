@@ -6,16 +6,20 @@ counts as dead. Knows no asyncio and no wire.
 """
 
 import heapq
+import logging
 import threading
 import time
 from collections import deque
 
-from .errors import DeadlineExceeded, EngineError, EngineStopped, RequestFailed
+from .errors import DeadlineExceeded, EngineError, EngineStopped, InvalidRequest, RequestFailed
 from .local import Delivery, RequestError, Sink
 from .runner import Launch, Runner
 from .scheduler import Scheduler
 from .sequence import Phase, Sequence
 from .stats import Counters
+from .turn import Turn
+
+logger = logging.getLogger(__name__)
 
 STALL_S = 60.0
 """A loop that has work but has not turned for so long is not healthy."""
@@ -33,6 +37,8 @@ class Loop:
         self._cancelled: set[str] = set()
         self._live: dict[str, Sequence] = {}
         """Every sequence between submit and its last output, by request id. Guarded by `_wake`."""
+        self._delivering = False
+        """Last outputs are on their way to their sinks. Guarded by `_wake`."""
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._closed = False
         self._stopping = False
@@ -49,27 +55,33 @@ class Loop:
         """Requests not yet ended."""
         return len(self._live)
 
-    def running_id(self, request_id: str) -> bool:
-        """Is this id in use?"""
-        return request_id in self._live
+    def submit(self, sequence: Sequence, most_live: int | None = None) -> bool:
+        """Hand over a new sequence; False, and nothing done, if `most_live` requests are inside already.
 
-    def submit(self, sequence: Sequence) -> None:
-        """Hand over a new sequence. Raises EngineStopped."""
+        Raises EngineStopped, and InvalidRequest for an id that is in use.
+        """
         with self._wake:
             if self._closed or self._failed:
                 raise EngineStopped(self._failed or "the engine is stopping and takes no more requests")
+            if sequence.request.id in self._live:
+                raise InvalidRequest(
+                    f"request id {sequence.request.id!r} is already running; use a fresh id for each request"
+                )
+            if most_live is not None and len(self._live) >= most_live:
+                return False
             if not self._live:
                 self._turned_s = time.monotonic()
             self._live[sequence.request.id] = sequence
             self._arrived.append(sequence)
-            self._wake.notify()
+            self._wake.notify_all()  # one condition for the loop and for those who wait for it to be idle
+            return True
 
     def cancel(self, request_id: str) -> None:
         """End a request early. Unknown ids are ignored."""
         with self._wake:
             if request_id in self._live:
                 self._cancelled.add(request_id)
-                self._wake.notify()
+                self._wake.notify_all()
 
     def close_intake(self) -> None:
         """Take no new requests from now on; those inside go on."""
@@ -80,19 +92,23 @@ class Loop:
         """End every request early."""
         with self._wake:
             self._cancelled.update(self._live)
-            self._wake.notify()
+            self._wake.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no request is left; False if the time runs out."""
+        """Wait until no request is left and every last output is delivered; False if the time runs out."""
+
+        def idle() -> bool:
+            return self._failed is not None or not (self._live or self._delivering)
+
         with self._wake:
-            return self._wake.wait_for(lambda: not self._live or self._failed is not None, timeout_s)
+            return self._wake.wait_for(idle, timeout_s)
 
     def stop(self) -> None:
         """End all requests with ABORT, then the thread."""
         with self._wake:
             self._closed = self._stopping = True
             self._cancelled.update(self._live)
-            self._wake.notify()
+            self._wake.notify_all()
         if self.thread.is_alive():
             self.thread.join()
 
@@ -115,11 +131,19 @@ class Loop:
             if not self._intake(block=not behind):
                 return
             started = time.perf_counter()
-            ahead = self._runner.launch(self._scheduler.plan())
+            turn = self._scheduler.plan()
+            ahead = self._runner.launch(turn)
+            self._stamp(turn)
             waited = sum([self._read(launch) for launch in behind])
             self._count(behind, time.perf_counter() - started, waited)
             behind = ahead
             self._turned_s = time.monotonic()
+
+    def _stamp(self, turn: Turn) -> None:
+        """Note when a sequence first got to work."""
+        now = time.monotonic()
+        for sequence in turn.prefilled:
+            sequence.launched_s = sequence.launched_s or now
 
     def _count(self, launches: list[Launch], wall_s: float, waited_s: float) -> None:
         if launches:
@@ -160,6 +184,10 @@ class Loop:
 
     def _overdue(self) -> list[tuple[Sequence, Delivery]]:
         """Drop the sequences whose deadline has passed."""
+        if len(self._deadlines) > 2 * len(self._live) + 64:
+            # Most of them ended long before their deadline: forget those, with their tokens.
+            self._deadlines = [entry for entry in self._deadlines if entry[2].phase is not Phase.FINISHED]
+            heapq.heapify(self._deadlines)
         failed: list[tuple[Sequence, Delivery]] = []
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             sequence = heapq.heappop(self._deadlines)[2]
@@ -191,14 +219,24 @@ class Loop:
         for sequence, output in outputs:
             by_sink.setdefault(id(sequence.sink), (sequence.sink, []))[1].append(output)
             if sequence.phase is Phase.FINISHED:
-                ended.append(sequence.request.id)
+                ended.append(sequence)
+        if ended:
+            self._forget(ended)
+        for sink, batch in by_sink.values():
+            _deliver(sink, batch)
         if ended:
             with self._wake:
-                for request_id in ended:
-                    self._live.pop(request_id, None)
+                self._delivering = False
                 self._wake.notify_all()
-        for sink, batch in by_sink.values():
-            sink.deliver(batch)
+
+    def _forget(self, ended: list[Sequence]) -> None:
+        """Their ids are free from now on: who has read a last output may use its id again at once."""
+        with self._wake:
+            for sequence in ended:
+                self._live.pop(sequence.request.id, None)
+                # A cancel that came too late must not hit the next user of the id.
+                self._cancelled.discard(sequence.request.id)
+            self._delivering = True
 
     def _fail(self, message: str) -> None:
         """The device or the code broke: tell everybody and take no more."""
@@ -209,4 +247,12 @@ class Loop:
         error: EngineError = RequestFailed(message)
         for sequence in waiting:
             sequence.phase = Phase.FINISHED
-            sequence.sink.deliver([RequestError(sequence.request.id, error)])
+            _deliver(sequence.sink, [RequestError(sequence.request.id, error)])
+
+
+def _deliver(sink: Sink, batch: list[Delivery]) -> None:
+    """A sink must not raise; if one does, that is a defect of its connection and the other connections go on."""
+    try:
+        sink.deliver(batch)
+    except Exception:
+        logger.exception("outputs of %d requests were lost: their sink failed", len(batch))

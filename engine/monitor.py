@@ -13,6 +13,7 @@ class CompileCounter:
     def __init__(self, thread: threading.Thread) -> None:
         self.count = 0
         self._thread = thread
+        self._listening = True
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -20,5 +21,7 @@ class CompileCounter:
             self.count += 1
 
     def close(self) -> None:
-        """Stop counting."""
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        """Stop counting. May be called again."""
+        if self._listening:
+            self._listening = False
+            jax.monitoring.unregister_event_duration_listener(self._heard)

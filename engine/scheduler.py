@@ -70,12 +70,14 @@ class Scheduler:
         return turn
 
     def absorb(self, sequence: Sequence, token: TokenOutput | None) -> StepOutput | None:
-        """Take in one result; None for a lane that had ended on the device. Frees the sequence if it ends."""
+        """Take in one result; None for a lane that had ended on the device. Frees the sequence if it ends.
+
+        Raises RuntimeError if the device ended a lane that goes on here: it would wait for its next token for ever.
+        """
         if sequence.phase is Phase.FINISHED:
             return None
         if token is None:
-            sequence.in_flight -= 1
-            return None
+            raise RuntimeError(f"request {sequence.request.id} ended on the device but not on the host")
         output = sequence.accept(token)
         if output.finish_reason is not None:
             self.drop(sequence)

@@ -188,6 +188,11 @@ def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of)
         ({"sampling": SamplingParams(max_tokens=1, top_logprobs=21, logprobs=True)}, "top_logprobs=21"),
         ({"sampling": SamplingParams(max_tokens=1, top_logprobs=2)}, "needs logprobs"),
         ({"sampling": SamplingParams(max_tokens=1, stop_ids=tuple(range(9)))}, "stop_ids"),
+        ({"sampling": SamplingParams(max_tokens=1, stop_ids=(2**31,))}, "stop_ids: 2147483648"),
+        ({"sampling": SamplingParams(max_tokens=1, stop_ids=(-1,))}, "stop_ids: -1"),
+        ({"sampling": SamplingParams(max_tokens=10**400)}, "max_tokens=1000"),
+        ({"deadline_s": float("nan")}, "deadline_s=nan"),
+        ({"deadline_s": -1.0}, "deadline_s=-1.0"),
         ({"resume_ids": (3,) * 8}, "nothing is left"),
     ],
 )
