@@ -120,6 +120,22 @@ async def run_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def collect(
+    engine: EngineClient, sequences: Sequence[Run], metrics: Metrics
+) -> tuple[list[list[TextToken]], list[Done]]:
+    """Run several sequences to their ends: the tokens and the end of each. Raises as `run_one` does."""
+    tokens: list[list[TextToken]] = [[] for _ in sequences]
+    ends: dict[int, Done] = {}
+    async with aclosing(run_all(engine, sequences, metrics)) as arrived:
+        async for progress in arrived:
+            tokens[progress.choice] += progress.tokens
+            if progress.done is not None:
+                ends[progress.choice] = progress.done
+    if len(ends) < len(sequences):
+        raise Incomplete("Incomplete generation")
+    return tokens, [ends[choice] for choice in range(len(sequences))]
+
+
 async def _forward(
     run: AsyncGenerator[Progress, None], arrived: "asyncio.Queue[Progress | Exception]"
 ) -> None:

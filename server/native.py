@@ -1,6 +1,6 @@
 """TGI's generation routes: `POST /generate`, `/generate_stream` and `/`. Knows their JSON; the rules are validate_tgi's."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from starlette.responses import Response
 from .backend import Serving
 from .body import read_body
 from .detokenize import Detokenizer
-from .errors import Incomplete, problem_of
+from .errors import problem_of
 from .front import Front, front_of
-from .generate import Done, Progress, Run, TextToken, run_all, run_one
+from .generate import Done, Progress, Run, TextToken, collect, run_one
 from .headers import Clock, full_headers, stream_headers
 from .prompts import native_ids
 from .schema_tgi import GenerateBody, GenerateParameters
@@ -47,7 +47,7 @@ async def compat(request: HttpRequest) -> Response:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """A native request that passed all checks."""
 
     serving: Serving
@@ -55,13 +55,20 @@ class _Job:
     prompt_ids: list[int]
     checked: Checked
     runs: list[Run]
+    details: bool
     prefix: str
     """What the generated text begins with: the prompt, if the full text is wanted."""
 
 
-async def _prepare(
-    front: Front, body: GenerateBody, clock: Clock, *, streaming: bool, full_text: bool
-) -> _Job:
+def sequences_of(body: GenerateBody, front: Front) -> int:
+    """Permits to take before the checks. Whether it is a sane number is for them to say; a permit comes first, as in
+    TGI."""
+    best_of = body.parameters.best_of if body.parameters else None
+    return max(1, min(best_of or 1, front.config.max_best_of))
+
+
+async def prepare(front: Front, body: GenerateBody, clock: Clock, *, streaming: bool, full_text: bool) -> Job:
+    """Check and tokenise; counts it. Raises NotReady, Invalid, Unsupported."""
     serving = front.backend.serving()
     parameters = body.parameters or GenerateParameters()
     checked = check_parameters(parameters, front.config, serving.tokenizer.eos_ids, streaming=streaming)
@@ -75,39 +82,40 @@ async def _prepare(
     front.metrics.max_new_tokens.observe(max_tokens)
     front.metrics.validation_duration.observe(clock.submitted())
     wants_full = full_text if parameters.return_full_text is None else parameters.return_full_text
-    return _Job(serving, body.inputs, ids, checked, runs, body.inputs if wants_full else "")
+    prefix = body.inputs if wants_full else ""
+    return Job(serving, body.inputs, ids, checked, runs, bool(parameters.details), prefix)
+
+
+def best_of(ends: Sequence[Done]) -> int:
+    """Which sequence is returned."""
+    return max(range(len(ends)), key=lambda choice: ends[choice].mean_logprob)
+
+
+def answer_of(job: Job, tokens: Sequence[list[TextToken]], ends: Sequence[Done]) -> dict[str, Any]:
+    """The JSON of the best sequence of a job, with the others in its details."""
+    best = best_of(ends)
+    answer: dict[str, Any] = {"generated_text": job.prefix + ends[best].text}
+    if job.details:
+        details = _details(job, tokens[best], ends[best], best)
+        if len(ends) > 1:
+            details["best_of_sequences"] = [
+                {"generated_text": job.prefix + end.text, **_details(job, tokens[i], end, i)}
+                for i, end in enumerate(ends)
+                if i != best
+            ]
+        answer["details"] = details
+    return answer
 
 
 async def _answer(
     front: Front, body: GenerateBody, clock: Clock, *, full_text: bool = False, listed: bool = False
 ) -> Response:
-    parameters = body.parameters or GenerateParameters()
-    # Whether it is a sane number is for the checks to say; a permit comes first, as in TGI.
-    permits = max(1, min(parameters.best_of or 1, front.config.max_best_of))
-    with front.metrics.request(), front.permits.take(permits):
-        job = await _prepare(front, body, clock, streaming=False, full_text=full_text)
-        tokens: list[list[TextToken]] = [[] for _ in job.runs]
-        ends: dict[int, Done] = {}
-        async with aclosing(run_all(job.serving.engine, job.runs, front.metrics)) as arrived:
-            async for progress in arrived:
-                tokens[progress.choice] += progress.tokens
-                if progress.done is not None:
-                    ends[progress.choice] = progress.done
-        if len(ends) < len(job.runs):
-            raise Incomplete("Incomplete generation")
-    best = max(ends, key=lambda choice: ends[choice].mean_logprob)
-    answer: dict[str, Any] = {"generated_text": job.prefix + ends[best].text}
-    if parameters.details:
-        details = _details(job, tokens[best], ends[best], best)
-        if len(ends) > 1:
-            details["best_of_sequences"] = [
-                {"generated_text": job.prefix + ends[i].text, **_details(job, tokens[i], ends[i], i)}
-                for i in sorted(ends)
-                if i != best
-            ]
-        answer["details"] = details
-    generated = ends[best].tokens
-    timings = [done.timing for done in ends.values()]
+    with front.metrics.request(), front.permits.take(sequences_of(body, front)):
+        job = await prepare(front, body, clock, streaming=False, full_text=full_text)
+        tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
+    answer = answer_of(job, tokens, ends)
+    generated = ends[best_of(ends)].tokens
+    timings = [done.timing for done in ends]
     headers = full_headers(job.serving, job.inputs, clock, timings, len(job.prompt_ids), generated)
     return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
 
@@ -127,17 +135,16 @@ async def _events(
     front: Front, body: GenerateBody, headers: dict[str, str], full_text: bool
 ) -> AsyncGenerator[bytes, None]:
     with front.metrics.request(), front.permits.take(1):
-        job = await _prepare(front, body, Clock(), streaming=True, full_text=full_text)
+        job = await prepare(front, body, Clock(), streaming=True, full_text=full_text)
         headers.update(stream_headers(job.serving, job.inputs))
-        details = bool(body.parameters and body.parameters.details)
         index = 0
         async with aclosing(run_one(job.serving.engine, job.runs[0], front.metrics)) as arrived:
             async for progress in arrived:
-                yield b"".join(_token_events(job, progress, index, details))
+                yield b"".join(_token_events(job, progress, index))
                 index += len(progress.tokens)
 
 
-def _token_events(job: _Job, progress: Progress, index: int, details: bool) -> list[bytes]:
+def _token_events(job: Job, progress: Progress, index: int) -> list[bytes]:
     """One event per token; the last of a sequence also has its text."""
     chunks: list[bytes] = []
     # Clients want a token in every event, so an end that came without one is told with an empty one.
@@ -150,7 +157,7 @@ def _token_events(job: _Job, progress: Progress, index: int, details: bool) -> l
         done = progress.done if i == last else None
         data["generated_text"] = None if done is None else job.prefix + done.text
         data["details"] = None
-        if done is not None and details:
+        if done is not None and job.details:
             data["details"] = {
                 "finish_reason": done.ending,
                 "generated_tokens": done.tokens,
@@ -161,7 +168,7 @@ def _token_events(job: _Job, progress: Progress, index: int, details: bool) -> l
     return chunks
 
 
-def _details(job: _Job, tokens: list[TextToken], done: Done, choice: int) -> dict[str, Any]:
+def _details(job: Job, tokens: list[TextToken], done: Done, choice: int) -> dict[str, Any]:
     details: dict[str, Any] = {
         "finish_reason": done.ending,
         "generated_tokens": done.tokens,
@@ -178,7 +185,7 @@ def _token(token: TextToken) -> dict[str, Any]:
     return {"id": token.id, "text": token.text, "logprob": token.logprob, "special": token.special}
 
 
-def _top(job: _Job, token: TextToken) -> list[dict[str, Any]]:
+def _top(job: Job, token: TextToken) -> list[dict[str, Any]]:
     """The likeliest tokens in this one's place."""
     tokenizer = job.serving.tokenizer
     return [

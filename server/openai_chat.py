@@ -24,25 +24,26 @@ async def chat_completions(request: HttpRequest) -> Response:
     """`POST /v1/chat/completions`."""
     body = await read_body(request, ChatBody)
     front, clock = front_of(request), Clock()
-    sequences = _sequences(body, front)
+    sequences = sequences_of(body, front)
     if not body.stream:
-        work = complete(front, sequences, lambda: _prepare(front, body, clock))
+        work = complete(front, sequences, lambda: prepare(front, body, clock))
         return _answer(front, body, await unless_gone(request, work), clock)
     return stream(
         front,
         sequences,
-        lambda: _prepare(front, body, clock),
+        lambda: prepare(front, body, clock),
         lambda job: _chunks(front, body, job),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
 
 
-def _sequences(body: ChatBody, front: Front) -> int:
+def sequences_of(body: ChatBody, front: Front) -> int:
     """Permits to take before the checks, which then refuse a number out of range."""
     return max(1, min(body.n or 1, front.config.max_choices))
 
 
-async def _prepare(front: Front, body: ChatBody, clock: Clock) -> Job:
+async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:
+    """Check, render and tokenise; counts it. Raises NotReady, NoSuchModel, Invalid, Unsupported, TemplateFailed."""
     serving = front.backend.serving()
     check_model(body.model, front.model_name, serving.info)
     checked = check_chat(body, front.config, serving.info, serving.tokenizer.eos_ids)

@@ -7,9 +7,9 @@ from typing import Any
 
 from .backend import Serving
 from .detokenize import Detokenizer
-from .errors import Incomplete, problem_of
+from .errors import problem_of
 from .front import Front
-from .generate import Done, Run, TextToken, run_all
+from .generate import Done, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
 from .openai_chunks import Chunks
 from .openai_shapes import usage
@@ -79,16 +79,8 @@ async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine
     """Prepare a job and run it to its end, holding a permit per sequence."""
     with front.metrics.request(), front.permits.take(sequences):
         job = await prepare()
-        tokens: list[list[TextToken]] = [[] for _ in job.runs]
-        ends: dict[int, Done] = {}
-        async with aclosing(run_all(job.serving.engine, job.runs, front.metrics)) as arrived:
-            async for progress in arrived:
-                tokens[progress.choice] += progress.tokens
-                if progress.done is not None:
-                    ends[progress.choice] = progress.done
-        if len(ends) < len(job.runs):
-            raise Incomplete("Incomplete generation")
-        return Finished(job, tokens, ends)
+        tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
+        return Finished(job, tokens, dict(enumerate(ends)))
 
 
 def stream(
