@@ -1,0 +1,107 @@
+"""The memory plan by hand, and what it refuses."""
+
+import pytest
+from xlane.engine import EngineConfig, PlanError
+from xlane.engine.build import design
+from xlane.engine.memory import GIB, Demand, MemoryPlan, machine_bytes, plan_pages
+from xlane.models.opened import open_model
+
+from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
+
+
+def plan(
+    limit: int, *, kv_bytes: int | None = None, on_cpu: bool = False, lanes: int = 4, most: int = 100
+) -> MemoryPlan:
+    """Weights 1000, state 50, temporaries 30, pages of 10 bytes and 8 tokens: one request of 100 tokens needs 13."""
+    demand = Demand(weights_bytes=1000, page_bytes=10, state_bytes=50, temp_bytes=30)
+    config = EngineConfig(model_id="m", page_tokens=8, kv_bytes=kv_bytes)
+    return plan_pages(config, demand, limit, on_cpu, lanes, most)
+
+
+def test_an_accelerator_gives_the_pool_what_is_left() -> None:
+    made = plan(1000 + 50 + 30 + 209)
+    assert (made.pages, made.kv_bytes, made.kv_tokens) == (20, 200, 160)
+    assert made.total_bytes == 1000 + 200 + 50 + 30
+    assert made.total_bytes <= made.limit_bytes
+    assert (made.page_tokens, made.lanes, made.max_total_tokens) == (8, 4, 100)
+
+
+def test_no_more_pages_than_all_lanes_can_use() -> None:
+    assert plan(10**9).pages == 4 * 13
+
+
+def test_kv_bytes_bounds_the_pool_but_not_beyond_what_is_left() -> None:
+    assert plan(10**9, kv_bytes=150).pages == 15
+    assert plan(1080 + 140, kv_bytes=10**9).pages == 14
+
+
+def test_a_cpu_gives_a_twelfth_but_at_least_one_request() -> None:
+    assert plan(2400, on_cpu=True, lanes=100).pages == 20
+    assert plan(1080 + 140, on_cpu=True).pages == 13
+
+
+def test_one_request_that_does_not_fit_is_refused_with_numbers_and_what_to_lower() -> None:
+    with pytest.raises(PlanError, match=r"max_total_tokens=100 needs 0\.00 GiB .* lower --max-total-tokens"):
+        plan(1080 + 129)
+    demand = Demand(weights_bytes=GIB, page_bytes=2**20, state_bytes=0, temp_bytes=0)
+    with pytest.raises(PlanError, match=r"weights 1\.00 GiB.*smaller model"):
+        plan_pages(EngineConfig(model_id="m"), demand, GIB // 2, False, 1, 4096)
+
+
+def test_this_machine_has_memory() -> None:
+    assert 2**28 < machine_bytes() < 2**50
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    return open_model(untrained_model(tmp_path_factory.mktemp("untrained")), weights=False).config
+
+
+def config(**changes) -> EngineConfig:
+    return EngineConfig(**{"model_id": "m", "kernels": "xla", "lanes": 3, "page_tokens": 4, **changes})
+
+
+def test_design_by_hand(model) -> None:
+    blueprint, memory, note = design(config(max_total_tokens=30, prefill_chunk_tokens=64), model)
+    embedding = 2 * VOCAB * 32
+    layer = 2 * 32 + 32 * (4 + 2 + 2) * 16 + 4 * 16 * 32 + 3 * 32 * 48
+    assert memory.weights_bytes == 4 * (embedding + 2 * layer + 32)
+    assert memory.pages == 3 * 8
+    assert memory.kv_bytes == 3 * 8 * 4 * KV_BYTES_PER_TOKEN
+    assert blueprint.shapes == (3, 24, 4, 8, VOCAB)
+    assert blueprint.decode_rows == (1, 2, 3)
+    assert blueprint.prefill_tokens == (16, 32)  # no chunk is longer than the longest request, rounded up
+    assert blueprint.prefill_segments == 3
+    assert note == "xla (asked for)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_total_tokens": 65}, r"max_total_tokens=65 is beyond the model's context of 64 tokens"),
+        ({"max_total_tokens": 32, "max_input_tokens": 32}, r"max_input_tokens=32 leaves no room"),
+        ({"data_parallel": 2}, r"3 lanes cannot be split over data_parallel=2"),
+        ({"model_parallel": 99}, r"a mesh of data=1 x model=99 needs 99 devices"),
+        ({"model_parallel": 4}, r"kv_heads=2 of this model cannot be split over 4 devices"),
+        ({"kernels": "native", "dtype": "bfloat16"}, r"--kernels native serves one CPU in float32"),
+        ({"kv_bytes": 1000}, r"max_total_tokens=64 needs .* KV cache"),
+        ({"memory_fraction": 0.0}, r"memory 0\.00 GiB"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(model, changes: dict, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        design(config(**changes), model)
+
+
+def test_memory_counts_every_copy_on_every_device(model) -> None:
+    one = design(config(lanes=4), model)[1]
+    two = design(config(lanes=4, data_parallel=2), model)[1]
+    assert two.weights_bytes == 2 * one.weights_bytes
+    assert two.kv_bytes == 2 * one.kv_bytes
+    split = design(config(lanes=4, model_parallel=2), model)[1]
+    assert split.kv_bytes == one.kv_bytes
+    assert one.weights_bytes < split.weights_bytes < 2 * one.weights_bytes
+
+
+def test_a_share_of_the_machine_is_the_limit(model) -> None:
+    assert design(config(), model)[1].limit_bytes == int(machine_bytes() * 0.9)
