@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..engine import EngineError
-from . import misc, native, sagemaker
+from . import kserve, misc, native, sagemaker, vertex
 from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
@@ -43,7 +43,7 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
         front.workers.close()
 
     app = Starlette(
-        routes=_routes(),
+        routes=routes(config),
         middleware=_middleware(config),
         exception_handlers={
             HTTPException: _on_error,
@@ -60,14 +60,17 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
     return app
 
 
-def _routes() -> list[Route]:
+def routes(config: ServerConfig) -> list[Route]:
+    """Every route. What each takes and answers, for people and generators of clients, is told in operations.py."""
     return [
+        *_chosen(config),
         Route("/", native.compat, methods=["POST"]),
         Route("/generate", native.generate, methods=["POST"]),
         Route("/generate_stream", native.generate_stream, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/invocations", sagemaker.invocations, methods=["POST"]),
+        Route("/vertex", vertex.predict, methods=["POST"]),
         Route("/tokenize", misc.tokenize, methods=["POST"]),
         Route("/chat_tokenize", misc.chat_tokenize, methods=["POST"]),
         *(Route(path, list_models) for path in ("/v1/models", "/models")),
@@ -75,6 +78,30 @@ def _routes() -> list[Route]:
         Route("/info", misc.info),
         *(Route(path, misc.health) for path in ("/", "/health", "/ping", "/v1/health")),
         Route("/metrics", misc.metrics),
+        *_kserve(),
+    ]
+
+
+def _chosen(config: ServerConfig) -> list[Route]:
+    """The paths that Vertex AI chose, which go before ours; TidyPaths takes their last slash."""
+    chosen: list[Route] = []
+    if config.predict_route:
+        chosen.append(Route(config.predict_route.rstrip("/") or "/", vertex.predict, methods=["POST"]))
+    if config.health_route:
+        chosen.append(Route(config.health_route.rstrip("/") or "/", misc.health))
+    return chosen
+
+
+def _kserve() -> list[Route]:
+    """The model's name may hold slashes; the version may be left out."""
+    models = ("/v2/models/{model:path}/versions/{version}", "/v2/models/{model:path}")
+    return [
+        Route("/v2", kserve.metadata),
+        Route("/v2/health/live", kserve.live),
+        Route("/v2/health/ready", kserve.ready),
+        *(Route(f"{path}/infer", kserve.infer, methods=["POST"]) for path in models),
+        *(Route(f"{path}/ready", kserve.ready) for path in models),
+        *(Route(path, kserve.model) for path in models),
     ]
 
 

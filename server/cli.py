@@ -147,6 +147,8 @@ def _tidy(environ: Mapping[str, str], typed: Mapping[str, Any], notes: list[str]
             notes.append(
                 f"HOSTNAME={host} is the machine's name, not an address to listen on; --hostname sets that"
             )
+    if tidy.get("SM_NUM_GPUS") == "0":
+        del tidy["SM_NUM_GPUS"]  # SageMaker on a machine without: as many as there are of whatever is there.
     level = tidy.get("LOG_LEVEL", "").split(",")[0].lower()
     tidy["LOG_LEVEL"] = {"warn": "warning", "trace": "debug"}.get(level, level)
     if "=" in level:

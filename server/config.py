@@ -19,6 +19,11 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name shown in replies and model lists, and accepted as `model`; None shows the engine's model id."""
 
+    predict_route: str | None = None
+    """One more path for `POST /vertex`, as Vertex AI wants to choose it."""
+    health_route: str | None = None
+    """One more path for `GET /health`, likewise."""
+
     payload_limit: int = 2_000_000
     """Largest request body, bytes."""
     header_limit: int = 32_768

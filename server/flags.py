@@ -32,9 +32,21 @@ class RunConfig:
 CONFIGS: Mapping[str, type] = {"engine": EngineConfig, "server": ServerConfig, "run": RunConfig}
 
 
+PLATFORM_ENV = {
+    "model-id": ("HF_MODEL_ID",),
+    "revision": ("HF_MODEL_REVISION",),
+    "num-shard": ("SM_NUM_GPUS",),
+    "quantize": ("HF_MODEL_QUANTIZE",),
+    "trust-remote-code": ("HF_MODEL_TRUST_REMOTE_CODE",),
+    "port": ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
+}
+"""Option -> variables by which SageMaker (HF_MODEL_…, SM_…) and Vertex AI (AIP_…) set it."""
+
+
 def _tgi(name: str, to: str, help: str, kind: Kind = "text", **rest: Any) -> Flag:
     """An option TGI has: same name, same variable."""
-    return Flag(name, to, help, kind, env=name.upper().replace("-", "_"), **rest)
+    env, platform_env = name.upper().replace("-", "_"), PLATFORM_ENV.get(name, ())
+    return Flag(name, to, help, kind, env=env, platform_env=platform_env, **rest)
 
 
 def _own(name: str, to: str, help: str, kind: Kind = "text", **rest: Any) -> Flag:
@@ -112,6 +124,14 @@ HTTP = (
     _tgi("port", "server.port", "0 takes a free one.", "int", short="p", at_least=0, at_most=65535),
     _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`."),
     _tgi("cors-allow-origin", "server.cors_allow_origins", "Origins whose pages may call this server.", "list"),
+    Flag(
+        "vertex-predict-route", "server.predict_route", "One more path for POST /vertex.", env="AIP_PREDICT_ROUTE",
+        must_start="/"
+    ),
+    Flag(
+        "vertex-health-route", "server.health_route", "One more path for GET /health.", env="AIP_HEALTH_ROUTE",
+        must_start="/"
+    ),
     _own("served-model-name", "server.served_model_name", "Name of the model in replies; default its id."),
     _tgi("payload-limit", "server.payload_limit", "Largest request body, bytes.", "int", at_least=1),
     _tgi(

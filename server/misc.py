@@ -67,14 +67,19 @@ async def info(request: HttpRequest) -> Response:
 
 async def health(request: HttpRequest) -> Response:
     """`GET /health`, `/ping`, `/v1/health`, `/`: 200 and empty when requests are served, or 503 and why not."""
-    front = front_of(request)
-    reason = front.backend.reason
-    if reason is None and not await _well(front.backend.serving()):
-        reason = "unhealthy"
+    reason = await why_unhealthy(front_of(request))
     if reason is None:
         return Response(status_code=200)
     body = orjson.dumps({"error": reason, "error_type": "healthcheck"})
     return Response(body, 503, {"retry-after": "1"}, "application/json")
+
+
+async def why_unhealthy(front: Front) -> str | None:
+    """Why generations are not served now, or None if they are."""
+    reason = front.backend.reason
+    if reason is None and not await _well(front.backend.serving()):
+        reason = "unhealthy"
+    return reason
 
 
 async def metrics(request: HttpRequest) -> Response:

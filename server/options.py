@@ -36,10 +36,14 @@ class Flag:
     kind: Kind = "text"
     env: str = ""
     """The variable that also sets it; empty for none."""
+    platform_env: tuple[str, ...] = ()
+    """Variables by which hosting platforms set it, which win over `env`: an image presets that one."""
     short: str = ""
     default: Any = None
     """Used when neither flag nor variable is there; None leaves the config's own default."""
     choices: tuple[str, ...] = ()
+    must_start: str = ""
+    """What a text has to begin with."""
     at_least: float | None = None
     at_most: float | None = None
     fate: Literal["used", "no meaning", "refused"] = "used"
@@ -181,8 +185,11 @@ def _given(flags: Iterable[Flag], typed: Mapping[str, Any], environ: Mapping[str
         raw = typed.get(flag.name)
         if raw is not None:
             yield Given(flag, ",".join(raw) if isinstance(raw, list) else raw, flag.option, True)
-        elif flag.env and environ.get(flag.env, "") != "":
-            yield Given(flag, environ[flag.env], flag.env, False)
+            continue
+        for name in (*flag.platform_env, flag.env):
+            if name and environ.get(name, "") != "":
+                yield Given(flag, environ[name], name, False)
+                break
 
 
 def _store(options: Options, target: str, value: Any) -> None:
@@ -205,6 +212,8 @@ def convert(given: Given) -> Any:
             raise UsageError(
                 f"{given.origin}={raw}: expected one of {', '.join(flag.choices)}{_and(flag.why)}"
             )
+        if not raw.startswith(flag.must_start):
+            raise UsageError(f"{given.origin}={raw}: expected a value that starts with {flag.must_start}")
         return raw
     return _number(given, raw)
 
