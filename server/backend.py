@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..engine import EngineClient, EngineInfo
 from .errors import NotReady
+from .reasoning import Markers, find_markers
 from .text import TextTokenizer
 
 
@@ -18,6 +19,8 @@ class Serving:
     engine: EngineClient
     tokenizer: TextTokenizer
     info: EngineInfo
+    markers: Markers | None
+    """How the model marks its thinking, if it thinks."""
 
 
 class Backend:
@@ -34,7 +37,7 @@ class Backend:
 
     def ready(self, engine: EngineClient, tokenizer: TextTokenizer, info: EngineInfo) -> None:
         """From now on requests are served."""
-        self._serving = Serving(engine, tokenizer, info)
+        self._serving = Serving(engine, tokenizer, info, find_markers(tokenizer))
         self._reason = ""
 
     def down(self, reason: str) -> None:

@@ -1,6 +1,8 @@
 """Messages → prompt text, by the model's chat template. Knows the roles and parts of the chat API; no HTTP, no ids."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.errors import TokenizerError
@@ -12,21 +14,79 @@ from .schema_openai import ChatBody, ContentPart, Message
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 RESERVED = (
     "messages", "tools", "add_generation_prompt", "continue_final_message", "conversation", "chat_template",
-    "tokenize", "documents", "return_tensors", "return_dict", "padding", "truncation", "max_length",
+    "conversations", "tokenize", "documents", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "padding", "truncation", "max_length", "bos_token", "eos_token", "pad_token", "unk_token",
 )  # fmt: skip
-"""Names a template's caller must not set: arguments of the rendering itself."""
+"""Names a template's caller must not set: arguments of the rendering itself, and the model's own tokens."""
+MAX_TEMPLATE_KWARGS = 32
 
 
-async def render(front: Front, serving: Serving, body: ChatBody) -> str:
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages and how to render them, whichever API they came through."""
+
+    messages: Sequence[Message]
+    place: str = "messages"
+    """What its sender calls the messages."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as the model sees it."""
+
+    text: str
+    thinking: bool
+    """Whether it ends where the model's thinking has begun."""
+
+
+def conversation_of(body: ChatBody) -> Conversation:
+    """The conversation of a chat. Raises Invalid."""
+    kwargs = _template_kwargs(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    return Conversation(
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template_kwargs=kwargs,
+    )
+
+
+async def render(front: Front, serving: Serving, conversation: Conversation) -> Rendered:
     """The prompt of a conversation. Raises Invalid, TemplateFailed."""
-    messages = [_message(i, message) for i, message in enumerate(body.messages)]
+    place = conversation.place
+    messages = [_message(f"{place}[{i}]", message) for i, message in enumerate(conversation.messages)]
     if not messages:
-        raise Invalid("`messages` must not be empty", param="messages")
+        raise Invalid(f"`{place}` must not be empty", param=place)
+    resume, add_prompt = _ending(conversation, messages[-1]["role"])
+
+    def apply() -> str:
+        return serving.tokenizer.apply_chat(
+            messages,
+            add_generation_prompt=add_prompt,
+            continue_final_message=resume,
+            **conversation.template_kwargs,
+        )
+
+    try:
+        text = await front.workers.run(apply)
+    except TokenizerError as error:
+        raise TemplateFailed(str(error), param=place) from error
+    markers = front.markers(serving)
+    resumed = messages[-1]["content"] if resume else ""
+    return Rendered(text, markers is not None and markers.left_open(text, resumed))
+
+
+def _ending(conversation: Conversation, last_role: str) -> tuple[bool, bool]:
+    """Whether to go on with the last message, and whether to begin an answer. Raises Invalid."""
     # TGI's rule: a last message of the assistant is one to go on with, not one to answer.
-    resume = body.continue_final_message
+    resume = conversation.continue_final_message
     if resume is None:
-        resume = messages[-1]["role"] == "assistant" and not body.add_generation_prompt
-    add_prompt = body.add_generation_prompt
+        resume = last_role == "assistant" and not conversation.add_generation_prompt
+    add_prompt = conversation.add_generation_prompt
     if add_prompt is None:
         add_prompt = not resume
     if resume and add_prompt:
@@ -34,57 +94,53 @@ async def render(front: Front, serving: Serving, body: ChatBody) -> str:
             "`continue_final_message` and `add_generation_prompt` exclude each other",
             param="continue_final_message",
         )
-    kwargs = _template_kwargs(body)
-
-    def apply() -> str:
-        return serving.tokenizer.apply_chat(
-            messages, add_generation_prompt=add_prompt, continue_final_message=resume, **kwargs
-        )
-
-    try:
-        return await front.workers.run(apply)
-    except TokenizerError as error:
-        raise TemplateFailed(str(error), param="messages") from error
+    return resume, add_prompt
 
 
-def _template_kwargs(body: ChatBody) -> dict[str, Any]:
-    kwargs = dict(body.chat_template_kwargs or {})
-    for name in kwargs:
-        if name in RESERVED:
-            raise Invalid(f"`chat_template_kwargs.{name}` cannot be set", param="chat_template_kwargs")
-    if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-    return kwargs
+def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Switches for the template, each a plain value. Raises Invalid."""
+    param = "chat_template_kwargs"
+    if len(given) > MAX_TEMPLATE_KWARGS:
+        raise Invalid(f"`{param}` takes at most {MAX_TEMPLATE_KWARGS} names", param=param)
+    for name, value in given.items():
+        if name in RESERVED or not name.isidentifier():
+            raise Invalid(f"`{param}.{name[:50]}` cannot be set", param=param)
+        if value is not None and not isinstance(value, bool | int | float | str):
+            raise Invalid(f"`{param}.{name[:50]}` must be a string, a number, a boolean or null", param=param)
+    return dict(given)
 
 
-def _message(index: int, message: Message) -> dict[str, Any]:
+def _message(place: str, message: Message) -> dict[str, Any]:
     """One message as templates take it: text content, `system` for `developer`, tool arguments as objects."""
     if message.role not in ROLES:
-        raise Invalid(
-            f"`messages[{index}].role` must be one of {', '.join(ROLES)}", param=f"messages[{index}].role"
-        )
+        raise Invalid(f"`{place}.role` must be one of {', '.join(ROLES)}", param=f"{place}.role")
     role = "system" if message.role == "developer" else message.role
     if message.content is None and not (role == "assistant" and message.tool_calls):
-        raise Invalid(f"`messages[{index}].content` must not be null", param=f"messages[{index}].content")
-    rendered: dict[str, Any] = {"role": role, "content": _text(index, message.content)}
+        raise Invalid(f"`{place}.content` must not be null", param=f"{place}.content")
+    rendered: dict[str, Any] = {"role": role, "content": text_of(f"{place}.content", message.content)}
     if message.tool_calls:
         rendered["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             rendered[name] = value
+    if (thought := message.reasoning_content or message.reasoning) is not None:
+        rendered["reasoning_content"] = thought
     return rendered
 
 
-def _text(index: int, content: str | list[ContentPart] | None) -> str:
+def text_of(place: str, content: str | Sequence[ContentPart] | None) -> str:
+    """The text of a message's content. Raises Invalid for a part that is none."""
     if content is None or isinstance(content, str):
         return content or ""
+    texts: list[str] = []
     for part in content:
-        if part.type not in ("text", "input_text", "output_text", "refusal") or part.text is None:
+        text = part.refusal if part.type == "refusal" and part.text is None else part.text
+        if part.type not in ("text", "input_text", "output_text", "refusal") or text is None:
             raise Invalid(
-                f"`messages[{index}].content` has a part of type {part.type[:50]!r}; this model takes text only",
-                param=f"messages[{index}].content",
+                f"`{place}` has a part of type {part.type[:50]!r}; this model takes text only", param=place
             )
-    return "".join(part.text or "" for part in content)
+        texts.append(text)
+    return "".join(texts)
 
 
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ class ServerConfig:
     health_route: str | None = None
     """One more path for `GET /health`, likewise."""
 
+    reasoning_parser: str = "auto"
+    """`auto` parts the thinking of a model that thinks from its answers; `none` leaves it in their text."""
+
     payload_limit: int = 2_000_000
     """Largest request body, bytes."""
     header_limit: int = 32_768

@@ -44,24 +44,28 @@ class Detokenizer:
         stops: tuple[str, ...] = (),
         *,
         include_stop: bool = False,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """`kept_ids` are special tokens whose text is wanted in the answer all the same."""
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream(prompt_ids)
         self._matchers = [_Matcher(stop) for stop in stops]
         self._include_stop = include_stop
+        self._kept = kept_ids
         self._held = ""
         self._shown: list[str] = []
         self.length = 0
         """Characters decoded so far; a token's text starts here."""
-        self.stopped = False
-        """Whether a stop string was found; nothing after it is kept."""
+        self.stop: str | None = None
+        """The stop string that was found; nothing after it is kept."""
 
     def push(self, token_id: int) -> str:
         """The whole text of this token, also where part of it lies behind a stop string. Special tokens have a text
         here but none in the answer."""
-        if self._tokenizer.is_special(token_id):
+        if self.special(token_id):
             return self._tokenizer.token_text(token_id)
-        piece = self._stream.push(token_id)
+        kept = token_id in self._kept
+        piece = self._tokenizer.token_text(token_id) if kept else self._stream.push(token_id)
         self._append(piece)
         return piece
 
@@ -71,7 +75,7 @@ class Detokenizer:
 
     def special(self, token_id: int) -> bool:
         """Whether this token has no text in the answer."""
-        return self._tokenizer.is_special(token_id)
+        return token_id not in self._kept and self._tokenizer.is_special(token_id)
 
     def take(self) -> str:
         """Text that is certain and not shown yet."""
@@ -91,6 +95,11 @@ class Detokenizer:
         return self.take()
 
     @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stop is not None
+
+    @property
     def text(self) -> str:
         """All text taken so far."""
         return "".join(self._shown)
@@ -108,10 +117,10 @@ class Detokenizer:
         the longer one."""
         for end in range(len(self._held) - fresh, len(self._held)):
             char = self._held[end]
-            found = [len(matcher.stop) for matcher in self._matchers if matcher.feed(char)]
+            found = [matcher.stop for matcher in self._matchers if matcher.feed(char)]
             if found:
-                self.stopped = True
-                cut = end + 1 if self._include_stop else end + 1 - max(found)
+                self.stop = max(found, key=len)
+                cut = end + 1 if self._include_stop else end + 1 - len(self.stop)
                 self.length -= len(self._held) - cut
                 self._held = self._held[:cut]
                 return

@@ -133,6 +133,11 @@ HTTP = (
         must_start="/"
     ),
     _own("served-model-name", "server.served_model_name", "Name of the model in replies; default its id."),
+    _own(
+        "reasoning-parser", "server.reasoning_parser",
+        "`auto` parts a model's thinking (<think> … </think>) from its answers; `none` leaves it in the text.",
+        choices=("auto", "none")
+    ),
     _tgi("payload-limit", "server.payload_limit", "Largest request body, bytes.", "int", at_least=1),
     _tgi(
         "max-concurrent-requests", "server.max_concurrent_requests", "Most sequences in flight, waiting ones included.",

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
 
-from .backend import Backend
+from .backend import Backend, Serving
 from .config import ServerConfig
 from .errors import Busy
 from .metrics import Metrics
+from .reasoning import Markers
 from .text import TextWorkers
 
 
@@ -51,6 +52,10 @@ class Front:
     def model_name(self) -> str:
         """The name of the served model in replies. Raises NotReady."""
         return self.config.served_model_name or self.backend.serving().info.model_id
+
+    def markers(self, serving: Serving) -> Markers | None:
+        """Where to part thinking from answer, if that is to be done."""
+        return serving.markers if self.config.reasoning_parser == "auto" else None
 
 
 def front_of(request: HttpRequest) -> Front:

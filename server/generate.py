@@ -57,6 +57,8 @@ class Done:
     timing: Timing | None
     mean_logprob: float
     """Of the tokens that carried one; 0 if none did."""
+    stop: str | None = None
+    """The stop string that ended it, if one did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Progress:
     text: str
     """Text that became certain."""
     done: Done | None = None
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +186,13 @@ class _Running:
     def _progress(self, tokens: tuple[TextToken, ...], step: StepOutput) -> Progress:
         ending = self._ending(step.finish_reason)
         if ending is None:
-            return Progress(self._choice, tokens, self._text.take())
+            return Progress(self._choice, tokens, self._text.take(), None, self._cached)
         text = self._text.take() + self._text.finish()
         mean = self._logprobs / self._scored if self._scored else 0.0
-        done = Done(ending, self._text.text, self._count, self._cached, step.timing, mean)
+        stop = self._text.stop
+        done = Done(ending, self._text.text, self._count, self._cached, step.timing, mean, stop)
         self._metrics.finished(done.tokens, done.timing)
-        return Progress(self._choice, tokens, text, done)
+        return Progress(self._choice, tokens, text, done, self._cached)
 
     def _ending(self, reason: FinishReason | None) -> Ending | None:
         # A stop string wins over the engine's reason: it was complete before, or with, the engine's last token.

@@ -13,6 +13,7 @@ from .errors import Invalid, NoSuchModel, ServerError, TemplateFailed
 from .front import Front
 from .generate import Done, TextToken, collect
 from .headers import Clock
+from .openai_run import answer_of
 from .schema_openai import ChatBody
 from .schema_tgi import GenerateBody
 
@@ -79,4 +80,4 @@ def _answer(job: native.Job | openai_chat.Job, result: _Result) -> str | dict[st
     if isinstance(job, native.Job):
         answer = native.answer_of(job, result.tokens, result.ends)
         return answer if job.details else answer["generated_text"]
-    return result.ends[0].text
+    return answer_of(job.splitters()[0], result.tokens[0], result.ends[0]).text

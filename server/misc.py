@@ -9,7 +9,7 @@ from starlette.responses import Response
 from ..engine import EngineError, EngineStats
 from .backend import Serving
 from .body import read_body
-from .chat import render
+from .chat import conversation_of, render
 from .front import Front, front_of
 from .metrics import CONTENT_TYPE
 from .schema_openai import ChatBody
@@ -32,7 +32,7 @@ async def chat_tokenize(request: HttpRequest) -> Response:
     body = await read_body(request, ChatBody)
     front = front_of(request)
     serving = front.backend.serving()
-    text = await render(front, serving, body)
+    text = (await render(front, serving, conversation_of(body))).text
     tokens = await _tokens(front, serving, text, add_special_tokens=False)
     return _json({"tokenize_response": tokens, "templated_text": text})
 

@@ -8,16 +8,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from .body import read_body
-from .chat import render
+from .chat import conversation_of
+from .converse import converse
 from .front import Front, front_of
-from .headers import Clock, full_headers
-from .openai_chunks import ID, Chunks
-from .openai_run import Finished, Job, Prompt, complete, plan, stream
-from .openai_shapes import chat_logprobs, fingerprint, visible
-from .prompts import openai_ids
+from .headers import Clock
+from .openai_chunks import ID, Chunks, failure
+from .openai_run import Answer, Finished, Job, complete, stream
+from .openai_shapes import answer_headers, chat_logprobs, fingerprint, usage_of
 from .schema_openai import ChatBody
 from .stream import unless_gone
-from .validate_openai import check_chat, check_length, check_model
+from .validate_openai import check_chat, check_model
 
 
 async def chat_completions(request: HttpRequest) -> Response:
@@ -27,13 +27,13 @@ async def chat_completions(request: HttpRequest) -> Response:
     sequences = sequences_of(body, front)
     if not body.stream:
         work = complete(front, sequences, lambda: prepare(front, body, clock))
-        return _answer(front, body, await unless_gone(request, work), clock)
+        return _answer(body, await unless_gone(request, work), clock)
     return stream(
         front,
         sequences,
         lambda: prepare(front, body, clock),
-        lambda job: _chunks(front, body, job),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        lambda job: _chunks(body, job),
+        failure,
     )
 
 
@@ -47,52 +47,42 @@ async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:
     serving = front.backend.serving()
     check_model(body.model, front.model_name, serving.info)
     checked = check_chat(body, front.config, serving.info, serving.tokenizer.eos_ids)
-    text = await render(front, serving, body)
-    # The template has written the special tokens itself.
-    ids = await openai_ids(front, serving, text, "messages", add_special_tokens=False)
-    max_tokens = check_length(len(ids), checked.max_tokens, serving.info, "messages")
-    return plan(front, serving, [Prompt(text, ids, max_tokens)], checked, clock)
+    return await converse(front, serving, conversation_of(body), checked, clock)
 
 
-def _chunks(front: Front, body: ChatBody, job: Job) -> Chunks:
+def _chunks(body: ChatBody, job: Job) -> Chunks:
     tokenizer = job.serving.tokenizer
     return Chunks(
-        job.serving,
-        front.model_name,
+        job,
         chat=True,
-        choices=len(job.runs),
         logprobs=(lambda tokens: chat_logprobs(tokenizer, tokens)) if body.logprobs else None,
+        usage=bool(body.stream_options and body.stream_options.include_usage),
+        reasoning=body.include_reasoning is not False,
     )
 
 
-def _answer(front: Front, body: ChatBody, finished: Finished, clock: Clock) -> Response:
-    job, ends = finished.job, finished.ends
-    used = job.usage(ends)
+def _answer(body: ChatBody, finished: Finished, clock: Clock) -> Response:
+    job = finished.job
     answer = {
         "id": ID,
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": front.config.served_model_name or job.serving.info.model_id,
+        "model": job.model,
         "system_fingerprint": fingerprint(job.serving),
-        "choices": [_choice(body, finished, i) for i in range(len(job.runs))],
-        "usage": used,
+        "choices": [_choice(body, job, answer, i) for i, answer in enumerate(finished.answers)],
+        "usage": usage_of(finished),
     }
-    timings = [done.timing for done in ends.values()]
-    headers = full_headers(
-        job.serving, job.text, clock, timings, job.prompt_tokens, used["completion_tokens"]
-    )
-    return Response(orjson.dumps(answer), 200, headers, "application/json")
+    return Response(orjson.dumps(answer), 200, answer_headers(finished, clock), "application/json")
 
 
-def _choice(body: ChatBody, finished: Finished, index: int) -> dict[str, Any]:
-    done = finished.ends[index]
-    logprobs = None
-    if body.logprobs:
-        shown = visible(finished.tokens[index], len(done.text))
-        logprobs = chat_logprobs(finished.job.serving.tokenizer, shown)
+def _choice(body: ChatBody, job: Job, answer: Answer, index: int) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if job.markers is not None and body.include_reasoning is not False:
+        # Clients look for it under one name or the other.
+        message["reasoning"] = message["reasoning_content"] = answer.reasoning or None
     return {
         "index": index,
-        "message": {"role": "assistant", "content": done.text, "refusal": None},
-        "logprobs": logprobs,
-        "finish_reason": done.ending.openai,
+        "message": message,
+        "logprobs": chat_logprobs(job.serving.tokenizer, answer.tokens) if body.logprobs else None,
+        "finish_reason": answer.done.ending.openai,
     }

@@ -1,7 +1,8 @@
 """OpenAI's stream: progress in text → chunks, for chat and completions alike. One small JSON value is encoded per chunk;
 all that stays the same in a stream is encoded once. Knows shapes and bytes; no HTTP.
 
-Order per choice: texts, then one chunk with `finish_reason` alone; after the last choice the usage, then `[DONE]`.
+Order per choice: thinking, texts, then one chunk with `finish_reason` alone; after the last choice the usage, then
+`[DONE]`.
 """
 
 import time
@@ -11,10 +12,12 @@ from typing import Any
 
 import orjson
 
-from .backend import Serving
-from .generate import Progress, TextToken
-from .openai_shapes import fingerprint, visible
-from .stream import event
+from .errors import problem_of
+from .generate import Done, Progress, TextToken
+from .openai_run import Emitter, Job
+from .openai_shapes import fingerprint, usage
+from .reasoning import Splitter, visible
+from .stream import DONE, event
 
 ID = ""
 """TGI's ids are empty, and its clients have seen nothing else."""
@@ -26,61 +29,74 @@ Logprobs = Callable[[Iterable[TextToken]], dict[str, Any]]
 
 @dataclass(slots=True)
 class _Choice:
+    splitter: Splitter
+    thinking: list[bytes]
     head: bytes
     middle: bytes
     tail: bytes
-    shown: int = 0
-    """Characters sent."""
+    said: bool = False
+    """Whether a text was sent."""
     pending: list[TextToken] = field(default_factory=list)
     """Tokens whose log-probabilities are not sent yet, because their text is not."""
 
 
-class Chunks:
+class Chunks(Emitter):
     """Makes the chunks of one stream."""
 
     def __init__(
-        self, serving: Serving, model: str, *, chat: bool, choices: int, logprobs: Logprobs | None
+        self, job: Job, *, chat: bool, logprobs: Logprobs | None, usage: bool, reasoning: bool = False
     ) -> None:
+        """`usage` and `reasoning`: whether to tell them."""
+        self._job = job
         self._chat = chat
         self._logprobs = logprobs
+        self._usage = usage
+        self._reasoning = reasoning
         self._frame = {
             "id": ID,
             "object": "chat.completion.chunk" if chat else "text_completion",
             "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint(serving),
+            "model": job.model,
+            "system_fingerprint": fingerprint(job.serving),
         }
-        self._choices = [self._prepared(index) for index in range(choices)]
+        self._choices = [self._prepared(index, splitter) for index, splitter in enumerate(job.splitters())]
+        self._ends: dict[int, Done] = {}
 
     def of(self, progress: Progress) -> bytes:
         """The chunks of one progress; none while its text is held back."""
         choice = self._choices[progress.choice]
         if self._logprobs is not None:
             choice.pending += progress.tokens
+        reasoning, text = choice.splitter.of(progress)
         chunks: list[bytes] = []
+        if reasoning and self._reasoning:
+            chunks.append(orjson.dumps(reasoning).join(choice.thinking))
         # A choice without any text still says so once, in the place where clients look for it.
-        if progress.text or (progress.done is not None and not choice.shown):
-            choice.shown += len(progress.text)
-            chunks += [
-                choice.head,
-                orjson.dumps(progress.text),
-                choice.middle,
-                self._scores(choice),
-                choice.tail,
-            ]
+        if text or (progress.done is not None and not choice.said):
+            choice.said = True
+            chunks += [choice.head, orjson.dumps(text), choice.middle, self._scores(choice), choice.tail]
         if progress.done is not None:
+            self._ends[progress.choice] = progress.done
             chunks.append(self._last(progress.choice, progress.done.ending.openai))
         return b"".join(chunks)
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk after all choices."""
-        return event({**self._frame, "choices": [], "usage": usage})
+    def end(self) -> bytes:
+        """The usage, if it is wanted, after all choices."""
+        if not self._usage:
+            return DONE
+        reasoning = sum(choice.splitter.reasoning_tokens for choice in self._choices)
+        return event({**self._frame, "choices": [], "usage": usage(self._job, self._ends, reasoning)}) + DONE
+
+    def failed(self, error: Exception) -> bytes:
+        """The error, in the place of a chunk."""
+        return failure(error)
 
     def _scores(self, choice: _Choice) -> bytes:
         if self._logprobs is None:
             return b"null"
-        ready = visible(choice.pending, choice.shown)
-        choice.pending = [token for token in choice.pending if token.start >= choice.shown]
+        span = choice.splitter.span
+        ready = visible(choice.pending, span)
+        choice.pending = [token for token in choice.pending if token.start >= span[1]]
         return orjson.dumps(self._logprobs(ready))
 
     def _last(self, index: int, reason: str) -> bytes:
@@ -89,13 +105,24 @@ class Chunks:
         choice = {"index": index, **text, "logprobs": None, "finish_reason": reason}
         return event({**self._frame, "choices": [choice], "usage": None})
 
-    def _prepared(self, index: int) -> _Choice:
-        """A chunk's JSON with the two values that change cut out of it."""
+    def _prepared(self, index: int, splitter: Splitter) -> _Choice:
+        """A chunk's JSON with the values that change cut out of it."""
         text: dict[str, Any] = {"text": _TEXT}
         if self._chat:
             text = {"delta": {"role": "assistant", "content": _TEXT, "tool_calls": None}}
-        choice = {"index": index, **text, "logprobs": _LOGPROBS, "finish_reason": None}
-        whole = event({**self._frame, "choices": [choice], "usage": None})
-        head, rest = whole.split(orjson.dumps(_TEXT))
+        head, rest = self._chunk(index, text, _LOGPROBS).split(orjson.dumps(_TEXT))
         middle, tail = rest.split(orjson.dumps(_LOGPROBS))
-        return _Choice(head, middle, tail)
+        # Clients look for it under one name or the other.
+        thought = {"reasoning": _TEXT, "reasoning_content": _TEXT}
+        delta = {"delta": {"role": "assistant", **thought, "tool_calls": None}}
+        thinking = self._chunk(index, delta, None).split(orjson.dumps(_TEXT))
+        return _Choice(splitter, thinking, head, middle, tail)
+
+    def _chunk(self, index: int, text: dict[str, Any], logprobs: str | None) -> bytes:
+        choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": None}
+        return event({**self._frame, "choices": [choice], "usage": None})
+
+
+def failure(error: Exception) -> bytes:
+    """What a stream that breaks off ends with."""
+    return event(problem_of(error).openai()) + DONE

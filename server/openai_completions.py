@@ -11,10 +11,10 @@ from .backend import Serving
 from .body import read_body
 from .errors import Invalid
 from .front import Front, front_of
-from .headers import Clock, full_headers
-from .openai_chunks import ID, Chunks
-from .openai_run import Finished, Job, Prompt, complete, plan, stream
-from .openai_shapes import completion_logprobs, fingerprint, visible
+from .headers import Clock
+from .openai_chunks import ID, Chunks, failure
+from .openai_run import Answer, Finished, Job, Prompt, complete, plan, stream
+from .openai_shapes import answer_headers, completion_logprobs, fingerprint, usage_of
 from .prompts import given_ids, openai_ids
 from .schema_openai import CompletionBody
 from .stream import unless_gone
@@ -30,13 +30,13 @@ async def completions(request: HttpRequest) -> Response:
     sequences = len(prompts) * max(1, min(choices, front.config.max_choices))
     if not body.stream:
         work = complete(front, sequences, lambda: _prepare(front, body, prompts, clock))
-        return _answer(front, body, await unless_gone(request, work), clock)
+        return _answer(body, await unless_gone(request, work), clock)
     return stream(
         front,
         sequences,
         lambda: _prepare(front, body, prompts, clock),
-        lambda job: _chunks(front, body, job),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        lambda job: _chunks(body, job),
+        failure,
     )
 
 
@@ -76,53 +76,50 @@ async def _prompt(front: Front, serving: Serving, prompt: str | list[int], max_t
     return Prompt(text, ids, check_length(len(ids), max_tokens, serving.info, "prompt"))
 
 
-def _chunks(front: Front, body: CompletionBody, job: Job) -> Chunks:
+def _chunks(body: CompletionBody, job: Job) -> Chunks:
     tokenizer = job.serving.tokenizer
     wanted = body.logprobs is not None
     return Chunks(
-        job.serving,
-        front.model_name,
+        job,
         chat=False,
-        choices=len(job.runs),
         logprobs=(lambda tokens: completion_logprobs(tokenizer, tokens)) if wanted else None,
+        usage=bool(body.stream_options and body.stream_options.include_usage),
     )
 
 
-def _answer(front: Front, body: CompletionBody, finished: Finished, clock: Clock) -> Response:
-    job, ends = finished.job, finished.ends
-    used = job.usage(ends)
+def _answer(body: CompletionBody, finished: Finished, clock: Clock) -> Response:
+    job = finished.job
     answer = {
         "id": ID,
         "object": "text_completion",
         "created": int(time.time()),
-        "model": front.config.served_model_name or job.serving.info.model_id,
+        "model": job.model,
         "system_fingerprint": fingerprint(job.serving),
-        "choices": [_choice(body, finished, i, run) for i, run in enumerate(_kept(finished))],
-        "usage": used,
+        "choices": [_choice(body, job, answer, i) for i, answer in enumerate(_kept(finished))],
+        "usage": usage_of(finished),
     }
-    timings = [done.timing for done in ends.values()]
-    headers = full_headers(
-        job.serving, job.text, clock, timings, job.prompt_tokens, used["completion_tokens"]
-    )
-    return Response(orjson.dumps(answer), 200, headers, "application/json")
+    return Response(orjson.dumps(answer), 200, answer_headers(finished, clock), "application/json")
 
 
-def _kept(finished: Finished) -> list[int]:
+def _kept(finished: Finished) -> list[Answer]:
     """The sequences to return: of each prompt the best by mean log-probability, or all in order."""
     checked = finished.job.checked
-    kept: list[int] = []
-    for start in range(0, len(finished.job.runs), checked.choices):
-        group = list(range(start, start + checked.choices))
+    kept: list[Answer] = []
+    for start in range(0, len(finished.answers), checked.choices):
+        group = finished.answers[start : start + checked.choices]
         if checked.keep < checked.choices:
-            group.sort(key=lambda i: finished.ends[i].mean_logprob, reverse=True)
+            group.sort(key=lambda answer: answer.done.mean_logprob, reverse=True)
         kept += group[: checked.keep]
     return kept
 
 
-def _choice(body: CompletionBody, finished: Finished, index: int, run: int) -> dict[str, Any]:
-    done = finished.ends[run]
+def _choice(body: CompletionBody, job: Job, answer: Answer, index: int) -> dict[str, Any]:
     logprobs = None
     if body.logprobs is not None:
-        shown = visible(finished.tokens[run], len(done.text))
-        logprobs = completion_logprobs(finished.job.serving.tokenizer, shown)
-    return {"index": index, "text": done.text, "logprobs": logprobs, "finish_reason": done.ending.openai}
+        logprobs = completion_logprobs(job.serving.tokenizer, answer.tokens)
+    return {
+        "index": index,
+        "text": answer.text,
+        "logprobs": logprobs,
+        "finish_reason": answer.done.ending.openai,
+    }

@@ -1,19 +1,17 @@
-"""What chat and completions do alike: run the sequences of one or more prompts, whole or streamed. Knows no bodies."""
+"""A request that passed all checks, and running its sequences, whole or streamed. Knows no bodies and no answer's shape."""
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from .backend import Serving
 from .detokenize import Detokenizer
-from .errors import problem_of
 from .front import Front
-from .generate import Done, Run, TextToken, collect, run_all
+from .generate import Done, Progress, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
-from .openai_chunks import Chunks
-from .openai_shapes import usage
-from .stream import DONE, EventStream, event
+from .reasoning import Markers, Splitter, visible
+from .stream import KEEP_ALIVE, EventStream
 from .validate import Checked, requests_of
 
 
@@ -26,6 +24,8 @@ class Prompt:
     ids: list[int]
     max_tokens: int
     """Tokens to generate after it."""
+    thinking: bool = False
+    """Whether it ends where the model's thinking has begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,12 @@ class Job:
     """A request that passed all checks: its prompts, and a sequence for each choice of each."""
 
     serving: Serving
+    model: str
+    """The served model's name in replies."""
     prompts: list[Prompt]
     checked: Checked
     runs: list[Run]
+    markers: Markers | None
 
     @property
     def text(self) -> str:
@@ -47,9 +50,25 @@ class Job:
         """Tokens of all prompts together."""
         return sum(len(prompt.ids) for prompt in self.prompts)
 
-    def usage(self, ends: dict[int, Done]) -> dict[str, Any]:
-        """The request's `usage`."""
-        return usage((len(prompt.ids) for prompt in self.prompts), self.checked.choices, ends)
+    def splitters(self) -> list[Splitter]:
+        """What tells thinking from answer, for each sequence."""
+        return [
+            Splitter(self.markers, opened=prompt.thinking)
+            for prompt in self.prompts
+            for _ in range(self.checked.choices)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One sequence at its end."""
+
+    reasoning: str
+    text: str
+    tokens: list[TextToken]
+    """Those that make up `text`."""
+    done: Done
+    reasoning_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +76,41 @@ class Finished:
     """All sequences of a job at their end."""
 
     job: Job
-    tokens: list[list[TextToken]]
-    ends: dict[int, Done]
+    answers: list[Answer]
 
 
-def plan(front: Front, serving: Serving, prompts: list[Prompt], checked: Checked, clock: Clock) -> Job:
-    """A job of checked prompts; counts it."""
+class Emitter:
+    """How one API tells a stream, as bytes ready to be sent. Made when the job is ready."""
+
+    def of(self, progress: Progress) -> bytes:
+        """What to send for this progress; empty while its text is held back."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """What to send when all sequences have ended."""
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> bytes:
+        """What to send instead of the rest."""
+        raise NotImplementedError
+
+    def keep_alive(self) -> bytes:
+        """What to send in a long silence."""
+        return KEEP_ALIVE
+
+
+def plan(
+    front: Front,
+    serving: Serving,
+    prompts: list[Prompt],
+    checked: Checked,
+    clock: Clock,
+    markers: Markers | None = None,
+) -> Job:
+    """A job of checked prompts; counts it. With `markers` the answers' thinking is split off."""
+    kept = markers.special_ids if markers else frozenset[int]()
     runs = [
-        Run(request, Detokenizer(serving.tokenizer, prompt.ids, checked.stops))
+        Run(request, Detokenizer(serving.tokenizer, prompt.ids, checked.stops, kept_ids=kept))
         for prompt in prompts
         for request in requests_of(checked, prompt.ids, prompt.max_tokens)
     ]
@@ -72,7 +118,7 @@ def plan(front: Front, serving: Serving, prompts: list[Prompt], checked: Checked
         front.metrics.input_length.observe(len(prompt.ids))
         front.metrics.max_new_tokens.observe(prompt.max_tokens)
     front.metrics.validation_duration.observe(clock.submitted())
-    return Job(serving, prompts, checked, runs)
+    return Job(serving, front.model_name, prompts, checked, runs, markers)
 
 
 async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine[Any, Any, Job]]) -> Finished:
@@ -80,38 +126,44 @@ async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine
     with front.metrics.request(), front.permits.take(sequences):
         job = await prepare()
         tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
-        return Finished(job, tokens, dict(enumerate(ends)))
+        splitters = job.splitters()
+        return Finished(job, [answer_of(*parts) for parts in zip(splitters, tokens, ends, strict=True)])
+
+
+def answer_of(splitter: Splitter, tokens: Sequence[TextToken], done: Done) -> Answer:
+    """A sequence that has ended, its thinking split off."""
+    reasoning, text = splitter.of(Progress(0, tuple(tokens), done.text, done))
+    return Answer(reasoning, text, visible(tokens, splitter.span), done, splitter.reasoning_tokens)
 
 
 def stream(
     front: Front,
     sequences: int,
     prepare: Callable[[], Coroutine[Any, Any, Job]],
-    chunks_of: Callable[[Job], Chunks],
-    *,
-    include_usage: bool,
+    emitter_of: Callable[[Job], Emitter],
+    error_event: Callable[[Exception], bytes],
 ) -> EventStream:
-    """The response that prepares a job and streams it."""
+    """The response that prepares a job and streams it. `error_event` tells what fails before there is an emitter."""
     headers: dict[str, str] = {}
+    made: list[Emitter] = []
 
     async def events() -> AsyncGenerator[bytes, None]:
         with front.metrics.request(), front.permits.take(sequences):
             job = await prepare()
             headers.update(stream_headers(job.serving, job.text))
-            chunks = chunks_of(job)
-            ends: dict[int, Done] = {}
+            emitter = emitter_of(job)
+            made.append(emitter)
             async with aclosing(run_all(job.serving.engine, job.runs, front.metrics)) as arrived:
                 async for progress in arrived:
-                    if progress.done is not None:
-                        ends[progress.choice] = progress.done
-                    if chunk := chunks.of(progress):
+                    if chunk := emitter.of(progress):
                         yield chunk
-            yield (chunks.usage(job.usage(ends)) if include_usage else b"") + DONE
+            yield emitter.end()
 
     return EventStream(
         events(),
         extra_headers=headers,
-        error_event=lambda error: event(problem_of(error).openai()) + DONE,
+        error_event=lambda error: made[0].failed(error) if made else error_event(error),
+        keep_alive=lambda: made[0].keep_alive() if made else KEEP_ALIVE,
         keep_alive_s=front.config.sse_keep_alive_s,
         write_timeout_s=front.config.write_timeout_s,
     )

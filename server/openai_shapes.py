@@ -6,6 +6,8 @@ from typing import Any
 
 from .backend import Serving
 from .generate import Done, TextToken
+from .headers import Clock, full_headers
+from .openai_run import Finished, Job
 from .text import TextTokenizer
 
 NO_PROBABILITY = -9999.0
@@ -18,23 +20,34 @@ def fingerprint(serving: Serving) -> str:
     return f"{serving.info.version}-native"
 
 
-def usage(prompt_tokens: Iterable[int], choices_per_prompt: int, ends: Mapping[int, Done]) -> dict[str, Any]:
+def usage(job: Job, ends: Mapping[int, Done], reasoning_tokens: int) -> dict[str, Any]:
     """`usage` of a finished request. Each prompt counts once, every generated token counts, shown or not."""
-    prompt = sum(prompt_tokens)
+    prompt = job.prompt_tokens
     completion = sum(done.tokens for done in ends.values())
     # Later choices of a prompt find it in the cache because the first put it there; that is no saving to report.
-    cached = sum(done.cached_tokens for i, done in ends.items() if i % choices_per_prompt == 0)
+    cached = sum(done.cached_tokens for i, done in ends.items() if i % job.checked.choices == 0)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
-def visible(tokens: Iterable[TextToken], length: int) -> list[TextToken]:
-    """The tokens whose text lies, at least in part, in the first `length` characters of the answer."""
-    return [token for token in tokens if not token.special and token.start < length]
+def usage_of(finished: Finished) -> dict[str, Any]:
+    """`usage` of a request that was not streamed."""
+    answers = finished.answers
+    ends = {i: answer.done for i, answer in enumerate(answers)}
+    return usage(finished.job, ends, sum(answer.reasoning_tokens for answer in answers))
+
+
+def answer_headers(finished: Finished, clock: Clock) -> dict[str, str]:
+    """TGI's headers for a request that was not streamed."""
+    job, answers = finished.job, finished.answers
+    generated = sum(answer.done.tokens for answer in answers)
+    timings = [answer.done.timing for answer in answers]
+    return full_headers(job.serving, job.text, clock, timings, job.prompt_tokens, generated)
 
 
 def chat_logprobs(tokenizer: TextTokenizer, tokens: Iterable[TextToken]) -> dict[str, Any]:

@@ -16,12 +16,12 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """What both routes share. `top_k`, `min_p`, `typical_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids`
-    are extensions under the names other servers gave them."""
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are picked, the same on every route that is not TGI's own. `min_p`, `typical_p`,
+    `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers gave them;
+    `top_k` is one in OpenAI's APIs."""
 
     model: str | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -31,9 +31,15 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+
+
+class _Completing(Sampling, frozen=True, kw_only=True):
+    """What chat and completions share."""
+
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -54,6 +60,7 @@ class ContentPart(msgspec.Struct, frozen=True):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -64,10 +71,12 @@ class Message(msgspec.Struct, frozen=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
+    """Its thinking, under either of the names clients found it by."""
 
 
-class ChatBody(_Sampling, frozen=True, kw_only=True):
+class ChatBody(_Completing, frozen=True, kw_only=True):
     """`POST /v1/chat/completions` and `/chat_tokenize`."""
 
     messages: list[Message]
@@ -76,6 +85,7 @@ class ChatBody(_Sampling, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Any = None
@@ -88,7 +98,7 @@ class ChatBody(_Sampling, frozen=True, kw_only=True):
     web_search_options: Any = None
 
 
-class CompletionBody(_Sampling, frozen=True, kw_only=True):
+class CompletionBody(_Completing, frozen=True, kw_only=True):
     """`POST /v1/completions`. `prompt` is a text, a list of texts, token ids, or a list of lists of token ids."""
 
     prompt: str | list[str | int | list[int]]

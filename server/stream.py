@@ -28,6 +28,11 @@ def event(data: Any) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def typed_event(data: dict[str, Any]) -> bytes:
+    """One event that is named after its value's `type`."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
 class EventStream(Response):
     """Sends what a generator yields, from the first chunk on.
 
@@ -45,11 +50,13 @@ class EventStream(Response):
         error_event: Callable[[Exception], bytes],
         keep_alive_s: float,
         write_timeout_s: float,
+        keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE,
     ) -> None:
         self._chunks = chunks
         self._extra = extra_headers
         self._error_event = error_event
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self._write_timeout_s = write_timeout_s
         self._writing_since: float | None = None
         self._started = False
@@ -82,7 +89,7 @@ class EventStream(Response):
         await self._send(send, b"", more=False)
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Returns when the client is gone, or reads nothing for too long. Sends a comment after each silence."""
+        """Returns when the client is gone, or reads nothing for too long. Breaks each long silence."""
         while True:
             try:
                 async with asyncio.timeout(self._keep_alive_s):
@@ -94,7 +101,7 @@ class EventStream(Response):
                 if monotonic() - self._writing_since > self._write_timeout_s:
                     return
             elif self._quiet:
-                await self._send(send, KEEP_ALIVE)
+                await self._send(send, self._keep_alive())
             self._quiet = True
 
     async def _send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:

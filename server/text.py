@@ -29,6 +29,11 @@ class TextTokenizer(Protocol):
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template `apply_chat` follows when there are no tools."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Sequence[tuple[int, int, int]]:

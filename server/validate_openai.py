@@ -5,7 +5,7 @@ from typing import TypeVar
 from ..engine import MAX_TOP_LOGPROBS, EngineInfo, LogprobsMode, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid, NoSuchModel, TooLong
-from .schema_openai import ChatBody, CompletionBody
+from .schema_openai import ChatBody, CompletionBody, Sampling
 from .unsupported import CHAT, COMPLETION, refuse, refuse_tools
 from .validate import GREEDY_BELOW, MAX_SEED, Checked, is_float32, random_seed, room_left
 
@@ -21,7 +21,7 @@ def check_chat(body: ChatBody, config: ServerConfig, info: EngineInfo, eos_ids: 
     """Chat parameters → `Checked`. Raises Invalid, Unsupported."""
     refuse(body, CHAT)
     refuse_tools(body.tools, body.tool_choice)
-    top = _between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    top = between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if top is not None and not body.logprobs:
         raise Invalid("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
     choices = _choices("n", body.n, config)
@@ -30,8 +30,8 @@ def check_chat(body: ChatBody, config: ServerConfig, info: EngineInfo, eos_ids: 
         wanted = ("max_tokens", body.max_tokens)
     return _checked(
         body,
-        _sampling(body, info, eos_ids, bool(body.logprobs), top or 0),
-        max_tokens=_between(*wanted, 1, None),
+        sampling_of(body, info, eos_ids, bool(body.logprobs), top or 0),
+        max_tokens=between(*wanted, 1, None),
         choices=choices,
         keep=choices,
         config=config,
@@ -49,12 +49,12 @@ def check_completion(
         raise Invalid(f"`best_of` must be at least `n`. Given: {choices} and {keep}", param="best_of")
     if choices > keep and body.stream:
         raise Invalid("`best_of` greater than `n` cannot be streamed", param="best_of")
-    top = _between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
+    top = between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
     return _checked(
         body,
         # Which of several sequences are best is told from their log-probabilities, wanted in the answer or not.
-        _sampling(body, info, eos_ids, top is not None or choices > keep, top or 0),
-        max_tokens=_between("max_tokens", body.max_tokens, 1, None),
+        sampling_of(body, info, eos_ids, top is not None or choices > keep, top or 0),
+        max_tokens=between("max_tokens", body.max_tokens, 1, None),
         choices=choices,
         keep=keep,
         config=config,
@@ -69,8 +69,18 @@ def check_model(name: str | None, served: str, info: EngineInfo) -> None:
         )
 
 
-def check_length(prompt_tokens: int, max_tokens: int | None, info: EngineInfo, param: str) -> int:
-    """How many tokens to generate after this prompt. Raises TooLong."""
+def check_length(
+    prompt_tokens: int, max_tokens: int | None, info: EngineInfo, param: str, wanted: str = "max_tokens"
+) -> int:
+    """How many tokens to generate after this prompt. Raises TooLong.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        max_tokens: tokens asked for; None means as many as fit.
+        info: has the limits.
+        param: where the prompt came from.
+        wanted: where the number of tokens came from.
+    """
     room = room_left(prompt_tokens, info)
     # Clients look for this wording.
     limit = f"This model's maximum context length is {info.max_total_tokens} tokens."
@@ -84,7 +94,7 @@ def check_length(prompt_tokens: int, max_tokens: int | None, info: EngineInfo, p
         raise TooLong(
             f"{limit} However, you requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the {param}, "
             f"{max_tokens} in the completion). Please reduce the length of the {param} or completion.",
-            param="max_tokens",
+            param=wanted,
         )
     return room if max_tokens is None else max_tokens
 
@@ -112,19 +122,20 @@ def _checked(
     return Checked(
         sampling=sampling,
         max_tokens=max_tokens,
-        stops=_stops(body.stop, config),
+        stops=stops_of(body.stop, config),
         include_stop=False,
         choices=choices,
         keep=keep,
     )
 
 
-def _sampling(
-    body: ChatBody | CompletionBody, info: EngineInfo, eos_ids: tuple[int, ...], logprobs: bool, top: int
+def sampling_of(
+    body: Sampling, info: EngineInfo, eos_ids: tuple[int, ...], logprobs: bool = False, top: int = 0
 ) -> SamplingParams:
-    temperature = _between("temperature", body.temperature, 0.0, MAX_TEMPERATURE)
-    top_p = _between("top_p", body.top_p, 0.0, 1.0)
-    typical_p = _between("typical_p", body.typical_p, 0.0, 1.0)
+    """How tokens are picked. Raises Invalid."""
+    temperature = between("temperature", body.temperature, 0.0, MAX_TEMPERATURE)
+    top_p = between("top_p", body.top_p, 0.0, 1.0)
+    typical_p = between("typical_p", body.typical_p, 0.0, 1.0)
     greedy = (temperature is not None and temperature < GREEDY_BELOW) or top_p == 0.0 or typical_p == 0.0
     repetition = 1.0 if body.repetition_penalty is None else body.repetition_penalty
     if not (repetition > 0.0 and is_float32(repetition)):
@@ -133,16 +144,15 @@ def _sampling(
         max_tokens=1,
         temperature=0.0 if greedy else 1.0 if temperature is None else temperature,
         # 0 and −1 both mean off where this extension comes from.
-        top_k=max(0, _between("top_k", body.top_k, -1, 2**31 - 1) or 0),
+        top_k=max(0, between("top_k", body.top_k, -1, 2**31 - 1) or 0),
         # A 0 keeps the likeliest token only, which is what greedy does.
         top_p=top_p or 1.0,
-        min_p=_between("min_p", body.min_p, 0.0, 1.0) or 0.0,
+        min_p=between("min_p", body.min_p, 0.0, 1.0) or 0.0,
         typical_p=typical_p or 1.0,
         repetition_penalty=repetition,
-        frequency_penalty=_between("frequency_penalty", body.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        frequency_penalty=between("frequency_penalty", body.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         or 0.0,
-        presence_penalty=_between("presence_penalty", body.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-        or 0.0,
+        presence_penalty=between("presence_penalty", body.presence_penalty, -MAX_PENALTY, MAX_PENALTY) or 0.0,
         seed=_seed(body.seed),
         stop_ids=_stop_ids(body, info, eos_ids),
         logprobs=logprobs,
@@ -159,7 +169,7 @@ def _seed(seed: int | None) -> int:
     return seed & MAX_SEED
 
 
-def _stop_ids(body: ChatBody | CompletionBody, info: EngineInfo, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+def _stop_ids(body: Sampling, info: EngineInfo, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
     extra = tuple(body.stop_token_ids or ())
     if len(extra) > 16 or any(not 0 <= token < info.vocab_size for token in extra):
         raise Invalid(
@@ -168,24 +178,25 @@ def _stop_ids(body: ChatBody | CompletionBody, info: EngineInfo, eos_ids: tuple[
     return extra if body.ignore_eos else (*eos_ids, *extra)
 
 
-def _stops(stop: str | list[str] | None, config: ServerConfig) -> tuple[str, ...]:
+def stops_of(stop: str | list[str] | None, config: ServerConfig, name: str = "stop") -> tuple[str, ...]:
+    """Stop strings, under the name their sender has for them. Raises Invalid."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > config.max_stop_sequences:
         raise Invalid(
-            f"`stop` takes at most {config.max_stop_sequences} strings. Given: {len(stops)}", param="stop"
+            f"`{name}` takes at most {config.max_stop_sequences} strings. Given: {len(stops)}", param=name
         )
     if any(not 0 < len(text) <= config.max_stop_chars for text in stops):
         raise Invalid(
-            f"Each string of `stop` must have between 1 and {config.max_stop_chars} characters", param="stop"
+            f"Each string of `{name}` must have between 1 and {config.max_stop_chars} characters", param=name
         )
     return stops
 
 
 def _choices(name: str, value: int | None, config: ServerConfig) -> int:
-    return _between(name, value, 1, config.max_choices) or 1
+    return between(name, value, 1, config.max_choices) or 1
 
 
-def _between(name: str, value: N | None, low: N, high: N | None) -> N | None:
+def between(name: str, value: N | None, low: N, high: N | None) -> N | None:
     """The value, if it is absent or in range. Raises Invalid."""
     if value is None or (value >= low and (high is None or value <= high)):
         return value

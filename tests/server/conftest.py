@@ -42,8 +42,13 @@ def config() -> ServerConfig:
 
 
 @pytest.fixture
-def rig(config: ServerConfig) -> Iterator[Rig]:
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture
+def rig(config: ServerConfig, tokenizer: ByteTokenizer) -> Iterator[Rig]:
     engine, backend = FakeEngine(), Backend()
-    backend.ready(engine, ByteTokenizer(), engine.info_value)
+    backend.ready(engine, tokenizer, engine.info_value)
     with TestClient(create_app(backend, config), raise_server_exceptions=False) as client:
         yield Rig(client, engine, backend)

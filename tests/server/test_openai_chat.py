@@ -49,6 +49,7 @@ def test_answer(rig: Rig):
         "completion_tokens": 4,
         "total_tokens": prompt + 4,
         "prompt_tokens_details": {"cached_tokens": 5},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -75,6 +76,24 @@ def test_a_last_message_of_the_assistant_is_continued(rig: Rig):
     answer = rig.post("/v1/chat/completions", messages=messages, max_tokens=2, temperature=0).json()
     assert prompt_of(rig) == "[user]a|[assistant]wxy"
     assert answer["choices"][0]["message"]["content"] == "za"
+
+
+def test_what_to_go_on_with_can_be_said(rig: Rig):
+    said = {"role": "assistant", "content": "wxy"}
+    for fields, prompt in (
+        ({"add_generation_prompt": True}, "[user]a|[assistant]wxy|[assistant]"),
+        ({"continue_final_message": False}, "[user]a|[assistant]wxy|[assistant]"),
+        ({"continue_final_message": True}, "[user]a|[assistant]wxy"),
+        ({"continue_final_message": False, "add_generation_prompt": False}, "[user]a|[assistant]wxy|"),
+    ):
+        rig.post("/v1/chat/completions", messages=[USER, said], max_tokens=1, **fields)
+        assert prompt_of(rig) == prompt
+
+
+def test_a_refusal_is_a_text_too(rig: Rig):
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    rig.post("/v1/chat/completions", messages=[USER, said, USER], max_tokens=1)
+    assert prompt_of(rig) == "[user]a|[assistant]no|[user]a|[assistant]"
 
 
 def test_template_arguments(rig: Rig):
@@ -259,6 +278,11 @@ def test_names_of_the_served_model(rig: Rig, model: str | None):
         ({"logit_bias": {"1": 5}}, 400, "logit_bias"),
         ({"chat_template": "{{ 1 }}"}, 400, "chat_template"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, 400, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a b": 1}}, 400, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": [1]}}, 400, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {f"x{i}": 1 for i in range(33)}}, 400, "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, 400, "continue_final_message"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "foo", "content": "a"}]}, 400, "messages[0].role"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content"),

@@ -29,6 +29,7 @@ class ByteTokenizer:
 
     eos_ids: tuple[int, ...] = (EOS, END_OF_TURN)
     vocab_size = VOCAB_SIZE
+    chat_template: str | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -68,3 +69,24 @@ class ByteTokenizer:
         if continue_final_message:
             return text.removesuffix("|")
         return text + "[assistant]" * add_generation_prompt
+
+
+class ThinkingTokenizer(ByteTokenizer):
+    """Of a model that thinks: its template opens the thinking itself, unless `opens` or `enable_thinking` is false."""
+
+    chat_template = "{{ ... }}<think>"
+
+    def __init__(self, opens: bool = True) -> None:
+        self._opens = opens
+
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        text = super().apply_chat(messages, tools, add_generation_prompt, continue_final_message, **kwargs)
+        opens = self._opens and add_generation_prompt and kwargs.get("enable_thinking", True)
+        return text + "<think>\n" * opens

@@ -1,0 +1,48 @@
+"""A conversation with checked parameters → a job of one prompt: what every chat API does. Knows no bodies."""
+
+from .backend import Serving
+from .chat import Conversation, render
+from .front import Front
+from .headers import Clock
+from .openai_run import Job, Prompt, plan
+from .prompts import openai_ids
+from .validate import Checked, room_left
+from .validate_openai import check_length
+
+
+async def conversation_ids(front: Front, serving: Serving, conversation: Conversation) -> Prompt:
+    """The prompt of a conversation, without tokens to generate. Raises Invalid, TooLong, TemplateFailed."""
+    rendered = await render(front, serving, conversation)
+    # The template has written the special tokens itself.
+    ids = await openai_ids(front, serving, rendered.text, conversation.place, add_special_tokens=False)
+    return Prompt(rendered.text, ids, 0, rendered.thinking)
+
+
+async def converse(
+    front: Front,
+    serving: Serving,
+    conversation: Conversation,
+    checked: Checked,
+    clock: Clock,
+    *,
+    wanted: str = "max_tokens",
+    cut: bool = False,
+) -> Job:
+    """The job of a conversation. Raises Invalid, TooLong, TemplateFailed.
+
+    Args:
+        front: what the routes share.
+        serving: what answers.
+        conversation: what was said.
+        checked: how to answer.
+        clock: when the request came.
+        wanted: what its sender calls the number of tokens to generate.
+        cut: take that number for a wish, of which as much is granted as fits.
+    """
+    prompt = await conversation_ids(front, serving, conversation)
+    max_tokens = checked.max_tokens
+    if cut and max_tokens is not None:
+        max_tokens = min(max_tokens, max(1, room_left(len(prompt.ids), serving.info)))
+    max_tokens = check_length(len(prompt.ids), max_tokens, serving.info, conversation.place, wanted)
+    prompt = Prompt(prompt.text, prompt.ids, max_tokens, prompt.thinking)
+    return plan(front, serving, [prompt], checked, clock, front.markers(serving))
