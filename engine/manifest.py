@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from .config import EngineConfig
@@ -23,6 +24,9 @@ def write_manifest(config: EngineConfig, programs: Programs, jax_version: str) -
         "model": asdict(blueprint.config),
         "dtype": blueprint.dtype,
         "shapes": blueprint.shapes._asdict(),
+        "decode_rows": blueprint.decode_rows,
+        "prefill_tokens": blueprint.prefill_tokens,
+        "prefill_segments": blueprint.prefill_segments,
         "mesh": dict(blueprint.placement.mesh.shape),
         "kernels": blueprint.kernels.name,
         "jax": jax_version,
@@ -31,7 +35,9 @@ def write_manifest(config: EngineConfig, programs: Programs, jax_version: str) -
     path = Path(config.cache_dir) / "manifests" / f"{digest}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model_id": config.model_id, **depends, "programs": [asdict(info) for info in programs.infos]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    # Engines that start at once over one directory each write their own file; the last to finish stays.
+    with NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as temporary:
+        temporary.write(json.dumps(content, indent=2) + "\n")
+    Path(temporary.name).chmod(0o644)
+    Path(temporary.name).replace(path)
     return path

@@ -3,6 +3,7 @@
 The first to touch jax. Knows files and phases; not where the model came from nor who will ask the engine.
 """
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable
@@ -28,7 +29,8 @@ def start(
     opened = open_model(path, weights=config.load_format != "dummy")
     built = build(config, opened.config, opened.source, progress)
     engine = Engine(config, opened.config, built, model_sha)
-    write_manifest(config, built.programs, jax.__version__)
+    with contextlib.suppress(OSError):  # a warmed cache may be mounted read-only, and serves as well
+        write_manifest(config, built.programs, jax.__version__)
     # What lives now lives for ever: the collector need not look at it again and again while tokens wait.
     gc.collect()
     gc.freeze()

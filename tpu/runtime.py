@@ -18,3 +18,6 @@ def use_compile_cache(directory: Path | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # XLA's own autotuning cache would put the directory's path into every key: a cache warmed here and mounted there
+    # would be of no use. What was autotuned is in the compiled programs.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
