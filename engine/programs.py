@@ -72,12 +72,14 @@ class Programs:
 
 def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, packed: jax.Array):
     """Traced: one token for each lane in the plan."""
-    b, plan = blueprint, read_decode(packed)
+    b = blueprint
+    # Only the network is split: every device keeps every lane's state by itself, a few numbers.
+    plan = b.placement.everywhere(read_decode(packed))
     pages = jnp.where(plan.page == NO_PAGE, b.shapes.table_width, plan.page_index)
     table = state.table.at[plan.lane, pages].set(plan.page, mode="drop")
 
     def rows(x: jax.Array) -> jax.Array:
-        return x.at[plan.lane].get(mode="clip")
+        return b.placement.everywhere(x.at[plan.lane].get(mode="clip"))
 
     active = rows(state.active) & (plan.lane < b.shapes.lanes)
     position = rows(state.position)
@@ -89,9 +91,11 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
     decoder = b.graph.merge(params)
     hidden, kv = decoder(rows(state.token), batch, kv, b.kernels, b.placement.constrain, one_token_rows=True)
     logits = decoder.logits(hidden, b.kernels)
-    sampled = sample(logits, SamplingRows(*map(rows, state.sampling)), state.seen, plan.lane, position + 1)
+    sampled = sample(
+        logits, SamplingRows(*map(rows, state.sampling)), state.seen, plan.lane, position + 1, b.placement
+    )
     target = jnp.where(active, plan.lane, b.shapes.lanes)
-    # Every device writes every lane's state: a few numbers, where a split would add up whole rows of `seen`.
+    # A split here would add up whole rows of `seen`.
     target, sampled = b.placement.everywhere((target, sampled))
     state = state._replace(table=table, seen=state.seen.at[target, sampled.token].add(1, mode="drop"))
     remaining = rows(state.remaining) - 1
@@ -105,16 +109,14 @@ def prefill_step(
 ):
     """Traced: the prompt tokens of several lanes; lanes whose prompt ends here get their first token."""
     b = blueprint
-    plan = read_prefill(packed, b.prefill_segments, tokens, b.shapes.table_width)
+    plan = b.placement.everywhere(read_prefill(packed, b.prefill_segments, tokens, b.shapes.table_width))
     batch = PagedBatch(positions=plan.positions, rows=plan.rows, table=plan.table)
     decoder = b.graph.merge(params)
     hidden, kv = decoder(plan.tokens, batch, kv, b.kernels, b.placement.constrain, one_token_rows=False)
     logits = decoder.logits(hidden[plan.end], b.kernels)
-    seen = _record_prompt(state.seen, b.placement.everywhere(plan), b.shapes.lanes)
-    sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length)
-    finishing, sampled = b.placement.everywhere(
-        (jnp.where(plan.last, plan.lane, b.shapes.lanes), sampled)
-    )
+    seen = _record_prompt(state.seen, plan, b.shapes.lanes)
+    sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length, b.placement)
+    finishing, sampled = b.placement.everywhere((jnp.where(plan.last, plan.lane, b.shapes.lanes), sampled))
     state = state._replace(
         seen=seen.at[finishing, sampled.token].add(1, mode="drop"),
         table=state.table.at[plan.lane].set(plan.table, mode="drop"),

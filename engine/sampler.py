@@ -5,7 +5,7 @@ No sort: every cut is a threshold found by bisection over the bits of a float (`
 is skipped by `lax.cond`. The randomness of a token is a function of (request seed, position) alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,31 +53,79 @@ class Sampled(NamedTuple):
     """float32[R, MAX_TOP_LOGPROBS]"""
 
 
+class Layout(Protocol):
+    """How logits lie on several devices. What needs one sum or maximum per row is done on pieces of the vocabulary; what
+    needs dozens is done on whole rows, each on one device."""
+
+    def by_vocab(self, logits: jax.Array) -> jax.Array:
+        """Split over the vocabulary."""
+        ...
+
+    def by_rows(self, logits: jax.Array) -> jax.Array:
+        """Split over the rows."""
+        ...
+
+    def everywhere(self, tree: Any) -> Any:
+        """These small arrays whole on every device."""
+        ...
+
+
+class OneDevice:
+    """The `Layout` that has nothing to do."""
+
+    def by_vocab(self, logits: jax.Array) -> jax.Array:
+        """As they are."""
+        return logits
+
+    by_rows = by_vocab
+
+    def everywhere(self, tree: Any) -> Any:
+        """As it is."""
+        return tree
+
+
+ONE_DEVICE = OneDevice()
+
+
 def sample(
-    logits: jax.Array, rows: SamplingRows, seen: jax.Array, lanes: jax.Array, position: jax.Array
+    logits: jax.Array,
+    rows: SamplingRows,
+    seen: jax.Array,
+    lanes: jax.Array,
+    position: jax.Array,
+    layout: Layout = ONE_DEVICE,
 ) -> Sampled:
     """Choose one token per row.
 
     logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on); B marks a row
     nobody uses, which gets any token · position int32[R] of the token to be chosen.
     """
-    rows = _neutral(rows, lanes >= seen.shape[0])
+    # Each step is pinned: what works by rows must spread neither to its neighbours nor to the weights.
+    logits = layout.by_vocab(logits)
+    rows = layout.everywhere(_neutral(rows, lanes >= seen.shape[0]))
     penalised = (rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)
     processed = jax.lax.cond(
         penalised.any(), lambda x: penalize(x, rows, seen.at[lanes].get(mode="clip")), lambda x: x, logits
     )
     random = rows.temperature > 0
     processed = jax.lax.cond(random.any(), lambda x: scale(x, rows.temperature), lambda x: x, processed)
+    processed = layout.by_vocab(processed)
     filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
-    processed = jax.lax.cond((filtered & random).any(), lambda x: cut(x, rows), lambda x: x, processed)
+    processed = jax.lax.cond(
+        (filtered & random).any(),
+        lambda x: layout.by_vocab(cut(layout.by_rows(x), rows)),
+        lambda x: x,
+        processed,
+    )
+    processed = layout.by_vocab(processed)
     noisy = jax.lax.cond(
         random.any(),
         lambda x: jnp.where(random[:, None], x + gumbel(rows.seed, position, x.shape[1]), x),
         lambda x: x,
         processed,
     )
-    token = argmax(noisy)
-    return Sampled(token, *report(logits, processed, token, rows))
+    token = layout.everywhere(argmax(layout.by_vocab(noisy)))
+    return Sampled(token, *report(logits, processed, token, rows, layout))
 
 
 def _neutral(rows: SamplingRows, unused: jax.Array) -> SamplingRows:
@@ -198,16 +246,16 @@ def argmax(x: jax.Array) -> jax.Array:
 
 
 def report(
-    raw: jax.Array, processed: jax.Array, token: jax.Array, rows: SamplingRows
+    raw: jax.Array, processed: jax.Array, token: jax.Array, rows: SamplingRows, layout: Layout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of the chosen token, and the likeliest alternatives, for the rows that ask."""
     count = raw.shape[0]
 
     def compute() -> tuple[jax.Array, jax.Array, jax.Array]:
-        source = jnp.where((rows.logprobs == LOGPROBS_PROCESSED)[:, None], processed, raw)
+        source = layout.by_rows(jnp.where((rows.logprobs == LOGPROBS_PROCESSED)[:, None], processed, raw))
         logprobs = jax.nn.log_softmax(source, axis=-1)
         chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-        return chosen, *top(logprobs, rows.top_n.max())
+        return layout.everywhere((chosen, *top(logprobs, rows.top_n.max())))
 
     def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
         return (
@@ -222,6 +270,7 @@ def report(
 def top(x: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The n largest of each row, best first, by n passes (n is small and mostly 0). float32[R, V] -> ids, values."""
     count = x.shape[0]
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
 
     def body(index: jax.Array, carry):
         left, ids, values = carry
@@ -229,7 +278,7 @@ def top(x: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
         value = jnp.take_along_axis(x, best[:, None], axis=1)
         ids = jax.lax.dynamic_update_slice(ids, best[:, None], (0, index))
         values = jax.lax.dynamic_update_slice(values, value, (0, index))
-        return left.at[jnp.arange(count), best].set(jnp.finfo(jnp.float32).min), ids, values
+        return jnp.where(places == best[:, None], jnp.finfo(jnp.float32).min, left), ids, values
 
     # Excluded tokens are -inf: lift them above what marks a token as taken, so that each is reported once.
     left = jnp.maximum(x, -1e38)

@@ -53,6 +53,22 @@ class Placement:
         """While tracing: lay x out like this, where the sizes allow it."""
         return jax.lax.with_sharding_constraint(x, self.fitted(axes, x.shape))
 
+    def by_vocab(self, logits: jax.Array) -> jax.Array:
+        """While tracing: [R, V] split over the vocabulary, where it divides."""
+        return self.constrain(logits, ("tokens", "vocab"))
+
+    def by_rows(self, logits: jax.Array) -> jax.Array:
+        """While tracing: [R, V] with each row whole, the rows spread over as many devices as their number allows."""
+        rows = logits.shape[0]
+        over = (
+            ("data", "model")
+            if rows % self.mesh.size == 0
+            else "data"
+            if rows % self.data_size == 0
+            else None
+        )
+        return jax.lax.with_sharding_constraint(logits, NamedSharding(self.mesh, PartitionSpec(over, None)))
+
     def everywhere(self, tree: Any) -> Any:
         """While tracing: give every device the whole of these arrays."""
         return jax.lax.with_sharding_constraint(tree, self.replicated)

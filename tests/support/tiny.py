@@ -34,6 +34,7 @@ _LLAMA3 = {
 
 _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
+    "llama-mha-even-vocab": ("Llama", {"num_key_value_heads": 4, "vocab_size": 132}),
     "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
