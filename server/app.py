@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..engine import EngineError
-from . import kserve, misc, native, sagemaker, vertex
+from . import docs, kserve, misc, native, sagemaker, vertex
 from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
@@ -78,6 +78,8 @@ def routes(config: ServerConfig) -> list[Route]:
         Route("/info", misc.info),
         *(Route(path, misc.health) for path in ("/", "/health", "/ping", "/v1/health")),
         Route("/metrics", misc.metrics),
+        Route("/docs", docs.page),
+        Route("/api-doc/openapi.json", docs.document),
         *_kserve(),
     ]
 

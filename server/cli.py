@@ -89,6 +89,12 @@ def _bench_serve(settings: Settings) -> int:
     return bench(settings.options.of(""))
 
 
+def _print_schema(settings: Settings) -> int:
+    from .commands import print_schema
+
+    return print_schema(settings.server)
+
+
 _SIZES = {"Model": flags.MODEL, "Limits": flags.LIMITS, "Device": flags.DEVICE}
 _FOREIGN = {"From TGI": flags.FOREIGN}
 
@@ -100,6 +106,7 @@ COMMANDS = (
     Command("warmup", "Compile a model's programs into --cache-dir.", _SIZES | {"Process": flags.LOG}, _warmup),
     Command("bench", "Measure the engine on this device.", _SIZES | {"Load": flags.BENCH}, _bench),
     Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),
+    Command("print-schema", "Print the HTTP API as OpenAPI.", {"API": flags.API_KEY}, _print_schema, takes_model=False),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The commands besides `serve`: engine, download, info, warmup, bench. Each is short; what they do is other rooms' work.
+"""The commands besides `serve`: engine, download, info, warmup, bench, print-schema. Each is short; what they do is other rooms' work.
 
 jax comes in with `engine.start`, which each command imports when it runs.
 """
@@ -14,6 +14,7 @@ from ..engine.config import EngineConfig
 from ..engine.errors import EngineError
 from ..models.errors import ModelError
 from . import logs
+from .config import ServerConfig
 from .console import Console, bytes_text
 from .flags import RunConfig
 from .model import find_model
@@ -145,3 +146,13 @@ def bench(config: EngineConfig, run: RunConfig, options: Options) -> int:
     from ..engine.bench import main
 
     return main(config, path, options.of(""))
+
+
+def print_schema(server: ServerConfig) -> int:
+    """Print the OpenAPI document of a server run like this."""
+    from .app import create_app
+    from .backend import Backend
+    from .docs import describe
+
+    print(json.dumps(describe(create_app(Backend(), server), keyed=server.api_key is not None), indent=2))
+    return OK

@@ -184,6 +184,8 @@ ENGINE = (
     ),
 )
 
+API_KEY = tuple(flag for flag in HTTP if flag.name == "api-key")
+
 INFO = (*LOG, Flag("json", "json", "Print one JSON object.", "bool"))
 
 BENCH = (

@@ -1,0 +1,171 @@
+"""What the OpenAI routes answer, as types: for the API's description and for tests. The routes build plain values."""
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class _Answer(msgspec.Struct, kw_only=True):
+    """Base of all answers."""
+
+
+class PromptTokensDetails(_Answer, kw_only=True):
+    """How many prompt tokens were found in the cache."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(_Answer, kw_only=True):
+    """How many generated tokens were thinking."""
+
+    reasoning_tokens: int
+
+
+class Usage(_Answer, kw_only=True):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class LogprobEntry(_Answer, kw_only=True):
+    """A token and its log-probability; `bytes` is null for one that is no text by itself."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(LogprobEntry, kw_only=True):
+    """The chosen token, and the likeliest in its place."""
+
+    top_logprobs: list[LogprobEntry]
+
+
+class ChatLogprobs(_Answer, kw_only=True):
+    """`logprobs` of a chat choice."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(_Answer, kw_only=True):
+    """`logprobs` of a completion choice."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessage(_Answer, kw_only=True):
+    """The model's message; `reasoning_content` is its thinking, where it thinks."""
+
+    role: str
+    content: str | None
+    refusal: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[dict[str, Any]] | UnsetType | None = UNSET
+
+
+class ChatChoice(_Answer, kw_only=True):
+    """One answer to a conversation."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class _Frame(_Answer, kw_only=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class ChatCompletion(_Frame, kw_only=True):
+    """`/v1/chat/completions`."""
+
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(_Answer, kw_only=True):
+    """What a chunk adds to the message."""
+
+    role: str
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[dict[str, Any]] | UnsetType | None = UNSET
+
+
+class ChatChunkChoice(_Answer, kw_only=True):
+    """A piece of one answer; the last has `finish_reason` and no text."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(_Frame, kw_only=True):
+    """One event of a streamed chat. `[DONE]` comes last."""
+
+    choices: list[ChatChunkChoice]
+    usage: Usage | None
+
+
+class CompletionChoice(_Answer, kw_only=True):
+    """One text, or in a stream a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(_Frame, kw_only=True):
+    """`/v1/completions`, whole or one event of its stream. `[DONE]` comes last."""
+
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class Model(_Answer, kw_only=True):
+    """A model that is served."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class ModelList(_Answer, kw_only=True):
+    """`/v1/models`."""
+
+    object: str
+    data: list[Model]
+
+
+class OpenAIError(_Answer, kw_only=True):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
+
+
+class OpenAIProblem(_Answer, kw_only=True):
+    """The shape of errors on OpenAI's routes."""
+
+    error: OpenAIError

@@ -1,0 +1,113 @@
+"""What every route is for, takes and answers: one entry per handler. Where a route lies is app.py's table alone.
+
+A handler without an entry is still described, by its docstring. Data, nothing else; `openapi.py` makes the document.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import answers_openai as openai
+from . import answers_tgi as tgi
+from . import docs, kserve, misc, native, openai_models, sagemaker, vertex
+from .openai_chat import chat_completions
+from .openai_completions import completions
+from .schema_openai import ChatBody, CompletionBody
+from .schema_platforms import InferBody, VertexBody
+from .schema_tgi import GenerateBody
+
+TEXT, HTML, PROMETHEUS = "text/plain", "text/html", "text/plain; version=0.0.4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One thing the server does over HTTP."""
+
+    group: str
+    summary: str
+    body: Any = None
+    """Type of the JSON body; None for a route that reads none."""
+    answer: Any = None
+    """Type of the JSON answer; None for an empty or another one."""
+    media: str = ""
+    """Of an answer that is no JSON; an empty answer if this and `answer` are absent."""
+    event: Any = None
+    """Type of the events, for a route that can stream."""
+    always_streams: bool = False
+    generates: bool = False
+    """Whether the engine works for it, and so may fail it."""
+    always: bool = False
+    """Whether it is answered before there is an engine too."""
+    also: Mapping[int, Any] = field(default_factory=dict)
+    """Further statuses and their bodies."""
+    both_errors: bool = False
+    """Errors take the shape of the API that the body belongs to."""
+    example: Mapping[str, Any] | None = None
+
+
+_MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
+_NATIVE = {"inputs": "The sky is blue because", "parameters": {"max_new_tokens": 20}}
+_STREAMED = {**_NATIVE, "parameters": {"max_new_tokens": 20, "details": True}}
+_CHAT = {"messages": _MESSAGES, "max_tokens": 20}
+_TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["The sky is blue because"]}
+_INFER = {"inputs": [_TENSOR], "parameters": {"max_new_tokens": 20}}
+
+OPERATIONS: Mapping[Callable[..., Any], Operation] = {
+    chat_completions: Operation(
+        group="OpenAI", summary="Answer a conversation", body=ChatBody, answer=openai.ChatCompletion,
+        event=openai.ChatChunk, generates=True, example=_CHAT,
+    ),
+    completions: Operation(
+        group="OpenAI", summary="Go on with a text", body=CompletionBody, answer=openai.Completion,
+        event=openai.Completion, generates=True, example={"prompt": "The sky is blue because", "max_tokens": 20},
+    ),
+    openai_models.list_models: Operation(group="OpenAI", summary="List the models", answer=openai.ModelList),
+    openai_models.show_model: Operation(
+        group="OpenAI", summary="Describe a model", answer=openai.Model, also={404: openai.OpenAIProblem}
+    ),
+    native.generate: Operation(
+        group="TGI", summary="Generate a text", body=GenerateBody, answer=tgi.Generated, generates=True,
+        example=_NATIVE,
+    ),
+    native.generate_stream: Operation(
+        group="TGI", summary="Generate a text, token by token", body=GenerateBody, event=tgi.StreamEvent,
+        always_streams=True, generates=True, example=_STREAMED,
+    ),
+    native.compat: Operation(
+        group="TGI", summary="Generate as the Hub's inference API does", body=GenerateBody,
+        answer=list[tgi.Generated], event=tgi.StreamEvent, generates=True, example=_NATIVE,
+    ),
+    misc.tokenize: Operation(
+        group="TGI", summary="Tokens of a text", body=GenerateBody, answer=list[tgi.TokenSpan],
+        example={"inputs": "The sky"},
+    ),
+    misc.chat_tokenize: Operation(
+        group="TGI", summary="A conversation as the model sees it", body=ChatBody, answer=tgi.ChatTokens,
+        example={"messages": _MESSAGES},
+    ),
+    misc.info: Operation(group="TGI", summary="What is served, with which limits", answer=tgi.Info),
+    misc.health: Operation(group="Operation", summary="Whether generations are served now", also={503: tgi.Problem}),
+    misc.metrics: Operation(group="Operation", summary="Numbers for Prometheus", media=PROMETHEUS),
+    docs.page: Operation(group="Operation", summary="This API, for people", media=HTML),
+    docs.document: Operation(group="Operation", summary="This API, for programs", answer=tgi.ApiDescription, always=True),
+    sagemaker.invocations: Operation(
+        group="Platforms", summary="SageMaker: any of the bodies of `/`, chat and completions",
+        body=GenerateBody | ChatBody | CompletionBody, event=tgi.StreamEvent | openai.ChatChunk | openai.Completion,
+        answer=list[tgi.Generated] | openai.ChatCompletion | openai.Completion,
+        generates=True, both_errors=True, example=_NATIVE,
+    ),
+    vertex.predict: Operation(
+        group="Platforms", summary="Vertex AI: several generations at once", body=VertexBody, answer=tgi.Predictions,
+        generates=True, example={"instances": [_NATIVE, _CHAT]},
+    ),
+    kserve.infer: Operation(
+        group="Platforms", summary="KServe: several generations at once", body=InferBody, answer=tgi.Inferred,
+        generates=True, example=_INFER,
+    ),
+    kserve.live: Operation(group="Platforms", summary="KServe: the process is alive", answer=tgi.Alive, always=True),
+    kserve.ready: Operation(
+        group="Platforms", summary="KServe: generations are served now", answer=tgi.Alive, also={503: tgi.Alive}
+    ),
+    kserve.metadata: Operation(group="Platforms", summary="KServe: the server", answer=tgi.KServeMetadata, always=True),
+    kserve.model: Operation(group="Platforms", summary="KServe: the model", answer=tgi.KServeMetadata),
+}  # fmt: skip
