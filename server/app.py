@@ -23,6 +23,7 @@ from .middleware import BodyLimit, RequestIds, TidyPaths
 from .openai_chat import chat_completions
 from .openai_completions import completions
 from .openai_models import list_models, show_model
+from .responses import responses
 from .stream import ClientGone
 from .text import TextWorkers
 
@@ -69,6 +70,7 @@ def routes(config: ServerConfig) -> list[Route]:
         Route("/generate_stream", native.generate_stream, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/invocations", sagemaker.invocations, methods=["POST"]),
         Route("/vertex", vertex.predict, methods=["POST"]),
         Route("/tokenize", misc.tokenize, methods=["POST"]),

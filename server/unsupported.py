@@ -29,6 +29,15 @@ def _text_only(value: Any) -> bool:
     return value == ["text"]
 
 
+def _not_wanted(value: Any) -> bool:
+    """What may be included in a response without any effort: what only other features would make."""
+    return isinstance(value, list) and "message.output_text.logprobs" not in value
+
+
+def _disabled(value: Any) -> bool:
+    return value == "disabled"
+
+
 TGI: dict[str, Callable[[Any], bool]] = {
     "watermark": _empty,
     "decoder_input_details": _empty,
@@ -66,11 +75,25 @@ COMPLETION: dict[str, Callable[[Any], bool]] = {
     "echo": _empty,
 }
 
+RESPONSES: dict[str, Callable[[Any], bool]] = {
+    # Nothing is stored, so there is nothing to go on from.
+    "previous_response_id": _never,
+    "conversation": _never,
+    "prompt": _never,
+    "background": _empty,
+    "text.format": _plain_text,
+    "include": _not_wanted,
+    "top_logprobs": _empty,
+    "truncation": _disabled,
+}
+
 
 def refuse(body: object, table: Mapping[str, Callable[[Any], bool]]) -> None:
-    """Raises Unsupported for the first parameter of the table that asks for something."""
+    """Raises Unsupported for the first parameter of the table that asks for something. A dot goes into an object."""
     for name, asks_nothing in table.items():
-        value = getattr(body, name)
+        value: Any = body
+        for step in name.split("."):
+            value = None if value is None else getattr(value, step)
         if value is not None and not asks_nothing(value):
             raise Unsupported(f"`{name}` is not supported by this server", param=name)
 

@@ -6,7 +6,8 @@ from ..engine import MAX_TOP_LOGPROBS, EngineInfo, LogprobsMode, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid, NoSuchModel, TooLong
 from .schema_openai import ChatBody, CompletionBody, Sampling
-from .unsupported import CHAT, COMPLETION, refuse, refuse_tools
+from .schema_responses import ResponsesBody
+from .unsupported import CHAT, COMPLETION, RESPONSES, refuse, refuse_tools
 from .validate import GREEDY_BELOW, MAX_SEED, Checked, is_float32, random_seed, room_left
 
 N = TypeVar("N", int, float)
@@ -58,6 +59,17 @@ def check_completion(
         choices=choices,
         keep=keep,
         config=config,
+    )
+
+
+def check_responses(body: ResponsesBody, info: EngineInfo, eos_ids: tuple[int, ...]) -> Checked:
+    """A response's parameters → `Checked`. Raises Invalid, Unsupported."""
+    refuse(body, RESPONSES)
+    refuse_tools(body.tools, body.tool_choice)
+    return Checked(
+        sampling=sampling_of(body, info, eos_ids),
+        max_tokens=between("max_output_tokens", body.max_output_tokens, 1, None),
+        include_stop=False,
     )
 
 

@@ -1,0 +1,121 @@
+"""The stream of a response: progress in text → named, numbered events in the order that OpenAI's clients insist on.
+
+`response.created`, `response.in_progress`; for each item `…output_item.added`, its deltas, what they add up to, and
+`…output_item.done`; then `response.completed`, `response.incomplete` or `response.failed`. Knows no HTTP.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import problem_of
+from .generate import Done, Progress
+from .openai_run import Emitter, Job
+from .responses_shapes import Envelope, Kind, item, item_id, part, status_of
+from .schema_responses import ResponsesBody
+from .stream import typed_event
+
+_TEXT = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
+
+
+@dataclass(slots=True)
+class _Open:
+    """The item that is being written."""
+
+    kind: Kind
+    index: int
+    id: str
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"item_id": self.id, "output_index": self.index, "content_index": 0}
+
+
+class ResponseEvents(Emitter):
+    """Makes the events of one stream."""
+
+    def __init__(self, job: Job, body: ResponsesBody) -> None:
+        self._envelope = Envelope(job, body)
+        self._splitter = job.splitters()[0]
+        self._reasoning = body.include_reasoning is not False
+        self._number = 0
+        self._output: list[dict[str, Any]] = []
+        self._open: _Open | None = None
+        self._done: Done | None = None
+
+    def of(self, progress: Progress) -> bytes:
+        """The events of one progress."""
+        events: list[bytes] = []
+        if self._number == 0:
+            events += [
+                self._event("response.created", response=self._envelope.running()),
+                self._event("response.in_progress", response=self._envelope.running()),
+            ]
+        self._done = progress.done
+        reasoning, text = self._splitter.of(progress)
+        if reasoning and self._reasoning:
+            events += self._write("reasoning", reasoning)
+        if text:
+            events += self._write("message", text)
+        return b"".join(events)
+
+    def end(self) -> bytes:
+        """The end of the last item and of the response."""
+        assert self._done is not None, "all sequences have ended"
+        events: list[bytes] = []
+        if self._open is None:
+            events += self._begin("message")
+        status = status_of(self._done)
+        events += self._close(status)
+        response = self._envelope.finished(self._done, self._output, self._splitter.reasoning_tokens)
+        events.append(self._event(f"response.{status}", response=response))
+        return b"".join(events)
+
+    def failed(self, error: Exception) -> bytes:
+        """The response as far as it came, and why no further."""
+        problem = problem_of(error)
+        code = "rate_limit_exceeded" if problem.row.openai_status == 429 else "server_error"
+        events = self._close("incomplete") if self._open else []
+        response = self._envelope.failed({"code": code, "message": problem.message}, self._output)
+        return b"".join([*events, self._event("response.failed", response=response)])
+
+    def _write(self, kind: Kind, text: str) -> list[bytes]:
+        events: list[bytes] = []
+        if self._open is None or self._open.kind != kind:
+            if self._open is not None:
+                events += self._close("completed")
+            events += self._begin(kind)
+        current = self._current()
+        current.texts.append(text)
+        return [*events, self._event(f"{_TEXT[kind]}.delta", **current.place, delta=text, **_logprobs(kind))]
+
+    def _begin(self, kind: Kind) -> list[bytes]:
+        self._open = opened = _Open(kind, len(self._output), item_id(kind))
+        added = item(kind, opened.id, "in_progress", [])
+        events = [self._event("response.output_item.added", output_index=opened.index, item=added)]
+        if kind == "message":
+            events.append(self._event("response.content_part.added", **opened.place, part=part(kind, "")))
+        return events
+
+    def _close(self, status: str) -> list[bytes]:
+        """The item's text as a whole, and the item."""
+        closing, self._open = self._current(), None
+        kind, place, text = closing.kind, closing.place, "".join(closing.texts)
+        events = [self._event(f"{_TEXT[kind]}.done", **place, text=text, **_logprobs(kind))]
+        if kind == "message":
+            events.append(self._event("response.content_part.done", **place, part=part(kind, text)))
+        done = item(kind, closing.id, status, [part(kind, text)])
+        self._output.append(done)
+        return [*events, self._event("response.output_item.done", output_index=closing.index, item=done)]
+
+    def _current(self) -> _Open:
+        assert self._open is not None, "an item is open"
+        return self._open
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return typed_event({"type": kind, "sequence_number": number, **fields})
+
+
+def _logprobs(kind: Kind) -> dict[str, Any]:
+    return {"logprobs": []} if kind == "message" else {}

@@ -1,0 +1,109 @@
+"""The values a response of the Responses API is made of: the response itself, its items, their parts. Knows no HTTP."""
+
+import os
+import time
+from typing import Any, Literal
+
+from .generate import Done, Ending
+from .openai_run import Job
+from .schema_responses import ResponsesBody
+
+Kind = Literal["reasoning", "message"]
+_PREFIX = {"reasoning": "rs_", "message": "msg_"}
+
+
+def new_id(prefix: str) -> str:
+    """An id nobody else has."""
+    return prefix + os.urandom(16).hex()
+
+
+def item_id(kind: Kind) -> str:
+    """The id of a new item."""
+    return new_id(_PREFIX[kind])
+
+
+def part(kind: Kind, text: str) -> dict[str, Any]:
+    """An item's one part."""
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def item(kind: Kind, identity: str, status: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """An item of the output."""
+    start: dict[str, Any] = {"id": identity, "type": kind, "status": status}
+    if kind == "reasoning":
+        return {**start, "summary": [], "content": parts, "encrypted_content": None}
+    return {**start, "role": "assistant", "content": parts}
+
+
+class Envelope:
+    """One response, at whatever stage it is."""
+
+    def __init__(self, job: Job, body: ResponsesBody) -> None:
+        self._job = job
+        self._fixed = {
+            "id": new_id("resp_"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "background": False,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": None,
+            "metadata": body.metadata or {},
+            "model": job.model,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "service_tier": "default",
+            "store": False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+            "tools": [],
+            "top_logprobs": 0,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "user": body.user,
+        }
+
+    def running(self) -> dict[str, Any]:
+        """Before there is any output."""
+        return self._at("in_progress", [])
+
+    def finished(self, done: Done, output: list[dict[str, Any]], reasoning_tokens: int) -> dict[str, Any]:
+        """At its end, whole or cut by the number of tokens."""
+        status = status_of(done)
+        prompt = self._job.prompt_tokens
+        return {
+            **self._at(status, output),
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "incomplete_details": None if status == "completed" else {"reason": "max_output_tokens"},
+            "usage": {
+                "input_tokens": prompt,
+                "input_tokens_details": {"cached_tokens": done.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": done.tokens,
+                "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+                "total_tokens": prompt + done.tokens,
+            },
+        }
+
+    def failed(self, error: dict[str, str], output: list[dict[str, Any]]) -> dict[str, Any]:
+        """Broken off."""
+        return {**self._at("failed", output), "error": error}
+
+    def _at(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **self._fixed,
+            "status": status,
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "output": output,
+            "usage": None,
+        }
+
+
+def status_of(done: Done) -> Literal["completed", "incomplete"]:
+    """What became of a response that did not fail."""
+    return "incomplete" if done.ending is Ending.LENGTH else "completed"
