@@ -30,6 +30,8 @@ class Backend:
         self._serving: Serving | None = None
         self._reason = "starting"
         self._draining = False
+        self.restarts = 0
+        """Engines that came after one that died."""
 
     def say(self, reason: str) -> None:
         """What is being waited for, shown by /health: "loading weights 40 %"."""

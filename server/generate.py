@@ -166,6 +166,7 @@ class _Running:
 
     def advance(self, step: StepOutput) -> Progress:
         """Progress of one engine step. Raises Incomplete if the engine gave the sequence up."""
+        durations = self._metrics.text_duration.decode if self._count else self._metrics.text_duration.prefill
         self._observe(step)
         tokens: list[TextToken] = []
         last = len(step.tokens) - 1
@@ -181,7 +182,10 @@ class _Running:
                 self._logprobs += token.logprob
             if self._text.stopped:
                 break
-        return self._progress(tuple(tokens), step)
+        progress = self._progress(tuple(tokens), step)
+        if step.tokens:
+            durations.observe(perf_counter() - self._last)
+        return progress
 
     def _progress(self, tokens: tuple[TextToken, ...], step: StepOutput) -> Progress:
         ending = self._ending(step.finish_reason)

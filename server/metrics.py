@@ -2,7 +2,7 @@
 
 TGI's counters have no `_total` suffix, which prometheus-client would add, so its text is corrected afterwards: TGI's
 dashboards must work unchanged. TGI's names keep TGI's meaning, but each HTTP request counts once (TGI: chat twice).
-Used from one event loop. Knows no HTTP.
+Used from one event loop. Knows no HTTP; what the engine counts is engine_metrics.py's.
 """
 
 import re
@@ -10,14 +10,16 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from ..engine import EngineInfo, EngineStats, Timing
+from .engine_metrics import counter, engine_families
 from .errors import failure_label
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,6 +27,10 @@ DURATION_EDGES = tuple(1.5e-4 * 1.5**k for k in range(35))
 """TGI's, 0.15 ms to 146 s."""
 LENGTH_EDGES = tuple(float(2**k) for k in range(21))
 """Tokens, up to a million; TGI's hundred equal steps depend on the model and cost a hundred series."""
+
+FAILURES = ("overloaded", "validation", "template", "incomplete", "dropped", "generation")
+"""TGI's labels of failed requests, which are shown before the first failure too."""
+SKIPPED_QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
 
 _ADDED_SUFFIX = re.compile(r"^(# (?:HELP|TYPE) tgi_\w+?)_total ", re.MULTILINE)
 
@@ -37,21 +43,58 @@ class Histogram:
         self._help = help_text
         self._edges = edges
         self._counts = [0] * (len(edges) + 1)
-        self._sum = 0.0
+        self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
         """Count a value, as often as it occurred."""
         self._counts[bisect_left(self._edges, value)] += times
-        self._sum += value * times
+        self.sum += value * times
+
+    @property
+    def count(self) -> int:
+        """How many values were counted."""
+        return sum(self._counts)
 
     def family(self) -> HistogramMetricFamily:
-        """The histogram as prometheus-client shows it: every bucket holds all smaller ones too."""
+        """The histogram as prometheus-client shows it."""
+        return HistogramMetricFamily(self.name, self._help, buckets=self.buckets(), sum_value=self.sum)
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper edge and count of every bucket, which holds all smaller ones too."""
         buckets: list[tuple[str, float]] = []
         total = 0
         for edge, count in zip((*map(str, self._edges), "+Inf"), self._counts, strict=True):
             total += count
             buckets.append((edge, float(total)))
-        return HistogramMetricFamily(self.name, self._help, buckets=buckets, sum_value=self._sum)
+        return buckets
+
+
+class ByMethod:
+    """Two histograms of one name: of what belongs to a prompt, and of what belongs to later tokens."""
+
+    def __init__(self, name: str, help_text: str) -> None:
+        self._name, self._help = name, help_text
+        self.prefill, self.decode = Histogram(name, help_text), Histogram(name, help_text)
+
+    def family(self) -> HistogramMetricFamily:
+        """Both, told apart by TGI's label."""
+        family = HistogramMetricFamily(self._name, self._help, labels=["method"])
+        for method, histogram in (("prefill", self.prefill), ("decode", self.decode)):
+            family.add_metric([method], histogram.buckets(), histogram.sum)
+        return family
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What the front is doing at the moment of a scrape."""
+
+    ready: bool
+    in_flight: int
+    """Sequences that hold a permit."""
+    restarts: int
+    """Engines that were started because one died."""
+    replays: int
+    """Requests that were given to another engine because theirs died."""
 
 
 class Metrics:
@@ -60,7 +103,7 @@ class Metrics:
     def __init__(self) -> None:
         self._received = 0
         self._succeeded = 0
-        self._failed: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
         self.cached_tokens = 0
         self.request_duration = Histogram("tgi_request_duration", "Whole request, seconds")
         self.validation_duration = Histogram("tgi_request_validation_duration", "Arrival to engine, seconds")
@@ -72,6 +115,9 @@ class Metrics:
         self.input_length = Histogram("tgi_request_input_length", "Prompt tokens", LENGTH_EDGES)
         self.max_new_tokens = Histogram("tgi_request_max_new_tokens", "Tokens allowed", LENGTH_EDGES)
         self.generated_tokens = Histogram("tgi_request_generated_tokens", "Generated tokens", LENGTH_EDGES)
+        self.text_duration = ByMethod(
+            "tgi_batch_decode_duration", "Tokens to text, per sequence and step, seconds"
+        )
         self.first_token = Histogram("xlane_ttft_seconds", "Submission to first token")
         self.inter_token = Histogram("xlane_inter_token_seconds", "Between tokens of a sequence")
 
@@ -98,23 +144,42 @@ class Metrics:
         self.inference_duration.observe(inference)
         self.mean_token_duration.observe(inference / max(1, tokens))
 
-    def text(self, stats: EngineStats | None, info: EngineInfo | None) -> bytes:
+    def text(self, stats: EngineStats | None, info: EngineInfo | None, now: Now) -> bytes:
         """The Prometheus text, with the engine's numbers if it gave any."""
         registry = CollectorRegistry()
-        registry.register(_Collector([*self._families(), *_engine_families(stats, info)]))
+        registry.register(_Collector([*self._families(), *_now(now), *engine_families(stats, info)]))
         return _ADDED_SUFFIX.sub(r"\1 ", generate_latest(registry).decode()).encode()
 
     def _families(self) -> Iterator[Metric]:
-        yield _counter("tgi_request_count", "Generation requests received", {(): self._received})
-        yield _counter("tgi_request_success", "Generation requests finished", {(): self._succeeded})
+        yield counter("tgi_request_count", "Generation requests received", {(): self._received})
+        yield counter("tgi_request_success", "Generation requests finished", {(): self._succeeded})
         failures = {(("err", label),): count for label, count in self._failed.items()}
-        yield _counter("tgi_request_failure", "Generation requests failed, by reason", failures)
-        yield _counter(
+        yield counter("tgi_request_failure", "Generation requests failed, by reason", failures)
+        yield counter(
             "xlane_cached_prompt_tokens_total", "Prompt tokens found in the cache", {(): self.cached_tokens}
         )
+        yield self._skipped()
         for value in vars(self).values():
-            if isinstance(value, Histogram):
+            if isinstance(value, Histogram | ByMethod):
                 yield value.family()
+
+    def _skipped(self) -> Metric:
+        """TGI's summary of tokens beyond one per step. Nothing speculates here, so each of them is 0."""
+        name = "tgi_request_skipped_tokens"
+        family = SummaryMetricFamily(name, "Tokens beyond one per step, by speculation")
+        for quantile in SKIPPED_QUANTILES:
+            family.add_sample(name, {"quantile": quantile}, 0.0)
+        family.add_metric([], self.first_token.count + self.inter_token.count, 0.0)
+        return family
+
+
+def _now(now: Now) -> Iterator[Metric]:
+    yield GaugeMetricFamily("xlane_ready", "Whether generations are served", float(now.ready))
+    yield GaugeMetricFamily("xlane_requests_in_flight", "Sequences waiting or running", now.in_flight)
+    yield counter("xlane_engine_restarts_total", "Engines started after one died", {(): now.restarts})
+    yield counter(
+        "xlane_replays_total", "Requests given to another engine after theirs died", {(): now.replays}
+    )
 
 
 class _Collector(Collector):
@@ -125,43 +190,3 @@ class _Collector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._families
-
-
-def _counter(name: str, help_text: str, values: dict[tuple[tuple[str, str], ...], int]) -> Metric:
-    """A counter whose samples are named exactly so."""
-    family = Metric(name.removesuffix("_total") if name.startswith("xlane_") else name, help_text, "counter")
-    for labels, value in values.items():
-        family.add_sample(name, dict(labels), float(value))
-    return family
-
-
-def _engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Iterator[Metric]:
-    if info is not None:
-        capacity = info.pages * info.page_tokens
-        yield GaugeMetricFamily("tgi_batch_max_total_tokens", "Capacity of the KV pool, tokens", capacity)
-    if stats is None:
-        return
-    page_tokens = info.page_tokens if info is not None else 0
-    held = (stats.pages_total - stats.pages_free) * page_tokens
-    gauges: dict[str, tuple[str, float]] = {
-        "tgi_queue_size": ("Requests waiting for a lane", stats.queued),
-        "tgi_batch_current_size": ("Sequences in a lane", stats.lanes_active),
-        "tgi_batch_current_max_tokens": ("Tokens of KV pages in use", held),
-        "xlane_lanes_active": ("Sequences in a lane", stats.lanes_active),
-        "xlane_pages_free": ("Free KV pages", stats.pages_free),
-        "xlane_pages_total": ("All KV pages", stats.pages_total),
-        "xlane_step_seconds": ("Median device time of the last decode steps", stats.step_ms / 1e3),
-        "xlane_gap_seconds": ("Median host time between launches", stats.gap_ms / 1e3),
-    }
-    for name, (help_text, value) in gauges.items():
-        yield GaugeMetricFamily(name, help_text, value)
-    decode = {(("method", "decode"),): stats.steps}
-    yield _counter("tgi_batch_inference_count", "Decode launches", decode)
-    counters = {
-        "xlane_prefill_tokens_total": ("Prompt tokens computed", stats.prefill_tokens),
-        "xlane_decode_tokens_total": ("Tokens generated", stats.decode_tokens),
-        "xlane_preemptions_total": ("Sequences put back for want of pages", stats.preemptions),
-        "xlane_compiles_after_ready_total": ("Compilations after readiness", stats.compiles_after_ready),
-    }
-    for name, (help_text, value) in counters.items():
-        yield _counter(name, help_text, {(): value})

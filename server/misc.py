@@ -7,11 +7,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..engine import EngineError, EngineStats
+from ..engine.replay import ReplayingClient
 from .backend import Serving
 from .body import read_body
 from .chat import conversation_of, render
 from .front import Front, front_of
-from .metrics import CONTENT_TYPE
+from .metrics import CONTENT_TYPE, Now
 from .schema_openai import ChatBody
 from .schema_tgi import GenerateBody
 
@@ -87,8 +88,17 @@ async def metrics(request: HttpRequest) -> Response:
     front = front_of(request)
     serving = front.backend.latest
     stats = None if serving is None else await _stats(serving)
-    text = front.metrics.text(stats, None if serving is None else serving.info)
+    text = front.metrics.text(
+        stats, None if serving is None else serving.info, _now(front, answering=stats is not None)
+    )
     return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+def _now(front: Front, *, answering: bool) -> Now:
+    backend = front.backend
+    engine = None if backend.latest is None else backend.latest.engine
+    replays = engine.replays if isinstance(engine, ReplayingClient) else 0
+    return Now(answering and backend.reason is None, front.permits.taken, backend.restarts, replays)
 
 
 async def _tokens(

@@ -161,6 +161,7 @@ class Session:
             self._console.settle()
             self._console.say(f"the engine (process {event.pid}) died: {event.detail}", "ERROR")
         elif event.kind == "ready" and self._client is not None:
+            self._backend.restarts += 1
             self._console.say("the engine is back; interrupted requests go on")
 
     async def _end(self, http: asyncio.Task[None]) -> None:

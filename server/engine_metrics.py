@@ -1,0 +1,83 @@
+"""What an engine says of itself → Prometheus families, under TGI's names where TGI has one for the same thing.
+
+TGI counts batches; here every launch of a compiled program is one. Knows no HTTP and no text format.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from ..engine import EngineInfo, EngineStats
+
+Labels = tuple[tuple[str, str], ...]
+
+AWAITED = {
+    "tgi_batch_inference_duration": "seconds of the launches by bucket, for prefill and decode",
+    "tgi_batch_forward_duration": "device seconds of the launches by bucket, for prefill and decode",
+    "tgi_batch_filter_duration": "host seconds of emitting a launch by bucket, for prefill and decode",
+    "tgi_batch_next_size": "rows of the prefill launches by bucket",
+    "tgi_batch_concat": "sequences that joined while others were running",
+}
+"""TGI's metrics that cannot be told yet -> what EngineStats lacks for it. Rather absent than made up."""
+WITHOUT_MEANING = {
+    "tgi_batch_concat_duration": "a sequence joins by taking a lane; no batches are put together"
+}
+
+
+def counter(name: str, help_text: str, values: Mapping[Labels, int]) -> Metric:
+    """A counter whose samples are named exactly so."""
+    family = Metric(name.removesuffix("_total") if name.startswith("xlane_") else name, help_text, "counter")
+    for labels, value in values.items():
+        family.add_sample(name, dict(labels), float(value))
+    return family
+
+
+def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Iterator[Metric]:
+    """All families; without an engine none, without its numbers only what never changes."""
+    if info is not None:
+        yield from _constants(info)
+    if stats is None:
+        return
+    page_tokens = info.page_tokens if info is not None else 0
+    held = (stats.pages_total - stats.pages_free) * page_tokens
+    gauges: dict[str, tuple[str, float]] = {
+        "tgi_queue_size": ("Requests waiting for a lane", stats.queued),
+        "tgi_batch_current_size": ("Sequences in a lane", stats.lanes_active),
+        "tgi_batch_current_max_tokens": ("Tokens of KV pages in use", held),
+        "xlane_lanes_active": ("Sequences in a lane", stats.lanes_active),
+        "xlane_pages_free": ("Free KV pages", stats.pages_free),
+        "xlane_pages_total": ("All KV pages", stats.pages_total),
+        "xlane_step_seconds": ("Median device time of the last decode steps", stats.step_ms / 1e3),
+        "xlane_gap_seconds": ("Median host time between launches", stats.gap_ms / 1e3),
+    }
+    for name, (help_text, value) in gauges.items():
+        yield GaugeMetricFamily(name, help_text, value)
+    yield from _launches(stats)
+    counters = {
+        "xlane_prefill_tokens_total": ("Prompt tokens computed", stats.prefill_tokens),
+        "xlane_decode_tokens_total": ("Tokens generated", stats.decode_tokens),
+        "xlane_preemptions_total": ("Sequences put back for want of pages", stats.preemptions),
+        "xlane_compiles_after_ready_total": ("Compilations after readiness", stats.compiles_after_ready),
+    }
+    for name, (help_text, value) in counters.items():
+        yield counter(name, help_text, {(): value})
+
+
+def _constants(info: EngineInfo) -> Iterator[Metric]:
+    capacity = info.pages * info.page_tokens
+    yield GaugeMetricFamily("tgi_batch_max_total_tokens", "Capacity of the KV pool, tokens", capacity)
+    yield GaugeMetricFamily("xlane_lanes_total", "Sequences that can decode at once", info.lanes)
+    served = GaugeMetricFamily(
+        "xlane_info", "What is served", labels=["model_id", "version", "platform", "dtype"]
+    )
+    served.add_metric([info.model_id, info.version, info.platform, info.dtype], 1.0)
+    yield served
+
+
+def _launches(stats: EngineStats) -> Iterator[Metric]:
+    """Steps are counted when their results are there, and a launch that fails ends its engine: a living one has none."""
+    decode = {(("method", "decode"),): stats.steps}
+    yield counter("tgi_batch_inference_count", "Launches read back", decode)
+    yield counter("tgi_batch_inference_success", "Launches read back", decode)
+    failed = {(("method", method),): 0 for method in ("prefill", "decode")}
+    yield counter("tgi_batch_inference_failure", "Failed launches; see xlane_engine_restarts_total", failed)
