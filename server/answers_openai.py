@@ -63,11 +63,12 @@ class CompletionLogprobs(_Answer, kw_only=True):
 
 
 class AssistantMessage(_Answer, kw_only=True):
-    """The model's message; `reasoning_content` is its thinking, where it thinks."""
+    """The model's message; `reasoning` and `reasoning_content` are its thinking, where it thinks."""
 
     role: str
     content: str | None
     refusal: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType | None = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType | None = UNSET
 
@@ -101,6 +102,7 @@ class ChatDelta(_Answer, kw_only=True):
 
     role: str
     content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType | None = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType | None = UNSET
 

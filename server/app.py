@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..engine import EngineError
-from . import docs, kserve, misc, native, sagemaker, vertex
+from . import anthropic, docs, kserve, misc, native, sagemaker, vertex
 from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
@@ -71,6 +71,8 @@ def routes(config: ServerConfig) -> list[Route]:
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/messages", anthropic.messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
         Route("/invocations", sagemaker.invocations, methods=["POST"]),
         Route("/vertex", vertex.predict, methods=["POST"]),
         Route("/tokenize", misc.tokenize, methods=["POST"]),
@@ -118,7 +120,7 @@ def _middleware(config: ServerConfig) -> list[Middleware]:
                 CORSMiddleware,
                 allow_origins=config.cors_allow_origins,
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type"],
+                allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version"],
                 expose_headers=["x-request-id"],
             )
         )

@@ -8,7 +8,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import Unauthorized, error_response
+from .errors import Unauthorized, error_response, speaks_anthropic
 
 OPEN_METHODS = ("GET", "HEAD", "OPTIONS")
 
@@ -31,9 +31,16 @@ class RequireKey:
     def _allowed(self, scope: Scope) -> bool:
         if self._digest is None:
             return True
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = header.partition(b" ")
-        return hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer"
+        scheme, _, key = _header(scope, b"authorization").partition(b" ")
+        if hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer":
+            return True
+        # Anthropic's clients send it under a name of their own.
+        other = _header(scope, b"x-api-key") if speaks_anthropic(scope["path"]) else b""
+        return hmac.compare_digest(_digest(other.strip()), self._digest)
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes:
+    return next((value for name, value in scope["headers"] if name == wanted), b"")
 
 
 def _digest(key: bytes) -> bytes:

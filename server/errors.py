@@ -1,4 +1,4 @@
-"""What can go wrong in this room, and how every error, ours or the engine's, looks in either API. Decided here only.
+"""What can go wrong in this room, and how every error, ours or the engine's, looks in each API. Decided here only.
 
 ServerError
 ├── MalformedBody       the body is not JSON (400)
@@ -14,7 +14,8 @@ ServerError
 ├── NotReady            the engine is starting, restarting or going away
 └── Incomplete          the engine ended a sequence without finishing it
 
-TGI's shape is `{"error", "error_type"}`, OpenAI's is `{"error": {"message", "type", "param", "code"}}`.
+TGI's shape is `{"error", "error_type"}`, OpenAI's is `{"error": {"message", "type", "param", "code"}}`, Anthropic's is
+`{"type": "error", "error": {"type", "message"}}` with OpenAI's status.
 """
 
 import math
@@ -149,6 +150,15 @@ _TABLE: dict[type[Exception], _Row] = {
     EngineLost: _Row(424, "generation", _GENERATION, 503, "server_error", "engine_lost", retry=True),
     EngineStopped: _Row(503, "not_ready", "", 503, "service_unavailable", "engine_stopped", retry=True),
 }
+_ANTHROPIC = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Status -> type there; other 4xx are `invalid_request_error`, other 5xx `api_error`."""
 _UNEXPECTED = _Row(500, "internal", "", 500, "server_error", "internal_error")
 
 
@@ -176,6 +186,14 @@ class Problem:
         return {
             "error": {"message": self.message, "type": row.openai_type, "param": self.param, "code": code}
         }
+
+    def anthropic(self) -> dict[str, Any]:
+        """Anthropic's object."""
+        status = self.row.openai_status
+        kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
+        # Clients look for this wording, to shorten the conversation and try again.
+        opening = "prompt is too long: " if self.row.code == "context_length_exceeded" else ""
+        return {"type": "error", "error": {"type": kind, "message": f"{opening}{self.message}"}}
 
 
 def problem_of(error: Exception) -> Problem:
@@ -211,6 +229,11 @@ def speaks_openai(path: str) -> bool:
     return path.startswith(("/v1/", "/models/")) or path in ("/v1", "/models")
 
 
+def speaks_anthropic(path: str) -> bool:
+    """Whether errors at this path take Anthropic's shape."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
 def error_response(error: Exception, path: str) -> Response:
     """The answer to a failed request whose status line is not sent yet."""
     problem = problem_of(error)
@@ -221,7 +244,9 @@ def error_response(error: Exception, path: str) -> Response:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, HTTPException) and error.headers:
         headers.update(error.headers)
-    if speaks_openai(path):
+    if speaks_anthropic(path):
+        status, body = problem.row.openai_status, problem.anthropic()
+    elif speaks_openai(path):
         status, body = problem.row.openai_status, problem.openai()
     else:
         status, body = problem.row.tgi_status, problem.tgi()

@@ -6,7 +6,7 @@ import re
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import BodyTooLarge, error_response
+from .errors import BodyTooLarge, error_response, speaks_anthropic
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SLASHES = re.compile(r"/{2,}")
@@ -28,7 +28,8 @@ class TidyPaths:
 
 
 class RequestIds:
-    """Answers carry `x-request-id`: the client's if it is harmless in a log, else a new one."""
+    """Answers carry `x-request-id`: the client's if it is harmless in a log, else a new one. Anthropic's clients look for
+    it under `request-id`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -42,7 +43,10 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if speaks_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -11,9 +11,10 @@ from typing import Any, get_args
 import msgspec
 from starlette.routing import BaseRoute, Route
 
+from .answers_anthropic import AnthropicProblem
 from .answers_openai import OpenAIProblem
 from .answers_tgi import Problem
-from .errors import speaks_openai
+from .errors import speaks_anthropic, speaks_openai
 from .operations import OPERATIONS, Operation
 
 REF = "#/components/schemas/{name}"
@@ -77,7 +78,7 @@ def _kinds_of(operation: Operation) -> Iterable[Any]:
     for kind in (operation.body, operation.answer, operation.event, *operation.also.values()):
         if kind is not None:
             yield from _members(kind)
-    yield from (Problem, OpenAIProblem)
+    yield from (Problem, OpenAIProblem, AnthropicProblem)
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -129,7 +130,11 @@ def _name(endpoint: Callable[..., Any]) -> str:
 
 def _responses(path: str, operation: Operation, kinds: _Kinds) -> dict[str, object]:
     openai = speaks_openai(path)
-    shapes = OpenAIProblem | Problem if operation.both_errors else OpenAIProblem if openai else Problem
+    shapes: Any = OpenAIProblem if openai else Problem
+    if operation.both_errors:
+        shapes = OpenAIProblem | Problem
+    elif speaks_anthropic(path):
+        shapes = AnthropicProblem
     problem = {JSON: {"schema": kinds.schema(shapes)}}
     statuses: dict[int, str] = (
         {} if operation.always or operation.media or not operation.answer else dict(_READ)

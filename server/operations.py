@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import answers_anthropic as claude
 from . import answers_openai as openai
 from . import answers_tgi as tgi
-from . import docs, kserve, misc, native, openai_models, sagemaker, vertex
+from . import anthropic, docs, kserve, misc, native, openai_models, sagemaker, vertex
+from .answers_responses import ModelResponse, ResponseEvent
 from .openai_chat import chat_completions
 from .openai_completions import completions
+from .responses import responses
+from .schema_anthropic import CountBody, MessagesBody
 from .schema_openai import ChatBody, CompletionBody
 from .schema_platforms import InferBody, VertexBody
+from .schema_responses import ResponsesBody
 from .schema_tgi import GenerateBody
 
 TEXT, HTML, PROMETHEUS = "text/plain", "text/html", "text/plain; version=0.0.4"
@@ -60,6 +65,18 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
     completions: Operation(
         group="OpenAI", summary="Go on with a text", body=CompletionBody, answer=openai.Completion,
         event=openai.Completion, generates=True, example={"prompt": "The sky is blue because", "max_tokens": 20},
+    ),
+    responses: Operation(
+        group="OpenAI", summary="Answer, in items", body=ResponsesBody, answer=ModelResponse, event=ResponseEvent,
+        generates=True, example={"input": "Why is the sky blue?", "max_output_tokens": 20},
+    ),
+    anthropic.messages: Operation(
+        group="Anthropic", summary="Answer a conversation", body=MessagesBody, answer=claude.AssistantTurn,
+        event=claude.MessageEvent, generates=True, example=_CHAT,
+    ),
+    anthropic.count_tokens: Operation(
+        group="Anthropic", summary="How many tokens a conversation has", body=CountBody, answer=claude.TokenCount,
+        also={404: claude.AnthropicProblem}, example={"messages": _MESSAGES},
     ),
     openai_models.list_models: Operation(group="OpenAI", summary="List the models", answer=openai.ModelList),
     openai_models.show_model: Operation(

@@ -87,6 +87,12 @@ RESPONSES: dict[str, Callable[[Any], bool]] = {
     "truncation": _disabled,
 }
 
+MESSAGES: dict[str, Callable[[Any], bool]] = {
+    "output_config.format": _plain_text,
+    "mcp_servers": _empty,
+    "container": _never,
+}
+
 
 def refuse(body: object, table: Mapping[str, Callable[[Any], bool]]) -> None:
     """Raises Unsupported for the first parameter of the table that asks for something. A dot goes into an object."""

@@ -124,6 +124,136 @@ class TestOpenAI:
         assert len(set(texts)) == 1
 
 
+class TestOpenAIResponses:
+    @pytest.fixture
+    def client(self, server_url: str) -> Any:
+        from openai import OpenAI
+
+        with OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+
+    @pytest.fixture
+    def fields(self, model: str) -> dict[str, Any]:
+        return {"model": model, "input": "Say hello.", "instructions": "Be brief.", "max_output_tokens": 8}
+
+    def test_create(self, client: Any, fields: dict[str, Any]):
+        answer = client.responses.create(**fields, temperature=0, store=True, metadata={"a": "b"})
+        assert answer.output_text
+        assert answer.status in ("completed", "incomplete")
+        assert answer.usage.output_tokens <= 8
+        assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+        assert answer.usage.input_tokens_details.cached_tokens >= 0
+        items = [
+            {"role": "user", "content": "Say hello."},
+            *answer.output,
+            {"role": "user", "content": "Again."},
+        ]
+        assert client.responses.create(**{**fields, "input": items}).output_text
+
+    def test_a_stream_says_what_the_answer_says(self, client: Any, fields: dict[str, Any]):
+        whole = client.responses.create(**fields, temperature=0)
+        events = list(client.responses.create(**fields, temperature=0, stream=True))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+        assert events[-1].type == f"response.{whole.status}"
+        text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        assert text == whole.output_text == events[-1].response.output_text
+
+    def test_the_streaming_helper(self, client: Any, fields: dict[str, Any]):
+        with client.responses.stream(**fields) as stream:
+            kinds = [event.type for event in stream]
+        assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 1
+
+    def test_errors_are_the_clients_own(self, client: Any, fields: dict[str, Any]):
+        import openai
+
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(**fields, previous_response_id="resp_1", stream=True)
+        assert refused.value.param == "previous_response_id"
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(**{**fields, "model": "no-such-model"})
+
+    def test_async(self, server_url: str, fields: dict[str, Any]):
+        from openai import AsyncOpenAI
+
+        async def ask() -> set[str]:
+            async with AsyncOpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0) as client:
+                whole = [client.responses.create(**fields, temperature=0) for _ in range(3)]
+                return {answer.output_text for answer in await asyncio.gather(*whole)}
+
+        assert len(asyncio.run(ask())) == 1
+
+
+class TestAnthropic:
+    @pytest.fixture
+    def client(self, server_url: str) -> Any:
+        from anthropic import Anthropic
+
+        with Anthropic(base_url=server_url, api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+
+    @pytest.fixture
+    def fields(self, model: str) -> dict[str, Any]:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]
+        greedy = {"temperature": 0}  # newer clients have no argument for it
+        return {
+            "model": model,
+            "system": "Be brief.",
+            "messages": messages,
+            "max_tokens": 8,
+            "extra_body": greedy,
+        }
+
+    def test_create(self, client: Any, fields: dict[str, Any]):
+        answer = client.messages.create(**fields)
+        assert answer.content[-1].text
+        assert answer.stop_reason in ("end_turn", "max_tokens")
+        assert 0 < answer.usage.output_tokens <= 8
+        asked = {name: fields[name] for name in ("model", "system", "messages")}
+        count = client.messages.count_tokens(**asked).input_tokens
+        assert count == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
+
+    def test_a_stream_says_what_the_answer_says(self, client: Any, fields: dict[str, Any]):
+        whole = client.messages.create(**fields)
+        with client.messages.stream(**fields) as stream:
+            text = "".join(stream.text_stream)
+            final = stream.get_final_message()
+        assert text == whole.content[-1].text == final.content[-1].text
+        assert (final.stop_reason, final.usage.output_tokens) == (
+            whole.stop_reason,
+            whole.usage.output_tokens,
+        )
+        kinds = [event.type for event in client.messages.create(**fields, stream=True)]
+        assert (kinds[0], kinds[-2:]) == ("message_start", ["message_delta", "message_stop"])
+
+    def test_a_stop_sequence_is_told(self, client: Any, fields: dict[str, Any]):
+        text = client.messages.create(**fields).content[-1].text
+        stop = text[len(text) // 2 :]
+        answer = client.messages.create(**fields, stop_sequences=[stop])
+        assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
+
+    def test_errors_are_the_clients_own(self, client: Any, fields: dict[str, Any]):
+        import anthropic
+
+        with pytest.raises(anthropic.NotFoundError) as missing:
+            client.messages.create(**{**fields, "model": "no-such-model"})
+        assert missing.value.request_id
+        with pytest.raises(anthropic.BadRequestError, match="tools"):
+            client.messages.create(**fields, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+
+    def test_async(self, server_url: str, fields: dict[str, Any]):
+        from anthropic import AsyncAnthropic
+
+        async def ask() -> set[str]:
+            async with AsyncAnthropic(base_url=server_url, api_key="none", max_retries=0) as client:
+                whole = [client.messages.create(**fields) for _ in range(3)]
+                texts = {answer.content[-1].text for answer in await asyncio.gather(*whole)}
+                async with client.messages.stream(**fields) as stream:
+                    return texts | {await stream.get_final_text()}
+
+        assert len(asyncio.run(ask())) == 1
+
+
 class TestHuggingFaceHub:
     @pytest.fixture(autouse=True)
     def online(self, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -1,0 +1,67 @@
+"""Anthropic's `POST /v1/messages` and `/v1/messages/count_tokens`. Knows the body and the whole answer; rules, running and
+the stream's events are elsewhere.
+"""
+
+from typing import Any
+
+import orjson
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from .anthropic_events import MessageEvents, failure
+from .anthropic_input import conversation_of, shows_thinking
+from .anthropic_shapes import block, ending_of, message, usage_of
+from .body import read_body
+from .converse import conversation_ids, converse
+from .front import Front, front_of
+from .headers import Clock
+from .openai_run import Finished, Job, complete, stream
+from .openai_shapes import answer_headers
+from .schema_anthropic import CountBody, MessagesBody
+from .stream import unless_gone
+from .validate_anthropic import check_count, check_messages
+from .validate_openai import check_model
+
+
+async def messages(request: HttpRequest) -> Response:
+    """`POST /v1/messages`."""
+    body = await read_body(request, MessagesBody)
+    front, clock = front_of(request), Clock()
+    if body.stream:
+        return stream(
+            front, 1, lambda: _prepare(front, body, clock), lambda job: MessageEvents(job, body), failure
+        )
+    finished = await unless_gone(request, complete(front, 1, lambda: _prepare(front, body, clock)))
+    headers = answer_headers(finished, clock)
+    return Response(orjson.dumps(_answer(body, finished)), 200, headers, "application/json")
+
+
+async def count_tokens(request: HttpRequest) -> Response:
+    """`POST /v1/messages/count_tokens`."""
+    body = await read_body(request, CountBody)
+    front = front_of(request)
+    serving = front.backend.serving()
+    check_model(body.model, front.model_name, serving.info)
+    check_count(body)
+    prompt = await conversation_ids(front, serving, conversation_of(body))
+    return Response(orjson.dumps({"input_tokens": len(prompt.ids)}), media_type="application/json")
+
+
+async def _prepare(front: Front, body: MessagesBody, clock: Clock) -> Job:
+    serving = front.backend.serving()
+    check_model(body.model, front.model_name, serving.info)
+    checked = check_messages(body, front.config, serving.info, serving.tokenizer.eos_ids)
+    # `max_tokens` must be sent, so clients send what suits another model; as here, that one ends where its context does.
+    return await converse(front, serving, conversation_of(body), checked, clock, cut=True)
+
+
+def _answer(body: MessagesBody, finished: Finished) -> dict[str, Any]:
+    (answer,), job = finished.answers, finished.job
+    content: list[dict[str, Any]] = []
+    if answer.reasoning and shows_thinking(body):
+        content.append(block("thinking", answer.reasoning))
+    if answer.text or not content:
+        content.append(block("text", answer.text))
+    done = answer.done
+    usage = usage_of(job, done.cached_tokens, done.tokens, answer.reasoning_tokens)
+    return {**message(job, content, usage), **ending_of(job, body, done)}

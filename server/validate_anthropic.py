@@ -1,0 +1,33 @@
+"""The rules of Anthropic's parameters, where they are not OpenAI's. Knows no prompt."""
+
+from ..engine import EngineInfo
+from .config import ServerConfig
+from .errors import Invalid
+from .schema_anthropic import CountBody, MessagesBody
+from .unsupported import MESSAGES, refuse, refuse_tools
+from .validate import Checked
+from .validate_openai import between, sampling_of, stops_of
+
+THINKING = ("enabled", "adaptive", "between_tools", "disabled")
+
+
+def check_count(body: CountBody) -> None:
+    """What a prompt cannot be made of. Raises Invalid, Unsupported."""
+    refuse(body, MESSAGES)
+    choice = body.tool_choice.get("type") if isinstance(body.tool_choice, dict) else body.tool_choice
+    refuse_tools(body.tools, choice)
+    if body.thinking is not None and body.thinking.type not in THINKING:
+        raise Invalid(f"`thinking.type` must be one of {', '.join(THINKING)}", param="thinking.type")
+
+
+def check_messages(
+    body: MessagesBody, config: ServerConfig, info: EngineInfo, eos_ids: tuple[int, ...]
+) -> Checked:
+    """A message's parameters → `Checked`. Raises Invalid, Unsupported."""
+    check_count(body)
+    return Checked(
+        sampling=sampling_of(body, info, eos_ids),
+        max_tokens=between("max_tokens", body.max_tokens, 1, None),
+        stops=stops_of(body.stop_sequences, config, "stop_sequences"),
+        include_stop=False,
+    )
