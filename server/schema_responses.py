@@ -43,7 +43,7 @@ class ResponsesBody(Sampling, frozen=True, kw_only=True):
     reasoning: Reasoning | None = None
     include_reasoning: bool | None = None
     text: TextOptions | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     user: str | None = None
     parallel_tool_calls: bool | None = None
     tools: Any = None

@@ -121,7 +121,9 @@ def test_every_field_of_a_body_is_told():
     assert {"max_new_tokens", "top_n_tokens", "return_full_text"} <= set(parameters)
 
 
-POSTS = [place for place in OPERATIONS_BY_PLACE if place[1] == "post"]
+POSTS = [
+    place for place, told in OPERATIONS_BY_PLACE.items() if place[1] == "post" and told["tags"] != ["Other"]
+]
 GETS = [place for place in OPERATIONS_BY_PLACE if place[1] == "get"]
 
 
@@ -136,9 +138,7 @@ def test_what_is_read_is_as_told(rig: Rig, place: tuple[str, str]):
     check(response, place)
 
 
-@pytest.mark.parametrize(
-    "place", [p for p in POSTS if "Other" not in OPERATIONS_BY_PLACE[p]["tags"]], ids=str
-)
+@pytest.mark.parametrize("place", POSTS, ids=str)
 def test_every_example_works_and_its_answer_is_as_told(rig: Rig, place: tuple[str, str]):
     body = OPERATIONS_BY_PLACE[place]["requestBody"]["content"]["application/json"]
     assert complaints(body["schema"], body["example"]) == []
@@ -193,7 +193,7 @@ def test_before_there_is_an_engine(place: tuple[str, str]):
     body = OPERATIONS_BY_PLACE[place].get("requestBody", {}).get("content", {}).get("application/json", {})
     with TestClient(create_app(Backend(), ServerConfig())) as client:
         response = client.request(place[1].upper(), url(place), json=body.get("example"))
-    assert response.status_code in (200, 503, *([400, 422] if "example" not in body else []))
+    assert response.status_code in (200, 503)
     check(response, place)
 
 

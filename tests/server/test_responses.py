@@ -277,3 +277,8 @@ class TestClient:
                 )
 
         assert asyncio.run(main()) == "so"
+
+
+def test_metadata_that_could_not_be_answered_is_refused(rig: Rig):
+    assert ask(rig, metadata={"a": "b"}).json()["metadata"] == {"a": "b"}
+    assert ask(rig, metadata={"a": 2**64}).status_code == 400
