@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .errors import RequestFailed
 from .request import MAX_TOP_LOGPROBS, LogprobsMode, SamplingParams, TokenOutput
 from .sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
 from .state import MAX_STOP_IDS
 from .turn import Segment
+
+BROKEN = 2
+"""In a result's first column: the row's logits held a NaN. 1 is a token, 0 a lane that had ended."""
 
 RESULT_WIDTH = 3 + 2 * MAX_TOP_LOGPROBS
 """Columns of a result row: valid, token, log-probability, alternatives' ids, alternatives' log-probabilities."""
@@ -153,7 +157,7 @@ def pack_result(valid: jax.Array, sampled: Sampled) -> jax.Array:
 
     return jnp.concatenate(
         [
-            valid.astype(jnp.int32)[:, None],
+            jnp.where(sampled.broken, BROKEN, 1)[:, None] * valid.astype(jnp.int32)[:, None],
             sampled.token[:, None],
             bits(sampled.logprob)[:, None],
             sampled.top_ids,
@@ -163,10 +167,15 @@ def pack_result(valid: jax.Array, sampled: Sampled) -> jax.Array:
     )
 
 
-def read_result(row: np.ndarray, sampling: SamplingParams) -> TokenOutput | None:
-    """One row of a result on the host; None if its lane had already ended when it was launched."""
+def read_result(row: np.ndarray, sampling: SamplingParams) -> TokenOutput | RequestFailed | None:
+    """One row of a result on the host; None if its lane had already ended when it was launched, an error if the model
+    gave no usable distribution."""
     if not row[0]:
         return None
+    if row[0] == BROKEN:
+        return RequestFailed(
+            "the model's output for this request is not a number (NaN); its weights may be damaged"
+        )
     if not sampling.logprobs:
         return TokenOutput(int(row[1]))
     ids = row[3 : 3 + sampling.top_logprobs].tolist()

@@ -68,6 +68,10 @@ class EngineCore(Protocol):
         """True if the engine takes work and its loop has moved recently while it had work."""
         ...
 
+    def alive(self) -> bool:
+        """False once the engine has failed or hangs: only a new process helps. True while it drains."""
+        ...
+
     def drain(self, timeout_s: float) -> None:
         """Take no new requests, wait for the running ones, end with ABORT what is left after `timeout_s`. Blocks."""
         ...

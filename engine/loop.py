@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 
-from .errors import DeadlineExceeded, EngineError, EngineStopped, InvalidRequest, RequestFailed
+from .errors import DeadlineExceeded, EngineError, EngineLost, EngineStopped, InvalidRequest, RequestFailed
 from .local import Delivery, RequestError, Sink
 from .runner import Launch, Runner
 from .scheduler import Scheduler
@@ -110,11 +110,15 @@ class Loop:
             self._cancelled.update(self._live)
             self._wake.notify_all()
         if self.thread.is_alive():
-            self.thread.join()
+            self.thread.join(STALL_S)
 
     def healthy(self) -> bool:
-        """The thread lives, and has turned recently if it had work."""
-        if self._failed or self._closed or not self.thread.is_alive():
+        """Alive, and taking work."""
+        return self.alive() and not self._closed
+
+    def alive(self) -> bool:
+        """The thread has not failed, and has turned recently if it had work."""
+        if self._failed or not self.thread.is_alive():
             return False
         return not self._live or time.monotonic() - self._turned_s < STALL_S
 
@@ -205,6 +209,11 @@ class Loop:
         waited_s = time.perf_counter() - started
         outputs: list[tuple[Sequence, Delivery]] = []
         for sequence, token in tokens:
+            if isinstance(token, RequestFailed):
+                if sequence.phase is not Phase.FINISHED:
+                    self._scheduler.drop(sequence)
+                    outputs.append((sequence, RequestError(sequence.request.id, token)))
+                continue
             output = self._scheduler.absorb(sequence, token)
             if output is not None:
                 outputs.append((sequence, output))
@@ -239,12 +248,12 @@ class Loop:
             self._delivering = True
 
     def _fail(self, message: str) -> None:
-        """The device or the code broke: tell everybody and take no more."""
+        """The device or the code broke: tell everybody and take no more. Their requests may be replayed elsewhere."""
         with self._wake:
             self._failed = message
             waiting, self._live = list(self._live.values()), {}
             self._wake.notify_all()
-        error: EngineError = RequestFailed(message)
+        error: EngineError = EngineLost(message)
         for sequence in waiting:
             sequence.phase = Phase.FINISHED
             _deliver(sequence.sink, [RequestError(sequence.request.id, error)])

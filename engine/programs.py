@@ -99,7 +99,7 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
     target, sampled = b.placement.everywhere((target, sampled))
     state = state._replace(table=table, seen=state.seen.at[target, sampled.token].add(1, mode="drop"))
     remaining = rows(state.remaining) - 1
-    going = (remaining > 0) & ~_stops(sampled.token, rows(state.stop))
+    going = ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, rows(state.stop))
     state = _advance(state, target, sampled.token, position + 1, remaining, going)
     return kv, state, pack_result(active, sampled)
 
@@ -128,7 +128,7 @@ def prefill_step(
         ),
     )
     remaining = plan.remaining - 1
-    going = plan.last & (remaining > 0) & ~_stops(sampled.token, plan.stop)
+    going = plan.last & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, plan.stop)
     state = _advance(state, plan.lane, sampled.token, plan.length, remaining, going)
     return kv, state, pack_result(plan.last & (plan.lane < b.shapes.lanes), sampled)
 

@@ -8,9 +8,11 @@ by its file modes, a TCP port must be on a network where everyone may use the en
 
 import asyncio
 import logging
+import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -33,6 +35,10 @@ MAX_UNREAD_ENTRIES = 1 << 20
 """A connection that leaves more than this unread is broken and cut off."""
 HEALTH_PERIOD_S = 1.0
 """How soon those who watch the health are told of a change."""
+LOOK_S = 1.0
+"""How often the core is looked at while it serves."""
+ENGINE_DEAD = 4
+"""Exit code of a process whose engine failed or hangs."""
 MAX_SOCKET_PATH = 107
 """Most bytes of a Unix socket's path (Linux's `sun_path`)."""
 
@@ -246,6 +252,22 @@ def _listen(server: grpc.aio.Server, address: str) -> str:
     return address
 
 
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait for one of them and drop the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+async def _dead(core: EngineCore) -> None:
+    """Return when the core has not been alive at two looks in a row; its waiters have heard of it by then."""
+    looks = 0
+    while looks < 2:
+        await asyncio.sleep(LOOK_S)
+        looks = 0 if core.alive() else looks + 1
+
+
 async def serve(
     core: EngineCore,
     address: str,
@@ -254,6 +276,7 @@ async def serve(
     on_ready: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain for at most `drain_s` and stop the core. A second signal drains no more.
+    If the core fails or hangs the process exits with ENGINE_DEAD.
 
     Call it in the main thread's event loop. `on_ready` is told the address when requests are taken.
     """
@@ -268,7 +291,11 @@ async def serve(
     try:
         await server.start()
         on_ready(server.address)
-        await signalled.wait()
+        await _first(signalled.wait(), _dead(core))
+        if not signalled.is_set():
+            logger.error("the engine has failed or hangs; this process ends so that another can take over")
+            # Not an orderly exit: a thread that hangs in the device would hold it up for ever.
+            os._exit(ENGINE_DEAD)
         draining = asyncio.ensure_future(asyncio.to_thread(core.drain, drain_s))
         impatient = asyncio.ensure_future(again.wait())
         await asyncio.wait([draining, impatient], return_when=asyncio.FIRST_COMPLETED)

@@ -51,6 +51,8 @@ class Sampled(NamedTuple):
     """int32[R, MAX_TOP_LOGPROBS]; meaningful up to each row's `top_n`."""
     top_logprobs: jax.Array
     """float32[R, MAX_TOP_LOGPROBS]"""
+    broken: jax.Array
+    """bool[R]: the logits held a NaN; the token means nothing."""
 
 
 class Layout(Protocol):
@@ -125,7 +127,9 @@ def sample(
         processed,
     )
     token = layout.everywhere(argmax(layout.by_vocab(noisy)))
-    return Sampled(token, *report(logits, processed, token, rows, layout))
+    broken = token == logits.shape[1]
+    token = jnp.where(broken, 0, token)
+    return Sampled(token, *report(logits, processed, token, rows, layout), broken)
 
 
 def _neutral(rows: SamplingRows, unused: jax.Array) -> SamplingRows:
@@ -240,7 +244,7 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """float32[R, V] -> int32[R], the first of equals. Two plain reductions: XLA:CPU does not vectorise a paired one."""
+    """float32[R, V] -> int32[R], the first of equals; V for a row with a NaN, which equals nothing. Two plain reductions: XLA:CPU does not vectorise a paired one."""
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), ids, x.shape[1]).min(axis=-1)
 

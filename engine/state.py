@@ -14,7 +14,7 @@ from ..models.kernels import KvLayer
 from ..sharding.mesh import Placement
 from .sampler import SamplingRows
 
-MAX_STOP_IDS = 8
+MAX_STOP_IDS = 32
 """Stop tokens a lane can hold."""
 
 

@@ -94,7 +94,10 @@ def _block_pages(table: jax.Array, page_tokens: int) -> tuple[jax.Array, int]:
 
 
 def _accumulate(carry, scores, seen, values, pattern: str):
-    """One block of online softmax. scores, seen [..., S]; values by `pattern` -> new (maximum, total, sum)."""
+    """One block of online softmax. scores, seen [..., S]; values by `pattern` -> new (maximum, total, sum).
+
+    Values of keys that no query may see must be finite: a weight of 0 does not silence a NaN.
+    """
     maximum, total, acc = carry
     scores = jnp.where(seen, scores, MASKED)
     new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
@@ -129,8 +132,9 @@ def _attend_rows(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | Non
     def body(block: jax.Array, carry):
         pages = jax.lax.dynamic_slice_in_dim(table, block * count, count, axis=1)
         scores = jnp.einsum("ktgh,ktsh->ktgs", q, gather(kv.k, pages))
-        seen = _visible(position, _keys(block, size), window)
-        return _accumulate(carry, scores, seen, gather(kv.v, pages), "ktgs,ktsh->ktgh")
+        keys = _keys(block, size)
+        values = jnp.where((keys <= position).swapaxes(2, 3), gather(kv.v, pages), 0.0)
+        return _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ktsh->ktgh")
 
     blocks = (batch.positions.max() + size) // size
     return _run(blocks, body, (kv_heads, rows, group), head_dim)
@@ -155,9 +159,12 @@ def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | N
         block = turn - (ends[row] - row_blocks[row])
         pages = jax.lax.dynamic_slice(table, (row, block * count), (1, count))[0]
         scores = jnp.einsum("ktgh,ksh->ktgs", q, gather(kv.k, pages))
-        mine = (batch.rows == row)[None, :, None, None]
-        seen = mine & _visible(position, _keys(block, size), window)
-        return _accumulate(carry, scores, seen, gather(kv.v, pages), "ktgs,ksh->ktgh")
+        keys = _keys(block, size)
+        values = jnp.where((keys < held[row]).swapaxes(2, 3)[0], gather(kv.v, pages), 0.0)
+        new = _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ksh->ktgh")
+        # What a row holds must not reach another's tokens, not even as 0 times NaN.
+        mine = (batch.rows == row)[None, :, None]
+        return tuple(jnp.where(mine if x.ndim == 3 else mine[..., None], x, old) for x, old in zip(new, carry))
 
     return _run(ends[-1], body, (kv_heads, tokens, group), head_dim)
 

@@ -1,6 +1,7 @@
 """The whole engine on tiny models: tokens equal transformers', whatever shares the batch, however memory is short."""
 
 import asyncio
+import shutil
 import time
 
 import numpy as np
@@ -8,10 +9,24 @@ import pytest
 
 from tests.engine.conftest import collect, ids, request, run
 from tests.support.tiny import hf_greedy, hf_logits, tiny_model
-from xlane.engine import FinishReason, InvalidRequest, LogprobsMode, Overloaded, Request, SamplingParams
+from xlane.engine import (
+    EngineConfig,
+    FinishReason,
+    InvalidRequest,
+    LogprobsMode,
+    Overloaded,
+    Request,
+    RequestFailed,
+    SamplingParams,
+)
+from xlane.engine.engine import Engine
 from xlane.engine.local import LocalClient
+from xlane.models.opened import open_model
 
-PROMPTS = [np.random.default_rng(seed).integers(3, 131, size).tolist() for seed, size in enumerate((5, 40, 1, 17, 33, 8))]
+PROMPTS = [
+    np.random.default_rng(seed).integers(3, 131, size).tolist()
+    for seed, size in enumerate((5, 40, 1, 17, 33, 8))
+]
 
 
 @pytest.mark.parametrize("kernels", ["xla", "native"])
@@ -27,7 +42,10 @@ def test_greedy_tokens_equal_transformers(engine_of, models, kind: str, kernels:
 
 def test_nothing_compiles_after_ready(engine_of) -> None:
     engine = engine_of()
-    run(engine, *(request(prompt, max_tokens=20, temperature=1.0, top_k=5, logprobs=True) for prompt in PROMPTS))
+    run(
+        engine,
+        *(request(prompt, max_tokens=20, temperature=1.0, top_k=5, logprobs=True) for prompt in PROMPTS),
+    )
     assert engine.stats().compiles_after_ready == 0
 
 
@@ -94,9 +112,13 @@ def _sampled() -> list[Request]:
 @pytest.mark.parametrize("given", [1, 7, 19])
 def test_resumed_requests_go_on_as_if_nothing_had_happened(engine_of, given: int) -> None:
     engine = engine_of()
-    whole = request(PROMPTS[3], max_tokens=20, temperature=1.0, seed=3, presence_penalty=1.0, repetition_penalty=1.2)
+    whole = request(
+        PROMPTS[3], max_tokens=20, temperature=1.0, seed=3, presence_penalty=1.0, repetition_penalty=1.2
+    )
     expected = ids(run(engine, whole)[0])
-    rest = Request(id="rest", prompt_ids=whole.prompt_ids, sampling=whole.sampling, resume_ids=tuple(expected[:given]))
+    rest = Request(
+        id="rest", prompt_ids=whole.prompt_ids, sampling=whole.sampling, resume_ids=tuple(expected[:given])
+    )
     assert ids(run(engine, rest)[0]) == expected[given:]
 
 
@@ -104,7 +126,13 @@ def test_resumed_requests_go_on_as_if_nothing_had_happened(engine_of, given: int
 def test_logprobs_equal_transformers(engine_of, models, mode: LogprobsMode) -> None:
     temperature = 0.7
     asked = request(
-        PROMPTS[3], max_tokens=6, temperature=temperature, seed=5, logprobs=True, top_logprobs=4, logprobs_mode=mode
+        PROMPTS[3],
+        max_tokens=6,
+        temperature=temperature,
+        seed=5,
+        logprobs=True,
+        top_logprobs=4,
+        logprobs_mode=mode,
     )
     (output,) = run(engine_of(), asked)
     path, text = tiny_model("llama-gqa-tied", models), list(PROMPTS[3])
@@ -187,7 +215,7 @@ def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of)
         ({"sampling": SamplingParams(max_tokens=1, seed=2**64)}, "seed=18446744073709551616"),
         ({"sampling": SamplingParams(max_tokens=1, top_logprobs=21, logprobs=True)}, "top_logprobs=21"),
         ({"sampling": SamplingParams(max_tokens=1, top_logprobs=2)}, "needs logprobs"),
-        ({"sampling": SamplingParams(max_tokens=1, stop_ids=tuple(range(9)))}, "stop_ids"),
+        ({"sampling": SamplingParams(max_tokens=1, stop_ids=tuple(range(33)))}, "stop_ids"),
         ({"sampling": SamplingParams(max_tokens=1, stop_ids=(2**31,))}, "stop_ids: 2147483648"),
         ({"sampling": SamplingParams(max_tokens=1, stop_ids=(-1,))}, "stop_ids: -1"),
         ({"sampling": SamplingParams(max_tokens=10**400)}, "max_tokens=1000"),
@@ -217,3 +245,38 @@ def test_drain_lets_the_running_finish_and_takes_no_more(engine_of) -> None:
     asyncio.run(main())
     assert time.monotonic() - started < 30
     assert not engine.healthy()
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_a_model_that_gives_nan_fails_its_request_and_no_other(models, tmp_path, kernels: str) -> None:
+    """One embedding row is NaN. Whoever holds that token fails by name; its neighbours, and whoever gets its pages
+    next, do not notice."""
+    import safetensors.numpy
+
+    whole = tiny_model("llama-mha", models)
+    expected = hf_greedy(whole, [3, 4, 5], 6)
+    damage = next(token for token in range(130, 0, -1) if token not in expected)
+    path = shutil.copytree(whole, tmp_path / "damaged")
+    weights = safetensors.numpy.load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"][damage] = np.nan
+    safetensors.numpy.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    opened = open_model(path)
+    config = EngineConfig(
+        model_id="damaged", lanes=2, page_tokens=4, max_total_tokens=16, kv_bytes=8 * 2 * 3 * 4 * 4 * 16 * 4,
+        prefill_chunk_tokens=16, kernels=kernels, cache_dir=str(models),
+    )  # fmt: skip
+    engine = Engine.build(config, opened.config, opened.source)
+
+    async def main() -> None:
+        client = LocalClient(engine)
+        for _ in range(4):
+            damaged = asyncio.create_task(collect(client, request([3, 4, 5, damage], max_tokens=6)))
+            beside = request([3, 4, 5], max_tokens=6)
+            assert ids(await collect(client, beside)) == expected
+            with pytest.raises(RequestFailed, match="NaN"):
+                await damaged
+            assert ids(await collect(client, request([3, 4, 5], max_tokens=6))) == expected
+
+    asyncio.run(main())
+    assert engine.stats().pages_free == engine.info.pages
+    engine.stop()

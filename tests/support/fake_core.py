@@ -92,6 +92,7 @@ class FakeCore:
         self._steps = self._decode_tokens = self._prefill_tokens = 0
         self._draining = self._stopping = self._frozen = False
         self.sick = False
+        self.broken = False
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
         self._thread.start()
 
@@ -160,6 +161,9 @@ class FakeCore:
 
     def healthy(self) -> bool:
         return self._thread.is_alive() and not (self.sick or self._stopping or self._draining)
+
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self.broken
 
     def drain(self, timeout_s: float) -> None:
         with self._changed:
