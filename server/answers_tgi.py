@@ -83,6 +83,22 @@ class TokenSpan(_Answer, kw_only=True):
     stop: int
 
 
+class TokenIds(_Answer, kw_only=True):
+    """`/tokenize` of a `prompt`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(_Answer, kw_only=True):
+    """`/detokenize`: the text, under both names that clients look for."""
+
+    text: str
+    prompt: str
+
+
 class ChatTokens(_Answer, kw_only=True):
     """`/chat_tokenize`."""
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..engine import EngineError
-from . import anthropic, docs, kserve, misc, native, sagemaker, vertex
+from . import anthropic, docs, kserve, misc, native, sagemaker, tokens, vertex
 from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
@@ -75,8 +75,9 @@ def routes(config: ServerConfig) -> list[Route]:
         Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
         Route("/invocations", sagemaker.invocations, methods=["POST"]),
         Route("/vertex", vertex.predict, methods=["POST"]),
-        Route("/tokenize", misc.tokenize, methods=["POST"]),
-        Route("/chat_tokenize", misc.chat_tokenize, methods=["POST"]),
+        *(Route(path, tokens.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
+        *(Route(path, tokens.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
+        Route("/chat_tokenize", tokens.chat_tokenize, methods=["POST"]),
         *(Route(path, list_models) for path in ("/v1/models", "/models")),
         *(Route(path, show_model) for path in ("/v1/models/{model:path}", "/models/{model:path}")),
         Route("/info", misc.info),

@@ -1,4 +1,4 @@
-"""The routes that generate nothing: tokenising, information, health, metrics. Knows their JSON."""
+"""The routes that only tell: information, health, metrics. Knows their JSON."""
 
 import asyncio
 
@@ -9,33 +9,11 @@ from starlette.responses import Response
 from ..engine import EngineError, EngineStats
 from ..engine.replay import ReplayingClient
 from .backend import Serving
-from .body import read_body
-from .chat import conversation_of, render
 from .front import Front, front_of
 from .metrics import CONTENT_TYPE, Now
-from .schema_openai import ChatBody
-from .schema_tgi import GenerateBody
 
 PROBE_TIMEOUT_S = 5.0
 """Longest an engine may take to say how it is before it counts as not well."""
-
-
-async def tokenize(request: HttpRequest) -> Response:
-    """`POST /tokenize`: the tokens of `inputs`, with byte offsets; `truncate` does not count, as in TGI."""
-    body = await read_body(request, GenerateBody)
-    front = front_of(request)
-    tokens = await _tokens(front, front.backend.serving(), body.inputs, add_special_tokens=True)
-    return _json(tokens)
-
-
-async def chat_tokenize(request: HttpRequest) -> Response:
-    """`POST /chat_tokenize`: a conversation as the model sees it, as text and as tokens."""
-    body = await read_body(request, ChatBody)
-    front = front_of(request)
-    serving = front.backend.serving()
-    text = (await render(front, serving, conversation_of(body))).text
-    tokens = await _tokens(front, serving, text, add_special_tokens=False)
-    return _json({"tokenize_response": tokens, "templated_text": text})
 
 
 async def info(request: HttpRequest) -> Response:
@@ -99,17 +77,6 @@ def _now(front: Front, *, answering: bool) -> Now:
     engine = None if backend.latest is None else backend.latest.engine
     replays = engine.replays if isinstance(engine, ReplayingClient) else 0
     return Now(answering and backend.reason is None, front.permits.taken, backend.restarts, replays)
-
-
-async def _tokens(
-    front: Front, serving: Serving, text: str, *, add_special_tokens: bool
-) -> list[dict[str, object]]:
-    spans = await front.workers.run(serving.tokenizer.encode_offsets, text, add_special_tokens)
-    raw = text.encode()
-    return [
-        {"id": i, "text": raw[start:stop].decode(errors="replace"), "start": start, "stop": stop}
-        for i, start, stop in spans
-    ]
 
 
 async def _well(serving: Serving) -> bool:

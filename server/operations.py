@@ -10,7 +10,7 @@ from typing import Any
 from . import answers_anthropic as claude
 from . import answers_openai as openai
 from . import answers_tgi as tgi
-from . import anthropic, docs, kserve, misc, native, openai_models, sagemaker, vertex
+from . import anthropic, docs, kserve, misc, native, openai_models, sagemaker, tokens, vertex
 from .answers_responses import ModelResponse, ResponseEvent
 from .openai_chat import chat_completions
 from .openai_completions import completions
@@ -19,7 +19,7 @@ from .schema_anthropic import CountBody, MessagesBody
 from .schema_openai import ChatBody, CompletionBody
 from .schema_platforms import InferBody, VertexBody
 from .schema_responses import ResponsesBody
-from .schema_tgi import GenerateBody
+from .schema_tgi import DetokenizeBody, GenerateBody, TokenizeBody
 
 TEXT, HTML, PROMETHEUS = "text/plain", "text/html", "text/plain; version=0.0.4"
 
@@ -94,11 +94,14 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
         group="TGI", summary="Generate as the Hub's inference API does", body=GenerateBody,
         answer=list[tgi.Generated], event=tgi.StreamEvent, generates=True, example=_NATIVE,
     ),
-    misc.tokenize: Operation(
-        group="TGI", summary="Tokens of a text", body=GenerateBody, answer=list[tgi.TokenSpan],
+    tokens.tokenize: Operation(
+        group="TGI", summary="Tokens of a text", body=TokenizeBody, answer=list[tgi.TokenSpan] | tgi.TokenIds,
         example={"inputs": "The sky"},
     ),
-    misc.chat_tokenize: Operation(
+    tokens.detokenize: Operation(
+        group="TGI", summary="Text of tokens", body=DetokenizeBody, answer=tgi.Detokenized, example={"tokens": [84]}
+    ),
+    tokens.chat_tokenize: Operation(
         group="TGI", summary="A conversation as the model sees it", body=ChatBody, answer=tgi.ChatTokens,
         example={"messages": _MESSAGES},
     ),

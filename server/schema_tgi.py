@@ -30,8 +30,25 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /generate`, `/generate_stream`, `/` and `/tokenize`; `stream` counts on `/` only."""
+    """`POST /generate`, `/generate_stream` and `/`; `stream` counts on `/` only."""
 
     inputs: str
     parameters: GenerateParameters | None = None
     stream: bool | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /tokenize`: `inputs` is answered as TGI does, `prompt` as vLLM does."""
+
+    inputs: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /detokenize`: ids, under either name."""
+
+    tokens: list[int] | None = None
+    ids: list[int] | None = None
+    skip_special_tokens: bool | None = None

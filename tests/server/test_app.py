@@ -11,7 +11,7 @@ from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
-from ..support.byte_tokenizer import BOS, ByteTokenizer
+from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
 from .conftest import Rig
 
@@ -22,7 +22,11 @@ GENERATIONS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
     ("/v1/completions", {"prompt": "a"}),
+    ("/v1/responses", {"input": "a"}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
     ("/invocations", {"inputs": "a"}),
+    ("/detokenize", {"tokens": [97]}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "a"}]}),
     ("/tokenize", {"inputs": "a"}),
     ("/chat_tokenize", {"messages": [{"role": "user", "content": "a"}]}),
 ]
@@ -31,6 +35,9 @@ GENERATIONS: list[tuple[str, dict[str, Any]]] = [
 def message_of(response: httpx.Response) -> str:
     """The error text, whichever shape it has to have at this path."""
     error = response.json()["error"]
+    if response.request.url.path.startswith("/v1/messages"):
+        assert set(error) == {"type", "message"}
+        return error["message"]
     openai = response.request.url.path.startswith(("/v1", "/models"))
     assert isinstance(error, dict) == openai
     assert set(error if openai else response.json()) == (
@@ -186,7 +193,7 @@ class TestCors:
             assert refused.headers["access-control-allow-origin"] == "https://chat.example"
 
 
-@pytest.mark.parametrize(("path", "body"), GENERATIONS[:6])
+@pytest.mark.parametrize(("path", "body"), GENERATIONS[:8])
 def test_beyond_the_permits_the_answer_is_429_at_once(path: str, body: dict[str, Any]):
     async def main() -> None:
         engine, backend = FakeEngine(first_delay_s=0.3), Backend()
@@ -222,25 +229,6 @@ def test_info(rig: Rig):
         "model_sha", "model_pipeline_tag", "max_concurrent_requests", "max_best_of", "max_stop_sequences",
         "validation_workers", "max_client_batch_size", "version", "sha", "docker_label",
     }  # fmt: skip
-
-
-def test_tokenize(rig: Rig):
-    assert rig.post("/tokenize", inputs="aé").json() == [
-        {"id": BOS, "text": "", "start": 0, "stop": 0},
-        {"id": 97, "text": "a", "start": 0, "stop": 1},
-        {"id": 0xC3, "text": "\N{REPLACEMENT CHARACTER}", "start": 1, "stop": 2},
-        {"id": 0xA9, "text": "\N{REPLACEMENT CHARACTER}", "start": 2, "stop": 3},
-    ]
-
-
-def test_chat_tokenize(rig: Rig):
-    answer = rig.post("/chat_tokenize", messages=[{"role": "user", "content": "a"}]).json()
-    assert answer["templated_text"] == "[user]a|[assistant]"
-    assert [token["text"] for token in answer["tokenize_response"]] == list("[user]a|[assistant]")
-    refused = rig.post("/chat_tokenize", messages=[{"role": "system", "content": "refuse me"}])
-    assert refused.status_code == 422
-    assert refused.json()["error_type"] == "template_error"
-    assert refused.json()["error"].startswith("Template error: ")
 
 
 def samples(rig: Rig) -> dict[str, float]:

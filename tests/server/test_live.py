@@ -56,6 +56,9 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True, "n": 2}),
     ("/v1/completions", {"prompt": "a", "stream": True}),
+    ("/v1/responses", {"input": "a", "stream": True}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 99}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 99, "stream": True}),
 ]
 
 

@@ -170,6 +170,7 @@ def test_every_example_works_and_its_answer_is_as_told(rig: Rig, place: tuple[st
         ("/vertex", {"instances": [{"inputs": "a", "parameters": {"details": True}}]}),
         ("/generate", {"inputs": ""}),
         ("/generate", {}),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}),
         ("/v1/responses", {"input": "a", "stream": True}),
         ("/v1/responses", {"input": []}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 3, "stream": True}),

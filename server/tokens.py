@@ -1,0 +1,80 @@
+"""The routes that turn texts into tokens and back: TGI's, and under `prompt` and `tokens` vLLM's. Knows their JSON."""
+
+from collections.abc import Sequence
+
+import orjson
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..models.errors import TokenizerError
+from .backend import Serving
+from .body import read_body
+from .chat import conversation_of, render
+from .errors import Invalid, WrongShape
+from .front import Front, front_of
+from .schema_openai import ChatBody
+from .schema_tgi import DetokenizeBody, TokenizeBody
+
+
+async def tokenize(request: HttpRequest) -> Response:
+    """`POST /tokenize`: the tokens of `inputs`, with byte offsets, or of `prompt`, as a list of ids."""
+    body = await read_body(request, TokenizeBody)
+    front = front_of(request)
+    serving = front.backend.serving()
+    special = body.add_special_tokens is not False
+    if body.inputs is not None:
+        return _json(await _told(front, serving, body.inputs, add_special_tokens=special))
+    if body.prompt is None:
+        raise WrongShape("The body needs `inputs` or `prompt`", param="inputs")
+    ids = [i for i, _, _ in await _spans(front, serving, body.prompt, add_special_tokens=special)]
+    strings = [serving.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+    limit = serving.info.max_total_tokens
+    return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+
+
+async def detokenize(request: HttpRequest) -> Response:
+    """`POST /detokenize`: the text of `tokens` (or `ids`), special ones shown unless they are to be left out."""
+    body = await read_body(request, DetokenizeBody)
+    front = front_of(request)
+    serving = front.backend.serving()
+    name, ids = ("ids", body.ids) if body.tokens is None else ("tokens", body.tokens)
+    if ids is None:
+        raise WrongShape("The body needs `tokens` or `ids`", param="tokens")
+    if ids and not 0 <= min(ids) <= max(ids) < serving.info.vocab_size:
+        raise Invalid(f"`{name}` has an id outside 0 … {serving.info.vocab_size - 1}", param=name)
+    text = await front.workers.run(serving.tokenizer.decode, ids, bool(body.skip_special_tokens))
+    return _json({"text": text, "prompt": text})
+
+
+async def chat_tokenize(request: HttpRequest) -> Response:
+    """`POST /chat_tokenize`: a conversation as the model sees it, as text and as tokens."""
+    body = await read_body(request, ChatBody)
+    front = front_of(request)
+    serving = front.backend.serving()
+    text = (await render(front, serving, conversation_of(body))).text
+    tokens = await _told(front, serving, text, add_special_tokens=False)
+    return _json({"tokenize_response": tokens, "templated_text": text})
+
+
+async def _spans(
+    front: Front, serving: Serving, text: str, *, add_special_tokens: bool
+) -> Sequence[tuple[int, int, int]]:
+    try:
+        return await front.workers.run(serving.tokenizer.encode_offsets, text, add_special_tokens)
+    except TokenizerError as error:
+        raise Invalid(f"tokenizer error {error}") from error
+
+
+async def _told(
+    front: Front, serving: Serving, text: str, *, add_special_tokens: bool
+) -> list[dict[str, object]]:
+    spans = await _spans(front, serving, text, add_special_tokens=add_special_tokens)
+    raw = text.encode()
+    return [
+        {"id": i, "text": raw[start:stop].decode(errors="replace"), "start": start, "stop": stop}
+        for i, start, stop in spans
+    ]
+
+
+def _json(value: object) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
