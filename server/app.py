@@ -1,5 +1,6 @@
 """The ASGI app: routes, middleware, error handlers, put together once. Everything it needs is handed in."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,6 +27,7 @@ from .openai_models import list_models, show_model
 from .responses import responses
 from .stream import ClientGone
 from .text import TextWorkers
+from .tracing import TraceRequests, Tracing
 
 
 def create_app(backend: Backend, config: ServerConfig) -> Starlette:
@@ -37,15 +39,18 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
         metrics=Metrics(),
         workers=TextWorkers(config.validation_workers),
     )
+    tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         front.workers.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = Starlette(
         routes=routes(config),
-        middleware=_middleware(config),
+        middleware=_middleware(config, tracing),
         exception_handlers={
             HTTPException: _on_error,
             ServerError: _on_error,
@@ -112,7 +117,7 @@ def _kserve() -> list[Route]:
     ]
 
 
-def _middleware(config: ServerConfig) -> list[Middleware]:
+def _middleware(config: ServerConfig, tracing: Tracing | None) -> list[Middleware]:
     """From the outside in."""
     cors: list[Middleware] = []
     if config.cors_allow_origins:
@@ -127,6 +132,7 @@ def _middleware(config: ServerConfig) -> list[Middleware]:
         )
     return [
         Middleware(TidyPaths),
+        *([Middleware(TraceRequests, tracing=tracing)] if tracing is not None else []),
         Middleware(RequestIds),
         *cors,
         Middleware(RequireKey, key=config.api_key),

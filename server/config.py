@@ -64,3 +64,7 @@ class ServerConfig:
     """Seconds a stream's reader may take no bytes before the stream is cut and its lane freed."""
     graceful_termination_timeout_s: float = 90.0
     """Seconds running requests have to finish after a stop is asked for."""
+    otlp_endpoint: str | None = None
+    """Where traces are sent, by OTLP over gRPC; None makes none."""
+    otlp_service_name: str = "xlane"
+    """Who they are from."""

@@ -152,6 +152,8 @@ HTTP = (
         "graceful-termination-timeout", "server.graceful_termination_timeout_s",
         "Seconds that running requests have to finish after a stop is asked for.", "float", short="g", at_least=0
     ),
+    _tgi("otlp-endpoint", "server.otlp_endpoint", "Send traces there, by OTLP over gRPC; needs the extra `otel`."),
+    _tgi("otlp-service-name", "server.otlp_service_name", "Who the traces are from."),
 )  # fmt: skip
 
 LOG = (
@@ -250,8 +252,6 @@ _REFUSED = {
     "rope-factor": "positions scale as the model's config.json says",
     "weights-cache-override": "give the directory itself as --model-id",
     "tokenizer-config-path": "put the file into the model's directory and serve that",
-    "otlp-endpoint": "there is no tracing yet; /metrics has counters and latencies",
-    "otlp-service-name": "there is no tracing yet; /metrics has counters and latencies",
     "enable-prefill-logprobs": "log-probabilities of prompt tokens are not computed",
     "ngrok": "there is no tunnel; put a proxy in front",
 }
@@ -283,7 +283,11 @@ ENV_WITHOUT_MEANING = {
 }
 """Variables of TGI that never were flags."""
 
-TGI_DEFAULTS: Mapping[str, Any] = {"hostname": "0.0.0.0", "cors-allow-origin": ("*",)}
+TGI_DEFAULTS: Mapping[str, Any] = {
+    "hostname": "0.0.0.0",
+    "cors-allow-origin": ("*",),
+    "otlp-service-name": "text-generation-inference.router",
+}
 """Where `text-generation-launcher` differs from `xlane serve`, which opens nothing to strangers unless told to."""
 
 

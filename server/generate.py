@@ -16,6 +16,7 @@ from ..engine import EngineClient, FinishReason, Request, StepOutput, Timing
 from .detokenize import Detokenizer
 from .errors import Incomplete
 from .metrics import Metrics
+from .watch import WATCH
 
 
 class Ending(StrEnum):
@@ -88,14 +89,24 @@ async def run_one(
 ) -> AsyncGenerator[Progress, None]:
     """Run one sequence to its end. Raises the engine's errors, and Incomplete if the end never comes."""
     state = _Running(sequence, metrics, choice)
-    steps = cast("AsyncGenerator[StepOutput, None]", engine.submit(sequence.request))
-    async with aclosing(steps):
-        async for step in steps:
-            progress = state.advance(step)
-            yield progress
-            if progress.done is not None:
-                return
-    raise Incomplete("Incomplete generation")
+    request, watch = sequence.request, WATCH.get()
+    if watch is not None:
+        watch.started(request)
+    try:
+        steps = cast("AsyncGenerator[StepOutput, None]", engine.submit(request))
+        async with aclosing(steps):
+            async for step in steps:
+                progress = state.advance(step)
+                if (done := progress.done) is not None and watch is not None:
+                    watch.ended(request, done.ending.openai, done.tokens, done.cached_tokens, done.timing)
+                yield progress
+                if done is not None:
+                    return
+        raise Incomplete("Incomplete generation")
+    except Exception as error:
+        if watch is not None:
+            watch.failed(request, error)
+        raise
 
 
 async def run_all(
