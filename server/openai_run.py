@@ -118,7 +118,9 @@ def plan(
         front.metrics.input_length.observe(len(prompt.ids))
         front.metrics.max_new_tokens.observe(prompt.max_tokens)
     front.metrics.validation_duration.observe(clock.submitted())
-    return Job(serving, front.model_name, prompts, checked, runs, markers)
+    # Not `front.model_name`: a server that is asked to stop meanwhile still answers what it has begun.
+    model = front.config.served_model_name or serving.info.model_id
+    return Job(serving, model, prompts, checked, runs, markers)
 
 
 async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine[Any, Any, Job]]) -> Finished:

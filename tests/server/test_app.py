@@ -74,6 +74,23 @@ def test_the_app_answers_before_there_is_an_engine():
         assert client.post("/generate", json={"inputs": "a"}).status_code == 503
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_request_that_is_being_checked_when_the_server_is_to_stop_is_answered(path: str, stream: bool):
+    engine, backend = FakeEngine(), Backend()
+
+    class Stopping(ByteTokenizer):
+        def apply_chat(self, *args: Any, **kwargs: Any) -> str:
+            backend.drain()
+            return super().apply_chat(*args, **kwargs)
+
+    backend.ready(engine, Stopping(), engine.info_value)
+    body = {"messages": [{"role": "user", "content": "a"}], "input": "a", "max_tokens": 1, "stream": stream}
+    with TestClient(create_app(backend, ServerConfig())) as client:
+        assert client.post(path, json=body).status_code == 200
+        assert client.post(path, json=body).status_code == 503
+
+
 def test_an_engine_that_is_not_well(rig: Rig):
     rig.engine.healthy = False
     response = rig.client.get("/health")
