@@ -8,6 +8,10 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from xlane.models.tokenizer import TextTokenizer, TokenizerFiles
 from xlane.server.config import ServerConfig
 from xlane.server.detokenize import Detokenizer
 from xlane.server.generate import Done, Ending, Progress, TextToken
@@ -118,6 +122,27 @@ def test_special_tokens_whose_text_is_wanted():
     for token in (300, 97, 301, 98, BOS):
         text.push(token)
     assert text.take() + text.finish() == "<think>a</think>b"
+
+
+def test_a_tokenizer_and_a_template_as_models_have_them():
+    backend = Tokenizer(BPE({char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<think>", "</think>"])
+    template = (
+        "{{ messages[0].content }}[assistant]"
+        "{{ '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '<think>\\n' }}"
+    )
+    tokenizer = TextTokenizer(TokenizerFiles(backend, {"default": template}))
+    markers = find_markers(tokenizer)
+    assert markers is not None
+    text = Detokenizer(tokenizer, kept_ids=markers.special_ids)
+    for token in tokenizer.encode("<think>é</think>ü", add_special_tokens=False):
+        text.push(token)
+    assert text.take() + text.finish() == "<think>é</think>ü"
+    for thinks in (True, False):
+        prompt = tokenizer.apply_chat([{"role": "user", "content": "a"}], enable_thinking=thinks)
+        assert markers.left_open(prompt, "") == thinks
 
 
 def test_where_a_prompt_leaves_thinking_open():
