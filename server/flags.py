@@ -274,12 +274,21 @@ NO_MEANING = tuple(_foreign(name, "no meaning", why) for name, why in _NO_MEANIN
 REFUSED = tuple(_foreign(name, "refused", why) for name, why in _REFUSED.items())
 FOREIGN = NO_MEANING + REFUSED
 
+_NO_SUCH_KERNELS = "--kernels chooses, and there are no such kernels"
 ENV_WITHOUT_MEANING = {
     "PREFIX_CACHING": "prefixes are always cached",
     "PREFILL_CHUNKING": "prompts are always computed in chunks",
     "ATTENTION": "--kernels chooses",
     "USE_FLASH_ATTENTION": "--kernels chooses",
     "TGI_WIGGLE_ROOM": "memory is measured, not estimated; --memory-fraction sets the share",
+    "XPU_MEMORY_FRACTION": "--memory-fraction sets the share",
+    "COMPUTE_TYPE": "the header x-compute-type names the device",
+    "LOG_COLORIZE": "colours are for terminals; NO_COLOR=1 switches them off",
+    "MAX_IMAGE_FETCH_SIZE": "no images are fetched",
+    "HF_KERNELS_CACHE": "kernels come with the package",
+    "DISABLE_EXLLAMA": _NO_SUCH_KERNELS,
+    "EXLLAMA_VERSION": _NO_SUCH_KERNELS,
+    "USE_CUTLASS_W8A8": _NO_SUCH_KERNELS,
 }
 """Variables of TGI that never were flags."""
 
