@@ -50,9 +50,7 @@ class XlaKernels:
 
     def attend(
         self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        qkv: jax.Array,
         kv: KvLayer,
         batch: PagedBatch,
         *,
@@ -61,17 +59,14 @@ class XlaKernels:
         one_token_rows: bool,
     ) -> tuple[jax.Array, KvLayer]:
         """See `Kernels.attend`."""
-        kv = write(kv, k, v, batch)
-        tokens, heads, head_dim = q.shape
-        kv_heads = kv.k.shape[0]
+        tokens, kv_heads, members, head_dim = qkv.shape
+        group = members - 2
+        kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch)
         # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
-        grouped = (
-            q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).swapaxes(0, 1).astype(jnp.float32)
-            * scale
-        )
+        grouped = qkv[:, :, :group].swapaxes(0, 1).astype(jnp.float32) * scale
         attend = _attend_rows if one_token_rows else _attend_packed
         out = attend(grouped, kv, batch, window)
-        return out.swapaxes(0, 1).reshape(tokens, heads, head_dim).astype(q.dtype), kv
+        return out.swapaxes(0, 1).reshape(tokens, kv_heads * group, head_dim).astype(qkv.dtype), kv
 
 
 def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLayer:
@@ -164,7 +159,9 @@ def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | N
         new = _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ksh->ktgh")
         # What a row holds must not reach another's tokens, not even as 0 times NaN.
         mine = (batch.rows == row)[None, :, None]
-        return tuple(jnp.where(mine if x.ndim == 3 else mine[..., None], x, old) for x, old in zip(new, carry))
+        return tuple(
+            jnp.where(mine if x.ndim == 3 else mine[..., None], x, old) for x, old in zip(new, carry)
+        )
 
     return _run(ends[-1], body, (kv_heads, tokens, group), head_dim)
 

@@ -49,9 +49,7 @@ class Kernels(Protocol):
 
     def attend(
         self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        qkv: jax.Array,
         kv: KvLayer,
         batch: PagedBatch,
         *,
@@ -59,7 +57,9 @@ class Kernels(Protocol):
         scale: float,
         one_token_rows: bool,
     ) -> tuple[jax.Array, KvLayer]:
-        """Write k, v [T, K, H] into the pages of their rows, then attend q [T, N, H] causally -> [T, N, H].
+        """Write keys and values into the pages of their rows, then attend the queries causally -> [T, N, H].
+
+        qkv [T, K, G+2, H] holds, per kv head, its G query heads, its key and its value.
 
         A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
         very call included. `one_token_rows` promises rows == arange(T) (a decode step). Query head n reads kv head

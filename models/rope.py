@@ -36,13 +36,24 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
 
 
 def rotation(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions int32[T] -> (cos, sin) float32[T, 1, H/2]. In float32: bfloat16 cannot tell far positions apart."""
+    """positions int32[T] -> (cos, sin) float32[T, 1, G+2, H] for heads laid out as in a fused qkv: each kv head's queries
+    and its key turn, its value stands still. In float32: bfloat16 cannot tell far positions apart."""
     angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config)[None, :]
-    return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turns = (np.arange(config.heads // config.kv_heads + 2) <= config.heads // config.kv_heads)[
+        None, None, :, None
+    ]
+    cos = jnp.concatenate([cos, cos], axis=-1)[:, None, None, :]
+    sin = jnp.concatenate([-sin, sin], axis=-1)[:, None, None, :]
+    return jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn each head of x [T, heads, H] by its position's angles, in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def rotate(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the heads of a fused qkv [T, K, G+2, H] by their positions' angles, in float32, returned in its dtype.
+
+    One expression over the whole array, so that it becomes one loop: three would run side by side on the threads that
+    the matmul kernels wait for.
+    """
+    wide = qkv.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    return (wide * cos + jnp.concatenate([second, first], axis=-1) * sin).astype(qkv.dtype)

@@ -463,10 +463,12 @@ struct Queries {
 struct Attend {
   i64 T, N, K, H, P, W, pmax, G, padded, window;  // padded: H rounded up to whole panels; window 0: none
   float scale;
-  const float *q, *k, *v;
+  const float* qkv;  // [T, K, G + 2, H]
   float *kpool, *vpool, *out;
   const int32_t *positions, *rows, *table;
 
+  // A query (member < G), the key (G) or the value (G + 1) of a token and kv head.
+  const float* part(i64 token, i64 head, i64 member) const { return qkv + ((token * K + head) * (G + 2) + member) * H; }
   i64 page(i64 row, i64 position) const { return table[row * pmax + position / W]; }
   bool whole_pages() const { return W % 16 == 0 && padded == H; }
   i64 position(const Queries& qs, i64 r) const { return positions[qs.token + (qs.begin + r) / G]; }
@@ -527,7 +529,7 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
     const int size = cut.size(i);
     for (int r = 0; r < size; ++r) {
       const i64 n = qs.begin + base + r;
-      const float* from = a.q + ((qs.token + n / G) * a.N + qs.head * G + n % G) * a.H;
+      const float* from = a.part(qs.token + n / G, qs.head, n % G);
       float* to = query + base * H + r;
       for (i64 h = 0; h < a.H; ++h) to[h * size] = from[h] * a.scale;
       for (i64 h = a.H; h < H; ++h) to[h * size] = 0;
@@ -627,27 +629,28 @@ std::string check(const Attend& a, const Run& run, i64 rows) {
 
 void write_run(const Attend& a, const Run& run, i64 head) {
   for (i64 t = run.begin; t < run.end; ++t) {
-    const i64 row = a.rows[t], from = (t * a.K + head) * a.H;
-    std::memcpy(a.slot(a.kpool, head, row, a.positions[t]), a.k + from, a.H * sizeof(float));
-    std::memcpy(a.slot(a.vpool, head, row, a.positions[t]), a.v + from, a.H * sizeof(float));
+    const i64 row = a.rows[t];
+    std::memcpy(a.slot(a.kpool, head, row, a.positions[t]), a.part(t, head, a.G), a.H * sizeof(float));
+    std::memcpy(a.slot(a.vpool, head, row, a.positions[t]), a.part(t, head, a.G + 1), a.H * sizeof(float));
   }
 }
 
-ffi::Error attend(ffi::ThreadPool pool, F32x3 q, F32x3 k, F32x3 v,
+ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
                   F32x4 kpool, F32x4 vpool, I32x1 positions,
                   I32x1 rows, I32x2 table,
                   ffi::Result<F32x3> out, ffi::Result<F32x4> kout,
                   ffi::Result<F32x4> vout, int64_t window, float scale) {
   Attend a;
-  a.T = q.dimensions()[0], a.N = q.dimensions()[1], a.H = q.dimensions()[2];
+  a.T = qkv.dimensions()[0], a.G = qkv.dimensions()[2] - 2, a.H = qkv.dimensions()[3];
   a.K = kpool.dimensions()[0], a.P = kpool.dimensions()[1], a.W = kpool.dimensions()[2], a.pmax = table.dimensions()[1];
-  if (a.K == 0 || a.N % a.K != 0 || kpool.dimensions()[3] != a.H || k.dimensions()[1] != a.K || k.dimensions()[0] != a.T ||
-      k.dimensions()[2] != a.H || positions.dimensions()[0] != a.T || rows.dimensions()[0] != a.T)
-    return bad("q, k, v, the pools and the batch do not fit together");
+  a.N = a.K * a.G;
+  if (a.K == 0 || a.G <= 0 || qkv.dimensions()[1] != a.K || kpool.dimensions()[3] != a.H ||
+      positions.dimensions()[0] != a.T || rows.dimensions()[0] != a.T)
+    return bad("qkv, the pools and the batch do not fit together");
   if (kpool.typed_data() != kout->typed_data() || vpool.typed_data() != vout->typed_data())
     return bad("the pools must be updated in place");
-  a.G = a.N / a.K, a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale;
-  a.q = q.typed_data(), a.k = k.typed_data(), a.v = v.typed_data(), a.out = out->typed_data();
+  a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale;
+  a.qkv = qkv.typed_data(), a.out = out->typed_data();
   a.kpool = kout->typed_data(), a.vpool = vout->typed_data();
   a.positions = positions.typed_data(), a.rows = rows.typed_data(), a.table = table.typed_data();
 
@@ -704,9 +707,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear, linear,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32x3>()
-                                  .Arg<F32x3>()
-                                  .Arg<F32x3>()
+                                  .Arg<F32x4>()
                                   .Arg<F32x4>()
                                   .Arg<F32x4>()
                                   .Arg<I32x1>()

@@ -19,7 +19,7 @@ from .build import build
 
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
 LINEAR = "xlane_linear.1"
-ATTEND = "xlane_attend.1"
+ATTEND = "xlane_attend.2"
 
 _lock = threading.Lock()
 _registered: list["NativeKernels"] = []  # XLA takes a target's name once per process
@@ -43,9 +43,7 @@ class NativeKernels:
 
     def attend(
         self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        qkv: jax.Array,
         kv: KvLayer,
         batch: PagedBatch,
         *,
@@ -53,15 +51,17 @@ class NativeKernels:
         scale: float,
         one_token_rows: bool,
     ) -> tuple[jax.Array, KvLayer]:
-        """Write k, v float32[T, K, H] into their pages in place, then attend q float32[T, N, H].
+        """Write the keys and values of qkv float32[T, K, G+2, H] into their pages in place, then attend its queries.
 
         `one_token_rows` is not needed: the kernel finds the runs of tokens itself.
         """
-        _require_float32("attend", q=q, k=k, v=v, k_pool=kv.k, v_pool=kv.v)
+        _require_float32("attend", qkv=qkv, k_pool=kv.k, v_pool=kv.v)
         del one_token_rows
-        results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, kv.k, kv.v))
-        call = jax.ffi.ffi_call(ATTEND, results, input_output_aliases={3: 1, 4: 2})
-        arguments = (q, k, v, kv.k, kv.v, batch.positions, batch.rows, batch.table)
+        tokens, kv_heads, members, head_dim = qkv.shape
+        out = jax.ShapeDtypeStruct((tokens, kv_heads * (members - 2), head_dim), qkv.dtype)
+        results = (out, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kv))
+        call = jax.ffi.ffi_call(ATTEND, results, input_output_aliases={1: 1, 2: 2})
+        arguments = (qkv, kv.k, kv.v, batch.positions, batch.rows, batch.table)
         out, k_pool, v_pool = call(*arguments, window=np.int64(window or 0), scale=np.float32(scale))
         return out, KvLayer(k_pool, v_pool)
 

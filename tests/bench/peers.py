@@ -57,7 +57,7 @@ def load(url: str, api: str, args: argparse.Namespace, concurrency: int) -> dict
     command = [
         sys.executable, "-m", "xlane.server", "bench", "serve", "--url", url, "--api", api,
         "--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(args.output_tokens),
-        "--concurrency", str(concurrency), "--requests", str(concurrency * args.per_client),
+        "--concurrency", str(concurrency), "--requests", str(max(4, concurrency * args.per_client)),
         "--json",
     ]  # fmt: skip
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -169,6 +169,12 @@ def make_case(
     )
 
 
+def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q [T, N, H], k and v [T, K, H] -> [T, K, G+2, H]"""
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    return jnp.concatenate([grouped, k[:, :, None], v[:, :, None]], axis=2)
+
+
 def attend(
     kernels: NativeKernels, case: Case, window: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +182,7 @@ def attend(
         q, k, v, *batch = case
         scale = q.shape[-1] ** -0.5
         return kernels.attend(
-            q, k, v, kv, PagedBatch(*batch), window=window, scale=scale, one_token_rows=False
+            fused(q, k, v), kv, PagedBatch(*batch), window=window, scale=scale, one_token_rows=False
         )
 
     arrays = (case.q, case.k, case.v, case.positions, case.rows, case.table)
@@ -312,8 +318,9 @@ def test_attend_refuses_to_write_outside_the_pool(
 
 def test_attend_refuses_other_dtypes(kernels: NativeKernels) -> None:
     case = make_case([(4, 1)])
-    with pytest.raises(TypeError, match="q is float16"):
-        attend(kernels, replace(case, q=case.q.astype(np.float16)))
+    with pytest.raises(TypeError, match="qkv is float16"):
+        half = {name: getattr(case, name).astype(np.float16) for name in ("q", "k", "v")}
+        attend(kernels, replace(case, **half))
 
 
 def test_attend_updates_the_pools_in_place(kernels: NativeKernels) -> None:
@@ -327,7 +334,9 @@ def test_attend_updates_the_pools_in_place(kernels: NativeKernels) -> None:
     ) -> tuple[jax.Array, list[KvLayer]]:
         written: list[KvLayer] = []
         for kv in pools:
-            q, kv = kernels.attend(q, k, k + 1, kv, batch, window=None, scale=0.125, one_token_rows=True)
+            q, kv = kernels.attend(
+                fused(q, k, k + 1), kv, batch, window=None, scale=0.125, one_token_rows=True
+            )
             q = jnp.sin(q)
             written.append(kv)
         return q, written
