@@ -49,7 +49,8 @@ TEXTS = (
 def prompts(tokenizer: TextTokenizer) -> list[list[int]]:
     """Token ids of every prompt: questions through the chat template, texts as they are."""
     chats = (
-        tokenizer.apply_chat([{"role": "user", "content": question}], None, True, False) for question in QUESTIONS
+        tokenizer.apply_chat([{"role": "user", "content": question}], None, True, False)
+        for question in QUESTIONS
     )
     return [tokenizer.encode(chat, add_special_tokens=False) for chat in chats] + [
         tokenizer.encode(text) for text in TEXTS
@@ -62,11 +63,14 @@ def reference_model(path: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     file = GgufFile(path)
-    config = LlamaConfig(**{k: v for k, v in config_from_gguf(file).items() if k not in ("architectures", "model_type")})
+    config = LlamaConfig(
+        **{k: v for k, v in config_from_gguf(file).items() if k not in ("architectures", "model_type")}
+    )
     model = LlamaForCausalLM(config)
     tensors = GgufTensors(file)
     state = {
-        name: torch.from_numpy(tensors.read_rows(name, 0, tensors.shape(name)[0]).copy()) for name in tensors.names()
+        name: torch.from_numpy(tensors.read_rows(name, 0, tensors.shape(name)[0]).copy())
+        for name in tensors.names()
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"}, missing
@@ -92,7 +96,10 @@ def greedy(model: Any, ids: Sequence[int], tokens: int) -> list[int]:
 def main() -> None:
     path = demo_model(default_cache_dir())
     model = reference_model(path)
-    cases = [{"prompt": ids, "output": greedy(model, ids, TOKENS)} for ids in prompts(TextTokenizer.from_path(path))]
+    cases = [
+        {"prompt": ids, "output": greedy(model, ids, TOKENS)}
+        for ids in prompts(TextTokenizer.from_path(path))
+    ]
     PATH.write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n")
 
 

@@ -21,7 +21,14 @@ CASES = json.loads(PATH.read_text())
 
 async def complete(client: httpx.AsyncClient, prompt: list[int], **fields: Any) -> list[dict]:
     """The streamed chunks of one completion of token ids."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, **fields}
+    body = {
+        "model": "demo",
+        "prompt": prompt,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "stream": True,
+        **fields,
+    }
     chunks = []
     async with client.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200, await response.aread()

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from xlane.engine.kernels.native import NativeKernels, native_kernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.models.spec import pack

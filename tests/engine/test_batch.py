@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xlane.engine import LogprobsMode, SamplingParams
 from xlane.engine.batch import (
     DECODE_WIDTH,

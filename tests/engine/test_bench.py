@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from xlane.engine import EngineConfig, bench, start
-from xlane.engine.bench import Ceilings, measure_ceilings
 
 from tests.support.untrained import untrained_model
+from xlane.engine import EngineConfig, bench, start
+from xlane.engine.bench import Ceilings, measure_ceilings
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The sizes programs are compiled for."""
 
 import pytest
+
 from xlane.engine.buckets import decode_rows, prefill_tokens
 
 

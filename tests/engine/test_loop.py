@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
+
+from tests.support.fake_device import FakeDevice, expected_ids
 from xlane.engine import (
     DeadlineExceeded,
     EngineStopped,
@@ -25,8 +27,6 @@ from xlane.engine.pages import PageAllocator
 from xlane.engine.scheduler import Limits, Scheduler
 from xlane.engine.sequence import Sequence
 from xlane.engine.stats import Counters
-
-from tests.support.fake_device import FakeDevice, expected_ids
 
 MOST = 32
 LANES = 3

@@ -1,12 +1,12 @@
 """The memory plan by hand, and what it refuses."""
 
 import pytest
+
+from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 from xlane.engine import EngineConfig, PlanError
 from xlane.engine.build import design
 from xlane.engine.memory import GIB, Demand, MemoryPlan, machine_bytes, plan_pages
 from xlane.models.opened import open_model
-
-from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 
 
 def plan(

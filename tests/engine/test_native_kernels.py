@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from xlane.engine.kernels import build as building
 from xlane.engine.kernels.build import COMPILERS, Built, build
 from xlane.engine.kernels.native import NativeKernels, native_kernels
@@ -318,9 +319,9 @@ def test_attend_refuses_to_write_outside_the_pool(
 
 def test_attend_refuses_other_dtypes(kernels: NativeKernels) -> None:
     case = make_case([(4, 1)])
+    half = replace(case, **{name: getattr(case, name).astype(np.float16) for name in ("q", "k", "v")})
     with pytest.raises(TypeError, match="qkv is float16"):
-        half = {name: getattr(case, name).astype(np.float16) for name in ("q", "k", "v")}
-        attend(kernels, replace(case, **half))
+        attend(kernels, half)
 
 
 def test_attend_updates_the_pools_in_place(kernels: NativeKernels) -> None:

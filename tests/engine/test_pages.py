@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from xlane.engine.pages import PageAllocator, pages_for
 
 

@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.support.fake_core import expected_ids
 from xlane.engine import EngineLost, EngineStopped, PlanError, Request, SamplingParams
 from xlane.engine.process import ParentLink, Progress, RestartPolicy, Supervisor
 from xlane.engine.rpc_client import RpcClient
-
-from tests.support.fake_core import expected_ids
 
 pytestmark = pytest.mark.anyio
 

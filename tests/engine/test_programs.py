@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from tests.support import reference
+from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, loud, untrained_model
 from xlane.engine import EngineConfig, LogprobsMode, SamplingParams, TokenOutput
 from xlane.engine.batch import pack_prefill, read_result
 from xlane.engine.build import design
@@ -20,9 +23,6 @@ from xlane.models.attention import XlaKernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.models.loader import dummy_params
 from xlane.models.opened import open_model
-
-from tests.support import reference
-from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, loud, untrained_model
 
 LANES, PAGE, MOST = 3, 4, 32
 PROMPT = [3, 3, 7, 0, 11, 18, 5, 5, 5, 1, 12, 9, 3, 16, 2, 2, 8, 14]

@@ -14,6 +14,8 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.support.fake_core import KILL_AT_ONCE_TOKEN, KILL_TOKEN, FakeCore, expected_ids, token_at
 from xlane.engine import (
     DeadlineExceeded,
     EngineError,
@@ -34,8 +36,6 @@ from xlane.engine.local import LocalClient
 from xlane.engine.process import RestartPolicy, Supervisor
 from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
-
-from tests.support.fake_core import KILL_AT_ONCE_TOKEN, KILL_TOKEN, FakeCore, expected_ids, token_at
 
 pytestmark = pytest.mark.anyio
 

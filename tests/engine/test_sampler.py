@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+
+from tests.support import reference
 from xlane.engine import SamplingParams
 from xlane.engine import sampler as engine_sampler
 from xlane.engine.request import MAX_TOP_LOGPROBS
 from xlane.engine.sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
-
-from tests.support import reference
 
 VOCAB = 19
 """Not a multiple of anything, and small enough that the alternatives reported are the whole distribution."""

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.support.fake_device import FakeDevice, FakeLaunch, expected_ids
 from xlane.engine import FinishReason, Request, SamplingParams, StepOutput, TokenOutput
 from xlane.engine.pages import PageAllocator, pages_for
 from xlane.engine.scheduler import Limits, Scheduler
 from xlane.engine.sequence import Phase, Sequence
 from xlane.engine.turn import NO_PAGE, Turn
-
-from tests.support.fake_device import FakeDevice, FakeLaunch, expected_ids
 
 PAGE = 4
 MOST = 24

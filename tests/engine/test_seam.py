@@ -16,6 +16,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support.fake_core import FAIL_TOKEN, VOCAB_SIZE, FakeCore, expected_ids, token_at
 from xlane.engine import (
     DeadlineExceeded,
     EngineClient,
@@ -35,8 +37,6 @@ from xlane.engine.local import EngineCore, LocalClient
 from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 from xlane.engine.rpc_server import RpcServer
-
-from tests.support.fake_core import FAIL_TOKEN, VOCAB_SIZE, FakeCore, expected_ids, token_at
 
 pytestmark = pytest.mark.anyio
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+
+from tests.support.fake_core import FakeCore
 from xlane.engine import (
     DeadlineExceeded,
     EngineError,
@@ -34,8 +36,6 @@ from xlane.engine.local import Delivery, RequestError
 from xlane.engine.proto import codec
 from xlane.engine.proto import xlane_pb2 as pb
 from xlane.engine.rpc_server import MAX_BATCH_ENTRIES, MAX_MESSAGE_BYTES
-
-from tests.support.fake_core import FakeCore
 
 PROTO = Path(proto_package.__file__ or "").with_name("xlane.proto")
 

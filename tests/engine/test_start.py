@@ -9,6 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from tests.engine.conftest import ids, request, run
+from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 from xlane.engine import EngineConfig, FinishReason, PlanError
 from xlane.engine import start as engine_start
 from xlane.engine.build import design
@@ -18,9 +21,6 @@ from xlane.engine.programs import Programs
 from xlane.engine.start import describe, start, warm
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
-
-from tests.engine.conftest import ids, request, run
-from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 
 PROGRAMS = ["decode[1]", "decode[2]", "prefill[16]"]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from xlane.models.demo import default_cache_dir, demo_model
 
 

@@ -9,6 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from tests.support.specs import specs_by_hand
+from tests.support.tiny import hf_tensors, tiny_model
 from xlane.models.checkpoint import INDEX, SINGLE, SafetensorsSource, open_checkpoint, open_safetensors
 from xlane.models.config import ModelConfig
 from xlane.models.errors import CheckpointError
@@ -16,9 +19,6 @@ from xlane.models.families.hf_names import IGNORED_TENSORS, WEIGHTS
 from xlane.models.registry import read_config
 from xlane.models.spec import ParamSpec
 from xlane.models.weights import Weights
-
-from tests.support.specs import specs_by_hand
-from tests.support.tiny import hf_tensors, tiny_model
 
 TINY = ModelConfig(
     family="llama", vocab_size=7, hidden_size=4, layers=1, heads=6, kv_heads=2, head_dim=2, ffn_size=5,

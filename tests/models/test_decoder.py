@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from tests.support.tiny import TINY_KINDS, hf_logits, tiny_model
 from xlane.engine.kernels.native import native_kernels
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
@@ -15,8 +17,6 @@ from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.models.loader import load_params
 from xlane.models.opened import open_model
 from xlane.sharding.mesh import make_placement
-
-from tests.support.tiny import TINY_KINDS, hf_logits, tiny_model
 
 PAGE_TOKENS, PAGES, WIDTH = 4, 24, 8
 TOLERANCE = 1e-4

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from xlane.models import demo
 from xlane.models.demo import DEMO, ModelWheel, default_cache_dir, demo_model, model_from_wheel
 from xlane.models.errors import HubError

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
+
+from tests.support.tiny import TINY_KINDS, tiny_model
 from xlane.models.config import Llama3Rope, ModelConfig
 from xlane.models.errors import UnsupportedModel
 from xlane.models.families import llama
 from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
-
-from tests.support.tiny import TINY_KINDS, tiny_model
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

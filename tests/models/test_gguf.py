@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+
 from xlane.models.errors import CheckpointError, UnsupportedModel
 from xlane.models.gguf import READABLE, GgufFile, GgufTensors, config_from_gguf
 from xlane.models.registry import config_from_hf

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
 from xlane.models.errors import TokenizerError
 from xlane.models.gguf_file import GgufFile
 from xlane.models.gguf_tokenizer import tokenizer_from_gguf

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xlane.models.errors import HubError
-from xlane.models.hub import resolve
 
 from tests.support.stub_hub import SHA, TOKEN, Repo, StubHub, stub_hub
+from xlane.models.errors import HubError
+from xlane.models.hub import resolve
 
 CHILD = """
 import json, sys

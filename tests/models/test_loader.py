@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from tests.support.specs import specs_by_hand
+from tests.support.tiny import TINY_KINDS, hf_tensors, tiny_model
 from xlane.models.checkpoint import open_checkpoint
 from xlane.models.config import ModelConfig
 from xlane.models.errors import CheckpointError
@@ -17,9 +20,6 @@ from xlane.models.loader import THREADS, dummy_params, load_params
 from xlane.models.registry import read_config
 from xlane.models.spec import ParamSpec, pack
 from xlane.models.weights import Index, Weights
-
-from tests.support.specs import specs_by_hand
-from tests.support.tiny import TINY_KINDS, hf_tensors, tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from xlane.models.detokenize import ByteStream, WindowStream, token_table
 from xlane.models.errors import TokenizerError
 from xlane.models.gguf_tokenizer import tokenizer_from_gguf

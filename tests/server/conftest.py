@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import uvloop
+
 from xlane.server import bench
 from xlane.server.bench import APIS, Load, Prompts, measure
 from xlane.server.bench_client import Answer, Endpoint, call, exchange

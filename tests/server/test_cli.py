@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from xlane.engine import EngineConfig, EngineLost, PlanError
 from xlane.models.errors import HubError
 from xlane.server import cli, flags

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+
 from xlane.server import logs
 from xlane.server.console import Console, bytes_text, curl
 

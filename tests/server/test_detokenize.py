@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xlane.server.detokenize import Detokenizer
 
 from ..support.byte_tokenizer import EOS, ByteTokenizer

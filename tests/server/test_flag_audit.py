@@ -6,6 +6,7 @@ The list is TGI 3.3's. A name that changes its category changes here, where it c
 from typing import Any
 
 import pytest
+
 from xlane.server import flags
 from xlane.server.cli import Settings, choose, settle
 from xlane.server.options import UsageError

@@ -16,6 +16,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
+
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig

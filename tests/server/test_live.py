@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.http import bind

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+
 from xlane.engine.replay import ReplayingClient
 from xlane.server.engine_metrics import AWAITED, WITHOUT_MEANING
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+
 from xlane.engine import EngineLost, Overloaded, RequestFailed
 
 from ..support.byte_tokenizer import BOS, EOS

@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.routing import Route
 from starlette.testclient import TestClient
+
 from xlane.server import cli
 from xlane.server.app import create_app, routes
 from xlane.server.backend import Backend

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from starlette.testclient import TestClient
+
 from xlane.server import flags
 from xlane.server.app import create_app
 from xlane.server.backend import Backend

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+
 from xlane.models.tokenizer import TextTokenizer, TokenizerFiles
 from xlane.server.config import ServerConfig
 from xlane.server.detokenize import Detokenizer

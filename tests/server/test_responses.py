@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from xlane.engine import Overloaded, RequestFailed
 from xlane.server.backend import Backend
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
+
 from xlane.engine import EngineClient, FinishReason, Request, SamplingParams, StepOutput, TokenOutput
 from xlane.server.app import create_app
 from xlane.server.backend import Backend

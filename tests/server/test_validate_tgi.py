@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from xlane.engine import LogprobsMode
 from xlane.server.config import ServerConfig
 from xlane.server.errors import Invalid, Unsupported

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.engine.conftest import ids, request, run
+from tests.support.hlo import collectives, copies
+from tests.support.tiny import hf_greedy, tiny_model
 from xlane.engine import EngineConfig, PlanError, Request
 from xlane.engine.build import design
 from xlane.engine.programs import Programs, compile_all
 from xlane.engine.state import abstract_kv, abstract_state, held_bytes
 from xlane.models.opened import open_model
-
-from tests.engine.conftest import ids, request, run
-from tests.support.hlo import collectives, copies
-from tests.support.tiny import hf_greedy, tiny_model
 
 SPLIT_VOCAB, WHOLE_VOCAB = "llama-mha-even-vocab", "qwen3-window-mha"
 PROMPTS = [

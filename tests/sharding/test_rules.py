@@ -3,6 +3,7 @@
 import jax
 import pytest
 from jax.sharding import PartitionSpec
+
 from xlane.sharding.mesh import MeshError, make_placement
 from xlane.sharding.rules import fitted, partition
 

@@ -32,6 +32,7 @@ def fake_model(directory: Path) -> Path:
 def main(directory: str, turn_s: str = "0.002") -> int:
     """Serve until a signal."""
     import uvloop
+
     from xlane.engine import EngineConfig
     from xlane.server.config import ServerConfig
     from xlane.server.console import Console
