@@ -24,6 +24,8 @@ _RULES = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # torch, the reference, spins between its threads: beside anything else that costs ten times the work itself.
+    "OMP_NUM_THREADS": "1",
 }
 
 

@@ -44,7 +44,7 @@ def live() -> Iterator[Live]:
         yield Live(server, engine)
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 2.0) -> None:
+def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:
     end = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
@@ -79,7 +79,10 @@ def test_a_client_that_leaves_frees_its_lanes(
 ):
     live.engine.first_delay_s = first_delay_s
     live.engine.delay_s = 0.02
-    leave_early(live.url + path, body)
+    for _ in range(20):  # on a busy machine the client may be gone before its request has begun
+        leave_early(live.url + path, body)
+        if live.engine.submitted:
+            break
     eventually(lambda: live.engine.active == 0)
     assert len(live.engine.cancelled) == len(live.engine.submitted) == body.get("n", 1)
     metrics = httpx.get(live.url + "/metrics").text
