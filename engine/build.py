@@ -19,6 +19,7 @@ from ..models.kernels import Kernels
 from ..models.loader import dummy_params, load_params
 from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, make_placement
+from ..sharding.processes import least_of_all
 from .buckets import DEFAULTS, SEGMENTS, decode_rows, prefill_tokens
 from .config import EngineConfig
 from .errors import PlanError
@@ -45,14 +46,20 @@ class Built:
 
 
 def build(
-    config: EngineConfig, model: ModelConfig, source: WeightSource | None, progress: Progress | None = None
+    config: EngineConfig,
+    model: ModelConfig,
+    source: WeightSource | None,
+    progress: Progress | None = None,
+    agree: Callable[[Blueprint], None] = lambda blueprint: None,
 ) -> Built:
-    """Decide, load and compile. `source` None fills the weights with random numbers (`load_format: dummy`).
+    """Decide, load and compile. `source` None fills the weights with random numbers (`load_format: dummy`). `agree` is
+    shown what was decided before anything large is begun, and may raise.
 
     Raises PlanError if model, configuration and device do not fit; ModelError for a bad checkpoint.
     """
     report = progress or (lambda phase, done, total: None)
     blueprint, memory, note = design(config, model)
+    agree(blueprint)
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         loading = pool.submit(_load, blueprint, source, report)
         programs, memory = compile_within(config, blueprint, memory, report)
@@ -134,11 +141,17 @@ def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryP
 
 def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
     try:
-        # On CPU a second device is a simulation: only on request.
-        width = config.model_parallel or (1 if jax.devices()[0].platform == "cpu" else None)
+        # On CPU a second device of a process is a simulation: only on request.
+        on_cpu, several = jax.devices()[0].platform == "cpu", jax.process_count() > 1
+        width = config.model_parallel or (1 if on_cpu and not several else None)
         placement = make_placement(config.data_parallel, width)
     except MeshError as error:
         raise PlanError(str(error)) from None
+    if on_cpu and several and placement.data_size > 1 and placement.model_size > 1:
+        # Two kinds of groups at once: gloo's collectives may wait for each other for ever.
+        raise PlanError(
+            "processes on CPUs can be split along one axis: give --data-parallel 1, or --num-shard 1"
+        )
     split = placement.model_size
     # A vocabulary that does not divide is whole on every device; of these a whole copy would be the model itself.
     for name, size in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size)):
@@ -184,13 +197,13 @@ def _most_tokens(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:
-    """Bytes the engine may use, over all devices."""
+    """Bytes the engine may use, over all devices. Of several processes, the one with the least decides for all."""
     if platform == "cpu":
-        return int(machine_bytes() * config.memory_fraction)
-    stats = placement.mesh.devices.flat[0].memory_stats() or {}
+        return least_of_all(int(machine_bytes() * config.memory_fraction)) * jax.process_count()
+    stats = placement.mesh.local_devices[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise PlanError("the device does not say how much memory it has; give --kv-bytes")
-    return int(stats["bytes_limit"] * config.memory_fraction) * placement.mesh.size
+    return least_of_all(int(stats["bytes_limit"] * config.memory_fraction)) * placement.mesh.size
 
 
 def _load(blueprint: Blueprint, source: WeightSource | None, report: Progress) -> tuple[jax.Array, ...]:

@@ -1,6 +1,7 @@
 """Every choice an engine is built with, in one frozen value. Built by the command line or by a test; read everywhere."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,15 @@ class EngineConfig:
     """Size of the mesh axis `data`: lanes are split over it."""
     model_parallel: int | None = None
     """Size of the mesh axis `model`: heads, feed-forward and vocabulary are split over it; default all devices left."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes of one engine meet; needed if there are several."""
+    processes: int = 1
+    """Processes that serve one model together, each with the devices of its own host."""
+    process_id: int = 0
+    """Which of them this one is. 0 leads: it takes the requests, the others follow it."""
+    group_port: int | None = None
+    """Where process 0 tells the others what to launch; default the coordinator's port + 1."""
 
     lanes: int | None = None
     """Most sequences that decode at once (rows of the largest decode program)."""
@@ -42,3 +52,8 @@ class EngineConfig:
     """`auto`, `xla` or `native` (CPU only)."""
     cache_dir: str | None = None
     """Where compiled programs are kept between starts; None keeps none."""
+
+
+def programs_folder(config: EngineConfig) -> Path | None:
+    """Where compiled programs are kept, if at all."""
+    return None if config.cache_dir is None else Path(config.cache_dir) / "programs"

@@ -13,6 +13,8 @@ from ..models.weights import WeightSource
 from .build import Built, Progress, build
 from .config import EngineConfig
 from .errors import InvalidRequest, Overloaded
+from .group import Leader
+from .launcher import Launcher
 from .local import Sink
 from .loop import Loop
 from .monitor import CompileCounter
@@ -29,8 +31,14 @@ class Engine:
     """Serves one model. Make it with `Engine.build`."""
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, built: Built, model_sha: str | None = None
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        built: Built,
+        model_sha: str | None = None,
+        leader: Leader | None = None,
     ) -> None:
+        """`leader` tells the other processes, if there are any, what to launch; stopping the engine closes it."""
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
@@ -41,7 +49,10 @@ class Engine:
         self._scheduler = Scheduler(limits, self._pages)
         self._counters = Counters()
         self._arrivals = itertools.count()
-        self._loop = Loop(Runner(built.programs, built.params), self._scheduler, self._counters)
+        self._leader = leader
+        launcher = Launcher(built.programs, built.params)
+        runner = Runner(blueprint, launcher, None if leader is None else leader.publish)
+        self._loop = Loop(runner, self._scheduler, self._counters)
         device = blueprint.placement.mesh.devices.flat[0]
         self.info = EngineInfo(
             model_id=config.model_id,
@@ -116,6 +127,10 @@ class Engine:
         """See `EngineCore.healthy`."""
         return self._loop.healthy()
 
+    def alive(self) -> bool:
+        """See `EngineCore.alive`."""
+        return self._loop.alive()
+
     def drain(self, timeout_s: float) -> None:
         """See `EngineCore.drain`."""
         self._loop.close_intake()
@@ -126,6 +141,8 @@ class Engine:
     def stop(self) -> None:
         """See `EngineCore.stop`."""
         self._loop.stop()
+        if self._leader is not None:
+            self._leader.close()
         self._compiles.close()
 
     def _retry_after_s(self) -> float:

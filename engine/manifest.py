@@ -9,18 +9,12 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from .config import EngineConfig
-from .programs import Programs
+from .programs import Blueprint, Programs
 
 
-def write_manifest(config: EngineConfig, programs: Programs, jax_version: str) -> Path | None:
-    """Write the manifest of an engine's programs; None if nothing is kept between starts.
-
-    The name is a digest of what the programs depend on, so one model with two sets of options has two manifests.
-    """
-    if config.cache_dir is None:
-        return None
-    blueprint = programs.blueprint
-    depends: dict[str, Any] = {
+def depends_on(blueprint: Blueprint, jax_version: str) -> dict[str, Any]:
+    """All that decides what is compiled, by name."""
+    return {
         "model": asdict(blueprint.config),
         "dtype": blueprint.dtype,
         "shapes": blueprint.shapes._asdict(),
@@ -31,6 +25,16 @@ def write_manifest(config: EngineConfig, programs: Programs, jax_version: str) -
         "kernels": blueprint.kernels.name,
         "jax": jax_version,
     }
+
+
+def write_manifest(config: EngineConfig, programs: Programs, jax_version: str) -> Path | None:
+    """Write the manifest of an engine's programs; None if nothing is kept between starts.
+
+    The name is a digest of what the programs depend on, so one model with two sets of options has two manifests.
+    """
+    if config.cache_dir is None:
+        return None
+    depends = depends_on(programs.blueprint, jax_version)
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(config.cache_dir) / "manifests" / f"{digest}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

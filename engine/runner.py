@@ -1,19 +1,24 @@
-"""Owns what is on the device and launches turns: packs the plan, calls a compiled program, reads the result back.
+"""Launches turns: packs the plan, tells the other processes if there are any, has the program launched, reads back.
 
 Launching returns at once; `Launch.read` waits. Knows arrays and programs; why a lane runs is the scheduler's business.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from .batch import pack_prefill, read_result
-from .programs import Programs
+from .errors import RequestFailed
+from .launcher import Launcher
+from .programs import Blueprint
 from .request import TokenOutput
 from .sequence import Sequence
-from .state import abstract_kv, abstract_state, zeros_like
-from .turn import NO_PAGE, Turn
+from .turn import NO_PAGE, ProgramKind, Turn
+
+Publish = Callable[[ProgramKind, int, np.ndarray], None]
+"""Told of every launch, before it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Launch:
     prompt_tokens: int
     """Prompt tokens it computes; 0 for a decode."""
 
-    def read(self) -> list[tuple[Sequence, TokenOutput | None]]:
+    def read(self) -> list[tuple[Sequence, TokenOutput | RequestFailed | None]]:
         """Wait for the device; then each row's sequence and token (None: the lane had ended before)."""
         rows = np.asarray(self.result)
         return [
@@ -37,18 +42,12 @@ class Launch:
 
 
 class Runner:
-    """Parameters, KV pool, lane state and the programs over them."""
+    """Turns into launches."""
 
-    def __init__(self, programs: Programs, params: tuple[jax.Array, ...]) -> None:
-        blueprint = programs.blueprint
-        self._programs = programs
+    def __init__(self, blueprint: Blueprint, launcher: Launcher, publish: Publish | None = None) -> None:
         self._blueprint = blueprint
-        self._params = params
-        self._kv = zeros_like(
-            abstract_kv(blueprint.config, blueprint.shapes, blueprint.dtype, blueprint.placement)
-        )
-        self._state = zeros_like(abstract_state(blueprint.shapes, blueprint.placement))
-        self._decode_plan: tuple[bytes, jax.Array] | None = None
+        self._launcher = launcher
+        self._publish = publish
 
     def launch(self, turn: Turn) -> list[Launch]:
         """Start the turn's programs, prefill first; the device runs them in this order."""
@@ -64,10 +63,7 @@ class Runner:
         count = sum(len(segment.tokens) for segment in turn.segments)
         tokens = next(size for size in b.prefill_tokens if size >= count)
         packed = pack_prefill(turn.segments, b.prefill_segments, tokens, b.shapes.table_width, b.shapes.lanes)
-        self._kv, self._state, result = self._programs.prefill(
-            tokens, self._params, self._kv, self._state, self._put(packed)
-        )
-        result.copy_to_host_async()
+        result = self._start("prefill", tokens, packed)
         ended = [
             sequence if segment.last else None for segment, sequence in zip(turn.segments, turn.prefilled)
         ]
@@ -80,15 +76,11 @@ class Runner:
         packed[: len(turn.rows)] = turn.rows
         if (packed[:, 2] == NO_PAGE).all():
             packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
-        key = packed.tobytes()
-        if self._decode_plan is None or self._decode_plan[0] != key:
-            self._decode_plan = (key, self._put(packed))
-        self._kv, self._state, result = self._programs.decode(
-            rows, self._params, self._kv, self._state, self._decode_plan[1]
-        )
-        result.copy_to_host_async()
-        return Launch(result, list(turn.decoded), 0)
+        return Launch(self._start("decode", rows, packed), list(turn.decoded), 0)
 
-    def _put(self, array: np.ndarray) -> jax.Array:
-        """The same array on every device of the mesh."""
-        return jax.device_put(array, self._blueprint.placement.replicated)
+    def _start(self, kind: ProgramKind, size: int, packed: np.ndarray) -> jax.Array:
+        if self._publish is not None:
+            self._publish(kind, size, packed)
+        result = self._launcher.launch(kind, size, packed)
+        result.copy_to_host_async()
+        return result

@@ -1,6 +1,6 @@
 """From a configuration and a path to an engine that runs, in this process. What `xlane engine` and `warmup` call.
 
-The first to touch jax. Knows files and phases; not where the model came from nor who will ask the engine.
+Of several processes that serve one model process 0 calls `start`, and each other one `follow.follow`. The first to touch jax. Knows files and phases; not where the model came from nor who will ask the engine.
 """
 
 import contextlib
@@ -15,20 +15,45 @@ import jax
 from ..models.opened import open_model
 from ..tpu.runtime import use_compile_cache
 from .build import Progress, build, compile_within, design
-from .config import EngineConfig
+from .config import EngineConfig, programs_folder
 from .engine import Engine
+from .errors import PlanError
+from .follow import check_all_built, decisions, end_process, group_address, meet
+from .group import Leader
 from .manifest import write_manifest
+from .programs import Blueprint
 from .state import page_bytes
 
 
 def start(
     config: EngineConfig, path: Path, model_sha: str | None = None, progress: Progress | None = None
 ) -> Engine:
-    """Load the model at `path`, compile, and serve. Raises PlanError, ModelError."""
+    """Load the model at `path`, compile, and serve. Raises PlanError, ModelError.
+
+    With several processes this is the leader's start, and it waits for all of them.
+    """
+    if config.process_id != 0:
+        raise PlanError(
+            f"process {config.process_id} does not take requests: process 0 does, the others follow it"
+        )
     _prepare(config)
     opened = open_model(path, weights=config.load_format != "dummy")
-    built = build(config, opened.config, opened.source, progress)
-    engine = Engine(config, opened.config, built, model_sha)
+    leader = None
+    if config.processes > 1:
+        leader = Leader(group_address(config, bind=True), config.processes, end_process)
+
+    def gather(blueprint: Blueprint) -> None:
+        if leader is not None:
+            leader.gather(decisions(blueprint))
+
+    try:
+        built = build(config, opened.config, opened.source, progress, gather)
+        check_all_built(built)
+        engine = Engine(config, opened.config, built, model_sha, leader)
+    except BaseException:
+        if leader is not None:
+            leader.close()
+        raise
     with contextlib.suppress(OSError):  # a warmed cache may be mounted read-only, and serves as well
         write_manifest(config, built.programs, jax.__version__)
     # What lives now lives for ever: the collector need not look at it again and again while tokens wait.
@@ -77,4 +102,5 @@ def describe(config: EngineConfig, path: Path) -> dict[str, Any]:
 
 
 def _prepare(config: EngineConfig) -> None:
-    use_compile_cache(None if config.cache_dir is None else Path(config.cache_dir) / "programs")
+    meet(config)
+    use_compile_cache(programs_folder(config))

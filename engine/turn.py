@@ -1,10 +1,12 @@
 """What the scheduler decided for one turn, as the runner takes it. Host values only."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .request import SamplingParams
 from .sequence import Sequence
+
+ProgramKind = Literal["prefill", "decode"]
 
 NO_PAGE = -1
 """In a decode row: the lane needs no new page."""

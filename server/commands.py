@@ -54,10 +54,11 @@ def engine(config: EngineConfig, run: RunConfig, options: Options) -> int:
 
 
 def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: Any) -> int:
+    from ..engine.follow import follow
     from ..engine.rpc_server import serve
     from ..engine.start import start
 
-    address = _address(options)
+    address = None if config.process_id else _address(options)
     console = _console(run)
     path = Path(given) if (given := options.plain("model_path")) else _find(config, run, console)
 
@@ -74,6 +75,9 @@ def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: 
         else:
             link.ready()
 
+    if address is None:
+        follow(config, path, progress)
+        return OK
     core = start(config, path, options.plain("model_sha"), progress)
     try:
         asyncio.run(serve(core, address, on_ready=ready))

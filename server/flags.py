@@ -97,6 +97,20 @@ DEVICE = (
     _tgi("sharded", "sharded", "`false` is --num-shard 1.", "bool"),
     _own("data-parallel", "engine.data_parallel", "Groups of devices the lanes are split over.", "int", at_least=1),
     _own(
+        "coordinator", "engine.coordinator",
+        "HOST:PORT of process 0, where the processes that serve one model together meet. Private networks only."
+    ),
+    _own("num-processes", "engine.processes", "Processes that serve one model together, one a host.", "int", at_least=1),
+    _own(
+        "process-id", "engine.process_id", "Which of them this is: 0 serves, `xlane engine` runs the others.", "int",
+        at_least=0
+    ),
+    _own(
+        "group-port", "engine.group_port",
+        "Where process 0 tells the others what to launch; default the coordinator's port + 1.", "int", at_least=1,
+        at_most=65535
+    ),
+    _own(
         "memory-fraction", "engine.memory_fraction", "Share of the device's memory to use in all.", "float",
         at_least=0.01, at_most=1
     ),

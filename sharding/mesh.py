@@ -49,6 +49,12 @@ class Placement:
         """A whole copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    def put(self, array: np.ndarray) -> jax.Array:
+        """The same array on every device. Of several processes, each calls it with the same one."""
+        if self.replicated.is_fully_addressable:
+            return jax.device_put(array, self.replicated)
+        return jax.make_array_from_callback(array.shape, self.replicated, lambda index: array)
+
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """While tracing: lay x out like this, where the sizes allow it."""
         return jax.lax.with_sharding_constraint(x, self.fitted(axes, x.shape))
@@ -87,5 +93,11 @@ def make_placement(
         raise MeshError(
             f"a mesh of data={data} x model={model} needs {data * model} devices, but there are {len(devices)}: "
             "lower --data-parallel or --num-shard"
+        )
+    left_out = {d.process_index for d in devices} - {d.process_index for d in devices[: data * model]}
+    if left_out:
+        raise MeshError(
+            f"a mesh of data={data} x model={model} leaves out all devices of process {min(left_out)}: "
+            f"{len(devices)} devices are there; raise --data-parallel or --num-shard, or start fewer processes"
         )
     return Placement(Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model")))

@@ -267,3 +267,30 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class FollowRequest(_message.Message):
+    __slots__ = ("process_id", "host", "decisions")
+    class DecisionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    process_id: int
+    host: str
+    decisions: _containers.ScalarMap[str, str]
+    def __init__(self, process_id: _Optional[int] = ..., host: _Optional[str] = ..., decisions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Launch(_message.Message):
+    __slots__ = ("kind", "size", "plan")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    size: int
+    plan: bytes
+    def __init__(self, kind: _Optional[str] = ..., size: _Optional[int] = ..., plan: _Optional[bytes] = ...) -> None: ...

@@ -231,3 +231,83 @@ class Engine(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class GroupStub(object):
+    """How the processes of one engine stay together: process 0 leads, the others follow. What the leader launches, all launch,
+    each on its own devices, in the same order.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Follow = channel.unary_stream(
+                '/xlane.engine.v1.Group/Follow',
+                request_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.FollowRequest.SerializeToString,
+                response_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.Launch.FromString,
+                _registered_method=True)
+
+
+class GroupServicer(object):
+    """How the processes of one engine stay together: process 0 leads, the others follow. What the leader launches, all launch,
+    each on its own devices, in the same order.
+    """
+
+    def Follow(self, request, context):
+        """Joins the group. The first message is empty: the follower is taken. The call ends when the leader stops; if
+        it breaks, whoever is left ends too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_GroupServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.FollowRequest.FromString,
+                    response_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.Launch.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'xlane.engine.v1.Group', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('xlane.engine.v1.Group', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Group(object):
+    """How the processes of one engine stay together: process 0 leads, the others follow. What the leader launches, all launch,
+    each on its own devices, in the same order.
+    """
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/xlane.engine.v1.Group/Follow',
+            xlane_dot_engine_dot_proto_dot_xlane__pb2.FollowRequest.SerializeToString,
+            xlane_dot_engine_dot_proto_dot_xlane__pb2.Launch.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

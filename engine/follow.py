@@ -1,0 +1,106 @@
+"""One of several processes that serve a model: how they meet and agree, and what those other than the leader do.
+
+Knows processes and launches; what is launched is the leader's business.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ..models.opened import open_model
+from ..sharding.processes import ProcessError, all_equal, join_processes
+from ..tpu.runtime import use_compile_cache
+from .build import Built, Progress, build
+from .config import EngineConfig, programs_folder
+from .errors import PlanError
+from .group import Follower
+from .launcher import Launcher
+from .manifest import depends_on
+from .programs import Blueprint
+from .turn import ProgramKind
+
+logger = logging.getLogger(__name__)
+
+GROUP_BROKEN = 5
+"""Exit code of a process that lost another one of its group."""
+AHEAD = 2
+"""Launches that a follower has under way before it waits for the oldest."""
+NEWS_S = 5.0
+"""How long a failed launch waits for the news that explains it."""
+
+
+def meet(config: EngineConfig) -> None:
+    """Wait for the other processes. Must come before anything touches a device. Raises PlanError."""
+    try:
+        join_processes(config.coordinator, config.processes, config.process_id)
+    except ProcessError as error:
+        raise PlanError(str(error)) from error
+
+
+def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -> None:
+    """Be a process other than 0: load this process's part of the model and make the leader's launches until it ends.
+
+    Raises PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
+    """
+    meet(config)
+    use_compile_cache(programs_folder(config))
+    opened = open_model(path, weights=config.load_format != "dummy")
+    follower = Follower(group_address(config), config.process_id, end_process)
+
+    def join(blueprint: Blueprint) -> None:
+        follower.join(decisions(blueprint))
+
+    built = build(config, opened.config, opened.source, progress, join)
+    check_all_built(built)
+    launcher = Launcher(built.programs, built.params)
+    under_way: deque[jax.Array] = deque()
+
+    def launch(kind: ProgramKind, size: int, plan: np.ndarray) -> None:
+        under_way.append(launcher.launch(kind, size, plan))
+        if len(under_way) > AHEAD:
+            under_way.popleft().block_until_ready()
+
+    try:
+        follower.run(launch)
+    except Exception as error:
+        # Most often the leader is gone in the middle of a launch: give the news of that a moment to come first.
+        logger.exception("a launch failed")
+        time.sleep(NEWS_S)
+        end_process(f"process {config.process_id} could not make a launch: {error}")
+
+
+def decisions(blueprint: Blueprint) -> dict[str, str]:
+    """What every process of a group must have decided alike."""
+    depends = depends_on(blueprint, jax.__version__) | {"xlane": version("xlane")}
+    parts = [(name, value if isinstance(value, dict) else {"": value}) for name, value in depends.items()]
+    return {f"{name}.{part}".rstrip("."): str(x) for name, values in parts for part, x in values.items()}
+
+
+def check_all_built(built: Built) -> None:
+    """Wait until all processes have loaded and compiled. Raises PlanError if they came to different programs."""
+    if not all_equal(str(decisions(built.programs.blueprint))):
+        raise PlanError(
+            "the processes' compilers ask for different amounts of memory, so their KV pools differ; give --kv-bytes"
+        )
+
+
+def group_address(config: EngineConfig, *, bind: bool = False) -> str:
+    """Where the leader tells its followers what to launch: for them, or to listen on."""
+    host, _, port = (config.coordinator or "").rpartition(":")
+    if bind and host not in ("localhost", "127.0.0.1", "[::1]"):
+        host = "[::]"  # the coordinator's name may stand for an address that is not this host's own
+    return f"{host}:{config.group_port or int(port) + 1}"
+
+
+def end_process(message: str) -> None:
+    """The group is broken: say why, and go, whatever this process's threads wait for."""
+    logger.critical("%s: this process ends", message)
+    sys.stderr.flush()
+    os._exit(GROUP_BROKEN)

@@ -1,0 +1,42 @@
+"""What lies on this process's devices, and the compiled programs over it: launches them, one after another.
+
+In a group of processes each has a launcher over its own devices, and all must make the same launches in the same order.
+Knows arrays and programs; not what a launch is for.
+"""
+
+import jax
+import numpy as np
+
+from .batch import DECODE_WIDTH
+from .programs import Programs
+from .state import abstract_kv, abstract_state, zeros_like
+from .turn import ProgramKind
+
+
+class Launcher:
+    """Parameters, KV pool, lane state and the programs over them."""
+
+    def __init__(self, programs: Programs, params: tuple[jax.Array, ...]) -> None:
+        b = programs.blueprint
+        self._programs = programs
+        self._params = params
+        self._placement = b.placement
+        self._kv = zeros_like(abstract_kv(b.config, b.shapes, b.dtype, b.placement))
+        self._state = zeros_like(abstract_state(b.shapes, b.placement))
+        self._decode_plan: tuple[bytes, jax.Array] | None = None
+
+    def launch(self, kind: ProgramKind, size: int, plan: np.ndarray) -> jax.Array:
+        """Start a program on its packed plan -> its result. Returns at once."""
+        if kind == "decode":
+            run, placed = self._programs.decode, self._put_decode(plan.reshape(size, DECODE_WIDTH))
+        else:
+            run, placed = self._programs.prefill, self._placement.put(plan)
+        self._kv, self._state, result = run(size, self._params, self._kv, self._state, placed)
+        return result
+
+    def _put_decode(self, plan: np.ndarray) -> jax.Array:
+        """Plans are equal for many steps in a row; the one on the device serves again."""
+        key = plan.tobytes()
+        if self._decode_plan is None or self._decode_plan[0] != key:
+            self._decode_plan = (key, self._placement.put(plan))
+        return self._decode_plan[1]

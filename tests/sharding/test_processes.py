@@ -1,0 +1,144 @@
+"""Two processes, one model: the tokens of one process, and no process outlives the other."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.conftest import ids, request, run
+from tests.sharding.test_meshes import PROMPTS, SPLIT_VOCAB
+from tests.support.tiny import tiny_model
+from xlane.sharding.processes import ProcessError, all_equal, join_processes, least_of_all
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDS_WITHIN_S = 60
+OPTIONS = {
+    "lanes": 4, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 32, "kernels": "xla", "processes": 2,
+}  # fmt: skip
+REQUESTS = [(prompt, {"max_tokens": 6}) for prompt in PROMPTS] + [
+    (prompt, {"max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": seed})
+    for seed, prompt in enumerate(PROMPTS)
+]
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def free_ports() -> int:
+    """A port that is free together with the next one."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@pytest.fixture
+def start(models: Path, tmp_path: Path) -> Iterator[Start]:
+    """Start process N of a group of two, each with `devices` simulated devices."""
+    coordinator = f"127.0.0.1:{free_ports()}"
+    started: list[subprocess.Popen[str]] = []
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+    def make(process_id: int, *told: str, devices: int = 1, **options: object) -> subprocess.Popen[str]:
+        config = {
+            **OPTIONS,
+            "coordinator": coordinator,
+            "process_id": process_id,
+            "cache_dir": cache,
+            **options,
+        }
+        command = [sys.executable, "-m", "tests.support.group_process", str(tiny_model(SPLIT_VOCAB, models))]
+        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        process = subprocess.Popen(
+            [*command, json.dumps(config), *told],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield make
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"), [(1, {}), (2, {"model_parallel": 4}), (1, {"data_parallel": 2})], ids=str
+)
+def test_two_processes_make_the_tokens_of_one(engine_of, start: Start, devices: int, mesh: dict):
+    leader = start(0, json.dumps(REQUESTS), devices=devices, **mesh)
+    follower = start(1, devices=devices, **mesh)
+    single = engine_of(SPLIT_VOCAB)
+    expected = [ids(output) for output in run(single, *(request(prompt, **how) for prompt, how in REQUESTS))]
+    output, errors = leader.communicate(timeout=300)
+    assert leader.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1]) == expected  # before it, gloo says that it is connected
+    _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
+    assert follower.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [(1, "process 1 on {host} is gone"), (0, "the leader (process 0 at 127.0.0.1:")],
+    ids=["follower", "leader"],
+)
+def test_no_process_outlives_another(start: Start, victim: int, message: str):
+    both = [start(0, "forever"), start(1)]
+    assert both[0].stdout is not None
+    assert "running\n" in both[0].stdout
+    both[victim].kill()
+    _, errors = both[1 - victim].communicate(timeout=ENDS_WITHIN_S)
+    assert both[1 - victim].returncode == 5, errors
+    assert message.format(host=socket.gethostname()) in errors
+
+
+def test_processes_that_decide_differently_end_with_the_difference(start: Start):
+    leader, follower = start(0, "[]"), start(1, lanes=8)
+    for process in (leader, follower):
+        _, errors = process.communicate(timeout=ENDS_WITHIN_S)
+        assert process.returncode == 3
+        assert "has decided decode_rows=(1, 2, 4, 8), and the leader decode_rows=(1, 2, 4)" in errors
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data_parallel": 2, "model_parallel": 2}, "can be split along one axis"),
+        ({"model_parallel": 2}, "leaves out all devices of process 1: 4 devices are there"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_a_group_cannot_have_is_refused_in_both(start: Start, mesh: dict, message: str):
+    for process in [start(0, "[]", devices=2, **mesh), start(1, devices=2, **mesh)]:
+        _, errors = process.communicate(timeout=ENDS_WITHIN_S)
+        assert process.returncode == 3
+        assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ((None, 2, 0), "give --coordinator"),
+        (("localhost:1", 2, 2), "process 2 of 2"),
+        (("localhost", 2, 0), "has no port"),
+        ((None, 1, 1), "1 of 1"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(told: tuple, message: str):
+    with pytest.raises(ProcessError, match=message):
+        join_processes(*told)
+
+
+def test_one_process_agrees_with_itself():
+    join_processes(None, 1, 0)
+    assert least_of_all(12345) == 12345
+    assert all_equal("anything")
