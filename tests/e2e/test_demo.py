@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -97,11 +98,16 @@ def test_a_dropped_connection_frees_its_lane(demo: Served) -> None:
     body = {"inputs": "Count to a thousand: 1, 2,", "parameters": {"max_new_tokens": 2000}}
     with httpx.stream("POST", f"{demo.url}/generate_stream", json=body, timeout=60) as response:
         next(response.iter_lines())
-        assert lanes() == 1
-    until = time.monotonic() + 5
-    while lanes() and time.monotonic() < until:
+        _within(10, lambda: lanes() == 1)
+    _within(10, lambda: lanes() == 0)
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> None:
+    """The metrics are a snapshot that is a moment old, and the machine may be busy."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.05)
-    assert lanes() == 0
 
 
 def test_nothing_compiled_after_ready(demo: Served) -> None:

@@ -12,11 +12,11 @@ import pytest
 from tests.support.fake_device import FakeDevice, expected_ids
 from xlane.engine import (
     DeadlineExceeded,
+    EngineLost,
     EngineStopped,
     FinishReason,
     InvalidRequest,
     Request,
-    RequestFailed,
     SamplingParams,
     StepOutput,
 )
@@ -171,7 +171,7 @@ def test_a_failing_device_tells_every_waiter_and_takes_no_more(where: str) -> No
     rig.gate.set()
     for last in [*rig.sink.wait(*names, "late"), *other.wait("other")]:
         assert isinstance(last, RequestError)
-        assert isinstance(last.error, RequestFailed)
+        assert isinstance(last.error, EngineLost)
         assert "RuntimeError: the device is on fire" in str(last.error)
     assert not rig.loop.healthy()
     assert rig.loop.wait_idle(20)
