@@ -95,9 +95,10 @@ def test_a_dropped_connection_frees_its_lane(demo: Served) -> None:
         assert found is not None
         return int(float(found.group(1)))
 
-    body = {"inputs": "Count to a thousand: 1, 2,", "parameters": {"max_new_tokens": 2000}}
-    with httpx.stream("POST", f"{demo.url}/generate_stream", json=body, timeout=60) as response:
-        next(response.iter_lines())
+    body = {"model": "demo", "prompt": "Count: 1, 2,", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{demo.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()  # kept: dropping the iterator closes the connection
+        assert next(lines).startswith("data: ")
         _within(10, lambda: lanes() == 1)
     _within(10, lambda: lanes() == 0)
 
