@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlane.engine import LogprobsMode, SamplingParams
+from xlane.engine import LogprobsMode, RequestFailed, SamplingParams
 from xlane.engine.batch import (
     DECODE_WIDTH,
     RESULT_WIDTH,
@@ -135,6 +135,11 @@ def test_a_result_is_read_as_it_was_written(
         jnp.array([logprob], jnp.float32),
         jnp.array([ids], jnp.int32),
         jnp.array([values], jnp.float32),
+        jnp.array([False]),
+    )
+    broken = np.asarray(pack_result(jnp.array([valid]), one._replace(broken=jnp.array([True]))))
+    assert isinstance(
+        read_result(broken[0], SamplingParams(max_tokens=1)), RequestFailed if valid else type(None)
     )
     packed = np.asarray(pack_result(jnp.array([valid]), one))
     assert packed.shape == (1, RESULT_WIDTH)
