@@ -214,6 +214,12 @@ def read_proto(text: str) -> tuple[dict, dict, dict]:
     found: dict[str, dict] = {"message": {}, "enum": {}, "service": {}}
     for kind, name, body in blocks:
         if kind == "message":
+            # A map is, on the wire and in the descriptor, repeated entries of a message named after the field.
+            body = re.sub(
+                r"map<[^>]*> (\w)(\w*) =",
+                lambda m: f"repeated {m[1].upper()}{m[2]}Entry {m[1]}{m[2]} =",
+                body,
+            )
             rows = re.findall(r"(repeated |optional )?(\w+) (\w+) = (\d+);", body)
             found[kind][name] = {
                 (field, int(number), label.strip(), type_) for label, type_, field, number in rows
