@@ -4,12 +4,12 @@ A follower holds a call to the leader open for its whole life. Whoever sees it b
 no process can go on without the others' devices. Knows launches as names and bytes; nothing of arrays on devices.
 """
 
-import logging
+import atexit
 import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import grpc
@@ -20,8 +20,6 @@ from .proto import xlane_pb2 as pb
 from .proto import xlane_pb2_grpc
 from .rpc_server import CHANNEL_OPTIONS
 from .turn import ProgramKind
-
-logger = logging.getLogger(__name__)
 
 JOIN_S = 300.0
 """How long one waits for the other side before the model is loaded."""
@@ -36,6 +34,23 @@ Lost = Callable[[str], None]
 LaunchCall = Callable[[ProgramKind, int, np.ndarray], object]
 
 
+class _Threads(Executor):
+    """A thread a call, and none that a process would wait for before it ends: a call lasts as long as the group."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """See `Executor.submit`."""
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="group-call", daemon=True).start()
+        return future
+
+
 class Leader(xlane_pb2_grpc.GroupServicer):
     """Process 0: takes the followers in and tells them what to launch."""
 
@@ -48,10 +63,9 @@ class Leader(xlane_pb2_grpc.GroupServicer):
         self._queues: list[tuple[int, queue.Queue[pb.Launch | None]]] = []
         self._news = threading.Condition()
         self._closing = False
-        self._server = grpc.server(
-            ThreadPoolExecutor(processes + 1, thread_name_prefix="group"),
-            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
-        )
+        # Typed as a ThreadPoolExecutor; `submit` is all that is used.
+        threads: Any = _Threads()
+        self._server = grpc.server(threads, options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
         xlane_pb2_grpc.add_GroupServicer_to_server(self, self._server)
 
     def gather(self, decisions: Mapping[str, str], timeout_s: float = JOIN_S) -> None:
@@ -62,6 +76,7 @@ class Leader(xlane_pb2_grpc.GroupServicer):
         except RuntimeError as error:
             raise PlanError(f"cannot listen for followers on {self._address}: {error}") from error
         self._server.start()
+        atexit.register(self._abandon)
         with self._news:
             self._news.wait_for(lambda: self._refused or not self._missing, timeout_s)
             if self._refused is None and not self._missing:
@@ -117,8 +132,14 @@ class Leader(xlane_pb2_grpc.GroupServicer):
             except queue.Full:
                 self._lost(f"process {process_id} has taken no launch for {STALL_S:g} s")
 
+    def _abandon(self) -> None:
+        """This process ends by an error: break the calls, so that the followers hear of it at once."""
+        self._closing = True
+        self._server.stop(None)
+
     def close(self) -> None:
         """Let the followers end."""
+        atexit.unregister(self._abandon)
         self._closing = True
         for _, launches in self._queues:
             try:

@@ -101,6 +101,17 @@ def test_no_process_outlives_another(start: Start, victim: int, message: str):
     assert message.format(host=socket.gethostname()) in errors
 
 
+def test_a_leader_that_fails_ends_and_so_does_its_follower(start: Start):
+    leader, follower = start(0, "forever"), start(1)
+    assert leader.stdout is not None
+    assert "running\n" in leader.stdout
+    leader.stdout.close()  # its next word raises, and nobody stops the engine
+    assert leader.wait(ENDS_WITHIN_S) != 0
+    _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
+    assert follower.returncode == 5, errors
+    assert "the leader (process 0 at 127.0.0.1:" in errors
+
+
 def test_processes_that_decide_differently_end_with_the_difference(start: Start):
     leader, follower = start(0, "[]"), start(1, lanes=8)
     for process in (leader, follower):
