@@ -3,9 +3,11 @@
 Everything is set through the environment, so engines started as child processes run under the same rules.
 """
 
+import gc
 import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,18 @@ def _apply(rules: Mapping[str, str]) -> None:
 
 
 _apply(_RULES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_go() -> Iterator[None]:
+    """Free what a module compiled. Each program takes some hundred memory mappings, and a process has 65,530: a suite
+    that kept them all would end in LLVM's abort."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Engines of tiny models, built once a session and shared by the tests that only ask them."""
+"""Engines of tiny models, built once a module and shared by its tests that only ask them."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine_of(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Engine]]:
     """Build (once per set of options) an engine of a tiny model."""
     built: dict[tuple, Engine] = {}
