@@ -18,6 +18,7 @@ from .errors import (
     RequestFailed,
 )
 from .request import (
+    MAX_LOGIT_BIAS,
     MAX_TOP_LOGPROBS,
     EngineInfo,
     EngineStats,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 __all__ = [
+    "MAX_LOGIT_BIAS",
     "MAX_TOP_LOGPROBS",
     "DeadlineExceeded",
     "Engine",

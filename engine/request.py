@@ -6,6 +6,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+MAX_LOGIT_BIAS = 300
+"""Most biased tokens of a request (the width of a lane's table)."""
 MAX_TOP_LOGPROBS = 20
 """Most alternatives a step can report per token (the width of its packed result)."""
 
@@ -61,6 +63,12 @@ class SamplingParams:
     top_logprobs: int = 0
     """Report this many alternatives a token, 0 … MAX_TOP_LOGPROBS; needs `logprobs`."""
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
+    min_tokens: int = 0
+    """Tokens to generate before a stop id may be chosen."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), at most MAX_LOGIT_BIAS of them, no id twice (OpenAI)."""
+    watermark: bool = False
+    """Favour a green list that the token before decides (Kirchenbauer et al. 2023)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +87,11 @@ class Request:
     """Lower runs first among the waiting."""
     deadline_s: float | None = None
     """Seconds from submission after which the request fails with DeadlineExceeded; None waits for ever."""
+    grammar: str | None = None
+    """What the output must match, as llguidance writes it (`LLMatcher.grammar_from_json_schema` and its like); None leaves
+    it free."""
+    prompt_logprobs: int | None = None
+    """Report the prompt's own log-probabilities with this many alternatives a token, 0 … MAX_TOP_LOGPROBS; None does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,8 @@ class StepOutput:
     """Prompt tokens that were found in the cache; meaningful on the first output."""
     timing: Timing | None = None
     """Set on the last output only."""
+    prompt: tuple[TokenOutput, ...] = ()
+    """With `prompt_logprobs`, on the first output: the prompt's tokens but the first, which nothing comes before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import pytest
 
 PUBLIC = {
     "xlane.engine": {
-        "MAX_TOP_LOGPROBS", "DeadlineExceeded", "Engine", "EngineClient", "EngineConfig", "EngineError",
+        "MAX_LOGIT_BIAS", "MAX_TOP_LOGPROBS", "DeadlineExceeded", "Engine", "EngineClient", "EngineConfig", "EngineError",
         "EngineInfo", "EngineLost", "EngineStats", "EngineStopped", "FinishReason", "InvalidRequest",
         "LogprobsMode", "Overloaded", "PlanError", "ProgramInfo", "Request", "RequestFailed", "SamplingParams",
         "StepOutput", "Timing", "TokenOutput",

@@ -70,6 +70,8 @@ _SAME_SAMPLING = (
     "seed",
     "logprobs",
     "top_logprobs",
+    "min_tokens",
+    "watermark",
 )
 _SAME_PROGRAM = ("name", "compile_s", "argument_bytes", "alias_bytes", "temp_bytes", "flops")
 _SAME_INFO = (
@@ -122,11 +124,15 @@ def encode_request(request: Request) -> pb.Request:
             sampling=pb.SamplingParams(
                 stop_ids=sampling.stop_ids,
                 logprobs_mode=_MODE_CODES[sampling.logprobs_mode],
+                bias_ids=[token for token, _ in sampling.logit_bias],
+                biases=[bias for _, bias in sampling.logit_bias],
                 **_fields(sampling, _SAME_SAMPLING),
             ),
             resume_ids=request.resume_ids,
             priority=request.priority,
             deadline_s=request.deadline_s,
+            grammar=request.grammar,
+            prompt_logprobs=request.prompt_logprobs,
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be sent to the engine: {error}") from error
@@ -141,11 +147,14 @@ def decode_request(message: pb.Request) -> Request:
         sampling=SamplingParams(
             stop_ids=tuple(sampling.stop_ids),
             logprobs_mode=_MODES.get(sampling.logprobs_mode, LogprobsMode.RAW),
+            logit_bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
             **_fields(sampling, _SAME_SAMPLING),
         ),
         resume_ids=tuple(message.resume_ids),
         priority=message.priority,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
+        grammar=message.grammar if message.HasField("grammar") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 
@@ -168,12 +177,10 @@ def decode_batch(message: pb.StepBatch) -> list[Delivery]:
 
 
 def _encode_output(output: StepOutput) -> pb.StepOutput:
-    tokens = output.tokens
-    message = pb.StepOutput(request_id=output.request_id, token_ids=[token.id for token in tokens])
-    if tokens and tokens[0].logprob is not None:  # asked for, so every token has one
-        message.logprobs.extend([token.logprob for token in tokens])  # pyright: ignore[reportArgumentType]
-        if any(token.top for token in tokens):
-            message.tops.extend([_encode_top(token.top) for token in tokens])
+    message = pb.StepOutput(request_id=output.request_id)
+    _encode_tokens(output.tokens, message)
+    if output.prompt:
+        _encode_tokens(output.prompt, message.prompt)
     if output.cached_tokens:
         message.cached_tokens = output.cached_tokens
     if output.finish_reason is not None:
@@ -184,6 +191,14 @@ def _encode_output(output: StepOutput) -> pb.StepOutput:
         message.timing.total_s = timing.total_s
         message.timing.SetInParent()  # all zeros is still a timing
     return message
+
+
+def _encode_tokens(tokens: Sequence[TokenOutput], message: pb.StepOutput | pb.PromptLogprobs) -> None:
+    message.token_ids.extend([token.id for token in tokens])
+    if tokens and tokens[0].logprob is not None:  # asked for, so every token has one
+        message.logprobs.extend([token.logprob for token in tokens])  # pyright: ignore[reportArgumentType]
+        if any(token.top for token in tokens):
+            message.tops.extend([_encode_top(token.top) for token in tokens])
 
 
 def _encode_top(top: tuple[tuple[int, float], ...]) -> pb.TopLogprobs:
@@ -201,10 +216,11 @@ def _decode_output(message: pb.StepOutput) -> StepOutput:
         _FINISH_REASONS[finish] if finish else None,
         message.cached_tokens,
         timing,
+        _decode_tokens(message.prompt) if message.HasField("prompt") else (),
     )
 
 
-def _decode_tokens(message: pb.StepOutput) -> tuple[TokenOutput, ...]:
+def _decode_tokens(message: pb.StepOutput | pb.PromptLogprobs) -> tuple[TokenOutput, ...]:
     ids, logprobs, tops = message.token_ids, message.logprobs, message.tops
     if not logprobs:
         return tuple([TokenOutput(id) for id in ids])

@@ -54,9 +54,19 @@ SAMPLING = SamplingParams(
     logprobs=True,
     top_logprobs=11,
     logprobs_mode=LogprobsMode.PROCESSED,
+    min_tokens=3,
+    logit_bias=((4, -100.0), (200_000, 0.5)),
+    watermark=True,
 )
 REQUEST = Request(
-    id="é", prompt_ids=(1, 200_000), sampling=SAMPLING, resume_ids=(3,), priority=-4, deadline_s=0.0
+    id="é",
+    prompt_ids=(1, 200_000),
+    sampling=SAMPLING,
+    resume_ids=(3,),
+    priority=-4,
+    deadline_s=0.0,
+    grammar='start: "é"',
+    prompt_logprobs=0,
 )
 TOKEN = TokenOutput(7, -1.5, ((7, -1.5), (8, -2.25)))
 
@@ -67,7 +77,11 @@ def through_the_wire(message):
 
 @pytest.mark.parametrize(
     "request_",
-    [REQUEST, replace(REQUEST, deadline_s=None), replace(REQUEST, sampling=SamplingParams(max_tokens=5))],
+    [
+        REQUEST,
+        replace(REQUEST, deadline_s=None, grammar=None, prompt_logprobs=None),
+        replace(REQUEST, sampling=SamplingParams(max_tokens=5)),
+    ],
 )
 def test_a_request_arrives_as_it_left(request_: Request):
     assert codec.decode_request(through_the_wire(codec.encode_request(request_))) == request_
@@ -97,6 +111,8 @@ BATCH: list[Delivery] = [
     StepOutput("c", (TokenOutput(5, 0.0),), FinishReason.STOP, 0, Timing(0.0, 0.0, 0.0)),
     StepOutput("d", (), FinishReason.ABORT, 0, Timing(0.5, 1.5, 2.5)),
     StepOutput("a", (TokenOutput(1), TokenOutput(2)), FinishReason.LENGTH),
+    StepOutput("e", (TokenOutput(3),), prompt=(TOKEN, replace(TOKEN, top=()))),
+    StepOutput("f", (TokenOutput(3, -2.0),), prompt=(TokenOutput(6, -0.5),)),
 ]
 
 
