@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +37,7 @@ KV_BYTES = 512 * 2**20
 
 def median_gap_ms(streams: list[list[float]]) -> float:
     """Of the times between two tokens. A step that waited for another stream's prefill is no median."""
-    return 1e3 * statistics.median(b - a for moments in streams for a, b in zip(moments, moments[1:]))
+    return 1e3 * statistics.median(b - a for moments in streams for a, b in pairwise(moments))
 
 
 def config(**options) -> EngineConfig:
