@@ -15,7 +15,7 @@ _BASE = {
     "vocab_size": 131,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
@@ -52,12 +52,12 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3-biases-tied": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3-window-mha": (
         "Qwen3",
-        {"head_dim": 16, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+        {"head_dim": 16, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "smollm3-tied": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
     "smollm3-window": (
         "SmolLM3",
-        {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
+        {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
     ),
 }  # fmt: skip
 
