@@ -1,6 +1,7 @@
 """Logits to tokens, per lane, inside the step: a pure function of arrays. Knows no lane numbers and no requests.
 
-Order: repetition, frequency and presence penalty -> temperature -> top-k -> top-p -> min-p -> typical -> Gumbel-max.
+Order: logit bias -> repetition, frequency and presence penalty -> temperature -> top-k -> top-p -> min-p -> typical ->
+Gumbel-max. Biases come first (OpenAI's definition, vLLM's order); what is greedy takes the largest after the penalties.
 No sort: every cut is a threshold found by bisection over the bits of a float (`threshold`). Work that no row asked for
 is skipped by `lax.cond`. The randomness of a token is a function of (request seed, position) alone.
 """
@@ -38,6 +39,10 @@ class SamplingRows(NamedTuple):
     """int32[R]: 0 none, LOGPROBS_RAW or LOGPROBS_PROCESSED."""
     top_n: jax.Array
     """int32[R]: alternatives to report."""
+    bias_ids: jax.Array
+    """int32[R, MAX_LOGIT_BIAS]: where `bias` goes; any id of the vocabulary where that is 0."""
+    bias: jax.Array
+    """float32[R, MAX_LOGIT_BIAS]"""
 
 
 class Sampled(NamedTuple):
@@ -105,10 +110,7 @@ def sample(
     # Each step is pinned: what works by rows must spread neither to its neighbours nor to the weights.
     logits = layout.by_vocab(logits)
     rows = layout.everywhere(_neutral(rows, lanes >= seen.shape[0]))
-    penalised = (rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)
-    processed = jax.lax.cond(
-        penalised.any(), lambda x: penalize(x, rows, seen.at[lanes].get(mode="clip")), lambda x: x, logits
-    )
+    processed = adjust(logits, rows, seen, lanes)
     random = rows.temperature > 0
     processed = jax.lax.cond(random.any(), lambda x: scale(x, rows.temperature), lambda x: x, processed)
     processed = layout.by_vocab(processed)
@@ -139,9 +141,31 @@ def _neutral(rows: SamplingRows, unused: jax.Array) -> SamplingRows:
         repetition=jnp.where(unused, 1.0, rows.repetition),
         frequency=jnp.where(unused, 0.0, rows.frequency),
         presence=jnp.where(unused, 0.0, rows.presence),
+        bias=jnp.where(unused[:, None], 0.0, rows.bias),
         logprobs=jnp.where(unused, 0, rows.logprobs),
         top_n=jnp.where(unused, 0, rows.top_n),
     )
+
+
+def adjust(logits: jax.Array, rows: SamplingRows, seen: jax.Array, lanes: jax.Array) -> jax.Array:
+    """What changes the likeliest token, too: what greedy rows take their pick from. One condition stands before all of
+    it, because a device may have to ask the host at each."""
+    biased = (rows.bias != 0).any()
+    penalised = ((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)).any()
+
+    def apply(x: jax.Array) -> jax.Array:
+        x = jax.lax.cond(biased, lambda x: add_bias(x, rows), lambda x: x, x)
+        return jax.lax.cond(
+            penalised, lambda x: penalize(x, rows, seen.at[lanes].get(mode="clip")), lambda x: x, x
+        )
+
+    return jax.lax.cond(biased | penalised, apply, lambda x: x, logits)
+
+
+def add_bias(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Add each row's biases to the logits of their tokens (OpenAI's `logit_bias`)."""
+    row = jax.lax.broadcasted_iota(jnp.int32, rows.bias_ids.shape, 0)
+    return logits.at[row, rows.bias_ids].add(rows.bias, mode="drop")
 
 
 def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ..models.config import ModelConfig
 from ..models.kernels import KvLayer
 from ..sharding.mesh import Placement
+from .request import MAX_LOGIT_BIAS
 from .sampler import SamplingRows
 
 MAX_STOP_IDS = 32
@@ -94,6 +95,8 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
             seed=leaf(jnp.uint32, 2),
             logprobs=leaf(i32),
             top_n=leaf(i32),
+            bias_ids=leaf(i32, MAX_LOGIT_BIAS),
+            bias=leaf(f32, MAX_LOGIT_BIAS),
         ),
     )
 

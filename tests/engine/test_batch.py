@@ -17,7 +17,7 @@ from xlane.engine.batch import (
     read_prefill,
     read_result,
 )
-from xlane.engine.request import MAX_TOP_LOGPROBS
+from xlane.engine.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 from xlane.engine.sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled
 from xlane.engine.state import MAX_STOP_IDS
 from xlane.engine.turn import Segment
@@ -49,6 +49,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         logprobs=logprobs,
         top_logprobs=draw(st.integers(0, MAX_TOP_LOGPROBS)) if logprobs else 0,
         logprobs_mode=draw(st.sampled_from(LogprobsMode)),
+        logit_bias=tuple(draw(st.lists(st.tuples(int31, floats), max_size=MAX_LOGIT_BIAS))),
     )
 
 
@@ -108,6 +109,10 @@ def test_a_prefill_plan_is_read_as_it_was_written(plan: list[Segment]) -> None:
         r = got.sampling
         ours = (r.temperature, r.top_p, r.min_p, r.typical_p, r.repetition, r.frequency, r.presence)
         assert np.array([x[row] for x in ours]).tobytes() == np.array(wanted, np.float32).tobytes()
+        bias = np.array([value for _, value in s.logit_bias], np.float32)
+        assert got.sampling.bias_ids[row, : len(bias)].tolist() == [token for token, _ in s.logit_bias]
+        assert got.sampling.bias[row, : len(bias)].tobytes() == bias.tobytes()
+        assert not got.sampling.bias[row, len(bias) :].any()
     assert (got.positions[at:] == -1).all()
     assert (np.diff(got.rows) >= 0).all()  # kernels walk rows in order
 

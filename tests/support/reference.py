@@ -26,6 +26,12 @@ def penalized(
     return result
 
 
+def biased(logits: Sequence[float], s: SamplingParams) -> list[float]:
+    """Each bias added to its token."""
+    bias = dict(s.logit_bias)
+    return [float(x) + bias.get(token, 0.0) for token, x in enumerate(logits)]
+
+
 def softmax(logits: Sequence[float]) -> list[float]:
     """Probabilities; minus infinity is 0."""
     largest = max(logits)
@@ -86,7 +92,7 @@ def processed(
     logits: Sequence[float], s: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()
 ) -> list[float]:
     """The logits a token is drawn from: every transform, in the order of the engine."""
-    result = penalized(logits, s, prompt, output)
+    result = penalized(biased(logits, s), s, prompt, output)
     if s.temperature == 0:
         return result
     result = [x / s.temperature for x in result]
