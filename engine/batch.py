@@ -59,8 +59,6 @@ class PrefillPlan(NamedTuple):
     """int32[S]"""
     remaining: jax.Array
     """int32[S]"""
-    stop: jax.Array
-    """int32[S, MAX_STOP_IDS]"""
     sampling: SamplingRows
     table: jax.Array
     """int32[S, Pmax]"""
@@ -75,7 +73,7 @@ class PrefillPlan(NamedTuple):
 _HEADER = np.dtype(
     [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining")]
     + [("stop", np.int32, (MAX_STOP_IDS,)), ("seed", np.uint32, (2,))]
-    + [(name, np.int32) for name in ("top_k", "logprobs", "top_n")]
+    + [(name, np.int32) for name in ("stop_from", "watermark", "top_k", "logprobs", "top_n")]
     + [(name, np.float32) for name in ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")]
     + [("bias_ids", np.int32, (MAX_LOGIT_BIAS,)), ("bias", np.float32, (MAX_LOGIT_BIAS,))]
 )  # fmt: skip
@@ -120,7 +118,9 @@ def _write_header(header: np.void, segment: Segment, end: int) -> None:
     header["remaining"] = segment.remaining
     header["stop"] = -1
     header["stop"][: len(s.stop_ids)] = s.stop_ids
+    header["stop_from"] = min(segment.prompt_tokens + s.min_tokens, 2**31 - 1)
     header["seed"] = (s.seed >> 32, s.seed & 0xFFFFFFFF)
+    header["watermark"] = s.watermark
     header["top_k"] = min(s.top_k, 2**31 - 1)
     mode = LOGPROBS_PROCESSED if s.logprobs_mode is LogprobsMode.PROCESSED else LOGPROBS_RAW
     header["logprobs"] = mode if s.logprobs else 0

@@ -3,6 +3,7 @@
 Loading and compiling go on at the same time. Each decision that a person should know of is in `Built`. Knows no requests.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan
 from .pages import pages_for
 from .programs import Blueprint, Programs, abstract_params, compile_all, param_sharding
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
+from .watermark import Watermark
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`weights`: bytes, `programs`: count), what is done and what there is in all."""
@@ -135,6 +137,7 @@ def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryP
         decode_rows=decode_rows(lanes, placement.data_size),
         prefill_tokens=prefill_tokens(chunk, 16 if platform == "cpu" else 64),
         prefill_segments=segments,
+        watermark=_watermark(config),
     )
     return blueprint, memory, note
 
@@ -194,6 +197,15 @@ def _most_tokens(config: EngineConfig, model: ModelConfig) -> int:
             "lower --max-input-tokens"
         )
     return most
+
+
+def _watermark(config: EngineConfig) -> Watermark:
+    gamma, delta = config.watermark_gamma, config.watermark_delta
+    if not 0 < gamma < 1:
+        raise PlanError(f"watermark_gamma={gamma} is not between 0 and 1 (--watermark-gamma)")
+    if not math.isfinite(delta):
+        raise PlanError(f"watermark_delta={delta} is not a finite number (--watermark-delta)")
+    return Watermark(gamma, delta)
 
 
 def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:

@@ -176,6 +176,7 @@ def check_sampling(s: SamplingParams, vocab_size: int) -> None:
     """Raise InvalidRequest for a parameter out of its range, naming it and its value."""
     bounds = (
         ("max_tokens", s.max_tokens, 1, 2**31 - 1),
+        ("min_tokens", s.min_tokens, 0, s.max_tokens),
         ("temperature", s.temperature, 0.0, 1e4),
         ("top_k", s.top_k, 0, 2**31 - 1),
         ("top_p", s.top_p, 1e-9, 1.0),

@@ -77,6 +77,25 @@ def test_a_stop_token_ends_the_sequence_and_is_its_last_token(engine_of, models)
     assert output[-1].finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize("least", [1, 6, 12])
+def test_no_stop_token_before_the_least_length_however_the_rest_is_made(engine_of, least: int) -> None:
+    """Half of the vocabulary would stop: until then it is never chosen, and from then on it soon is."""
+    engine, stops = engine_of(), tuple(range(4, 131, 4))
+    how = {"max_tokens": 40, "temperature": 1.0, "stop_ids": stops, "min_tokens": least}
+    outputs = run(engine, *(request(p, seed=seed, **how) for seed, p in enumerate(PROMPTS)))
+    for seed, (prompt, output) in enumerate(zip(PROMPTS, outputs)):
+        made = ids(output)
+        assert not set(made[:least]) & set(stops)
+        assert made[-1] in stops
+        resumed = Request(
+            id="rest",
+            prompt_ids=tuple(prompt),
+            sampling=request(prompt, seed=seed, **how).sampling,
+            resume_ids=tuple(made[: len(made) // 2]),
+        )
+        assert ids(run(engine, resumed)[0]) == made[len(made) // 2 :]
+
+
 def test_the_first_token_may_be_the_last(engine_of) -> None:
     (output,) = run(engine_of(), request(PROMPTS[0], max_tokens=1))
     assert len(ids(output)) == 1
@@ -105,6 +124,8 @@ def test_memory_pressure_preempts_and_nothing_changes(engine_of) -> None:
 SHAPED = [
     {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
     {"logit_bias": tuple((token, 2.0) for token in range(3, 131, 5))},
+    {"min_tokens": 19, "stop_ids": tuple(range(3, 131, 5))},
+    {"watermark": True},
 ]
 """What changes logits and could depend on where a sequence was interrupted."""
 
@@ -247,6 +268,7 @@ def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of)
             {"sampling": SamplingParams(max_tokens=1, logit_bias=((5, 1.0),) * 301)},
             r"logit_bias \(count\)=301",
         ),
+        ({"sampling": SamplingParams(max_tokens=8, min_tokens=9)}, "min_tokens=9"),
         ({"sampling": SamplingParams(max_tokens=10**400)}, "max_tokens=1000"),
         ({"deadline_s": float("nan")}, "deadline_s=nan"),
         ({"deadline_s": -1.0}, "deadline_s=-1.0"),

@@ -274,7 +274,7 @@ def test_a_new_user_of_a_lane_sees_nothing_of_the_last(device: Device) -> None:
     )
     assert one is not None
     np.testing.assert_array_equal(device.state.seen[0], reference.seen(VOCAB, [4, 4], [one.id]))
-    assert int(device.state.stop[0, 0]) == 9
+    assert int(device.state.sampling.stop[0, 0]) == 9
     assert float(device.state.sampling.temperature[0]) == 0.0
 
 
