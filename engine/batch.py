@@ -59,6 +59,8 @@ class PrefillPlan(NamedTuple):
     """int32[S]"""
     remaining: jax.Array
     """int32[S]"""
+    prompt_top: jax.Array
+    """int32[S]: alternatives to report with each target."""
     sampling: SamplingRows
     table: jax.Array
     """int32[S, Pmax]"""
@@ -68,10 +70,12 @@ class PrefillPlan(NamedTuple):
     """int32[T]: segment of each token."""
     positions: jax.Array
     """int32[T]; -1 marks padding."""
+    targets: jax.Array
+    """int32[T]: the token that follows each, where its log-probability is asked for; else -1."""
 
 
 _HEADER = np.dtype(
-    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining")]
+    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining", "prompt_top")]
     + [("stop", np.int32, (MAX_STOP_IDS,)), ("seed", np.uint32, (2,))]
     + [(name, np.int32) for name in ("stop_from", "watermark", "top_k", "logprobs", "top_n")]
     + [(name, np.float32) for name in ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")]
@@ -84,22 +88,23 @@ _HEADER_WIDTH = _HEADER.itemsize // 4
 
 def prefill_size(segments: int, tokens: int, table_width: int) -> int:
     """Length of a packed prefill plan."""
-    return segments * (_HEADER_WIDTH + table_width) + 3 * tokens
+    return segments * (_HEADER_WIDTH + table_width) + 4 * tokens
 
 
 def pack_prefill(plan: list[Segment], segments: int, tokens: int, table_width: int, lanes: int) -> np.ndarray:
     """Write a launch of at most `segments` segments and `tokens` tokens in all."""
     packed = np.zeros(prefill_size(segments, tokens, table_width), np.int32)
     head = packed[: segments * (_HEADER_WIDTH + table_width)].reshape(segments, _HEADER_WIDTH + table_width)
-    ids, rows, positions = packed[head.size :].reshape(3, tokens)
+    ids, rows, positions, targets = packed[head.size :].reshape(4, tokens)
     head[:, 0] = lanes
-    positions[:] = -1
+    positions[:] = targets[:] = -1
     at = 0
     for row, segment in enumerate(plan):
         count = len(segment.tokens)
         ids[at : at + count] = segment.tokens
         rows[at : at + count] = row
         positions[at : at + count] = range(segment.start, segment.start + count)
+        targets[at : at + len(segment.targets)] = segment.targets
         at += count
         _write_header(head[row, :_HEADER_WIDTH].view(_HEADER)[0], segment, at - 1)
         head[row, _HEADER_WIDTH : _HEADER_WIDTH + len(segment.pages)] = segment.pages
@@ -116,6 +121,7 @@ def _write_header(header: np.void, segment: Segment, end: int) -> None:
     header["length"] = segment.start + len(segment.tokens)
     header["prompt_tokens"] = segment.prompt_tokens
     header["remaining"] = segment.remaining
+    header["prompt_top"] = segment.prompt_top
     header["stop"] = -1
     header["stop"][: len(s.stop_ids)] = s.stop_ids
     header["stop_from"] = min(segment.prompt_tokens + s.min_tokens, 2**31 - 1)
@@ -141,7 +147,7 @@ def read_prefill(packed: jax.Array, segments: int, tokens: int, table_width: int
     """The reader of `pack_prefill`, while tracing."""
     split = segments * (_HEADER_WIDTH + table_width)
     head = packed[:split].reshape(segments, _HEADER_WIDTH + table_width)
-    ids, rows, positions = packed[split:].reshape(3, tokens)
+    ids, rows, positions, targets = packed[split:].reshape(4, tokens)
     fields = _read_header(head)
     sampling = SamplingRows(**{name: fields.pop(name) for name in SamplingRows._fields})
     fields |= {name: fields[name] == 1 for name in ("first", "last")}
@@ -152,6 +158,7 @@ def read_prefill(packed: jax.Array, segments: int, tokens: int, table_width: int
         tokens=ids,
         rows=rows,
         positions=positions,
+        targets=targets,
     )
 
 
@@ -198,3 +205,14 @@ def read_result(row: np.ndarray, sampling: SamplingParams) -> TokenOutput | Requ
     at = 3 + MAX_TOP_LOGPROBS
     values = row[at : at + sampling.top_logprobs].view(np.float32).tolist()
     return TokenOutput(int(row[1]), float(row[2:3].view(np.float32)[0]), tuple(zip(ids, values)))
+
+
+def read_scores(rows: np.ndarray, targets: tuple[int, ...], alternatives: int) -> list[TokenOutput]:
+    """int32[n, SCORE_WIDTH] of a segment's tokens on the host -> an output for each of its targets, in order."""
+    values = rows.view(np.float32)
+    ids, tops = rows[:, 1 : 1 + alternatives].tolist(), values[:, 1 + MAX_TOP_LOGPROBS :].tolist()
+    return [
+        TokenOutput(target, float(value), tuple(zip(ids[row], tops[row])))
+        for row, (target, value) in enumerate(zip(targets, values[:, 0]))
+        if target >= 0
+    ]

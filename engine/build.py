@@ -28,6 +28,7 @@ from .kernels.native import native_kernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
 from .programs import Blueprint, Programs, abstract_params, compile_all, param_sharding
+from .prompt_scores import block_rows
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
 from .watermark import Watermark
 
@@ -118,7 +119,7 @@ def design(config: EngineConfig, model: ModelConfig) -> tuple[Blueprint, MemoryP
     segments = min(SEGMENTS, lanes)
     itemsize = jnp.dtype(dtype).itemsize
     one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
-    temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), max(segments, lanes), itemsize)
+    temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), block_rows(lanes), itemsize)
     demand = Demand(
         weights_bytes=held_bytes(abstract_params(graph.specs, placement)),
         page_bytes=held_bytes(abstract_kv(model, one_page, dtype, placement)),

@@ -20,6 +20,7 @@ from ..models.kernels import Kernels, KvLayer, PagedBatch
 from ..models.spec import ParamSpec
 from ..sharding.mesh import Placement
 from .batch import DECODE_WIDTH, pack_result, prefill_size, read_decode, read_prefill
+from .prompt_scores import block_rows, prompt_scores
 from .request import ProgramInfo
 from .sampler import IN_PROMPT, SamplingRows, sample
 from .state import LaneState, Shapes, abstract_kv, abstract_state, described
@@ -68,7 +69,7 @@ class Programs:
         return self._compiled[f"decode[{rows}]"](params, kv, state, plan)
 
     def prefill(self, tokens: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
-        """A chunk of prompts -> (kv, state, int32[segments, RESULT_WIDTH])."""
+        """A chunk of prompts -> (kv, state, (int32[segments, RESULT_WIDTH], int32[tokens, SCORE_WIDTH]))."""
         return self._compiled[f"prefill[{tokens}]"](params, kv, state, plan)
 
 
@@ -132,7 +133,15 @@ def prefill_step(
     remaining = plan.remaining - 1
     going = plan.last & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, plan.sampling.stop)
     state = _advance(state, plan.lane, sampled.token, plan.length, remaining, going)
-    return kv, state, pack_result(plan.last & (plan.lane < b.shapes.lanes), sampled)
+    scores = prompt_scores(
+        hidden,
+        plan.targets,
+        plan.prompt_top.max(),
+        lambda x: decoder.logits(x, b.kernels),
+        block_rows(b.shapes.lanes),
+        b.placement,
+    )
+    return kv, state, (pack_result(plan.last & (plan.lane < b.shapes.lanes), sampled), scores)
 
 
 def _record_prompt(seen: jax.Array, plan: Any, lanes: int) -> jax.Array:

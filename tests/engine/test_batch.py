@@ -74,6 +74,8 @@ def plans(draw: st.DrawFn) -> list[Segment]:
                 remaining=draw(int31),
                 pages=draw(st.lists(int31, min_size=1, max_size=WIDTH)),
                 sampling=draw(sampling_params()),
+                targets=draw(st.just(()) | st.just((*tokens[1:], -1))),
+                prompt_top=draw(st.integers(0, MAX_TOP_LOGPROBS)),
             )
         )
     return segments
@@ -93,6 +95,9 @@ def test_a_prefill_plan_is_read_as_it_was_written(plan: list[Segment]) -> None:
         count, s = len(segment.tokens), segment.sampling
         assert got.rows[at : at + count].tolist() == [row] * count
         assert got.positions[at : at + count].tolist() == list(range(segment.start, segment.start + count))
+        targets = [*segment.targets, *[-1] * (count - len(segment.targets))]
+        assert got.targets[at : at + count].tolist() == targets
+        assert got.prompt_top[row] == segment.prompt_top
         at += count
         assert (bool(got.first[row]), bool(got.last[row])) == (segment.start == 0, segment.last)
         assert (got.end[row], got.length[row]) == (at - 1, segment.start + count)
@@ -118,6 +123,7 @@ def test_a_prefill_plan_is_read_as_it_was_written(plan: list[Segment]) -> None:
         assert got.sampling.bias[row, : len(bias)].tobytes() == bias.tobytes()
         assert not got.sampling.bias[row, len(bias) :].any()
     assert (got.positions[at:] == -1).all()
+    assert (got.targets[at:] == -1).all()
     assert (np.diff(got.rows) >= 0).all()  # kernels walk rows in order
 
 

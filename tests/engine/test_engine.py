@@ -270,6 +270,8 @@ def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of)
         ),
         ({"sampling": SamplingParams(max_tokens=8, min_tokens=9)}, "min_tokens=9"),
         ({"sampling": SamplingParams(max_tokens=10**400)}, "max_tokens=1000"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs=21"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1"),
         ({"deadline_s": float("nan")}, "deadline_s=nan"),
         ({"deadline_s": -1.0}, "deadline_s=-1.0"),
         ({"resume_ids": (3,) * 8}, "nothing is left"),

@@ -86,7 +86,7 @@ class Device:
     def prefill(self, *segments: Segment, size: int = 32) -> list[TokenOutput | None]:
         b = self.blueprint
         packed = pack_prefill(list(segments), b.prefill_segments, size, b.shapes.table_width, LANES)
-        self.kv, self.state, result = self.programs.prefill(
+        self.kv, self.state, (result, self.scores) = self.programs.prefill(
             size, self.params, self.kv, self.state, jnp.array(packed)
         )
         rows = np.asarray(result)
