@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import RequestFailed
-from .request import MAX_TOP_LOGPROBS, LogprobsMode, SamplingParams, TokenOutput
+from .request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, LogprobsMode, SamplingParams, TokenOutput
 from .sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
 from .state import MAX_STOP_IDS
 from .turn import Segment
@@ -59,8 +59,8 @@ class PrefillPlan(NamedTuple):
     """int32[S]"""
     remaining: jax.Array
     """int32[S]"""
-    stop: jax.Array
-    """int32[S, MAX_STOP_IDS]"""
+    prompt_top: jax.Array
+    """int32[S]: alternatives to report with each target."""
     sampling: SamplingRows
     table: jax.Array
     """int32[S, Pmax]"""
@@ -70,83 +70,106 @@ class PrefillPlan(NamedTuple):
     """int32[T]: segment of each token."""
     positions: jax.Array
     """int32[T]; -1 marks padding."""
+    targets: jax.Array
+    """int32[T]: the token that follows each, where its log-probability is asked for; else -1."""
 
 
-_INTS = 7
-_SAMPLING_INTS = ("top_k", "logprobs", "top_n")
-_SAMPLING_FLOATS = ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")
-_HEADER = _INTS + MAX_STOP_IDS + 2 + len(_SAMPLING_INTS) + len(_SAMPLING_FLOATS)
+_HEADER = np.dtype(
+    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining", "prompt_top")]
+    + [("stop", np.int32, (MAX_STOP_IDS,)), ("seed", np.uint32, (2,))]
+    + [(name, np.int32) for name in ("stop_from", "watermark", "top_k", "logprobs", "top_n")]
+    + [(name, np.float32) for name in ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")]
+    + [("bias_ids", np.int32, (MAX_LOGIT_BIAS,)), ("bias", np.float32, (MAX_LOGIT_BIAS,))]
+)  # fmt: skip
+"""What a segment says of itself, before its pages. Every number is 4 bytes wide; fields of `SamplingRows` have its names."""
+
+_HEADER_WIDTH = _HEADER.itemsize // 4
 
 
 def prefill_size(segments: int, tokens: int, table_width: int) -> int:
     """Length of a packed prefill plan."""
-    return segments * (_HEADER + table_width) + 3 * tokens
+    return segments * (_HEADER_WIDTH + table_width) + 4 * tokens
 
 
 def pack_prefill(plan: list[Segment], segments: int, tokens: int, table_width: int, lanes: int) -> np.ndarray:
     """Write a launch of at most `segments` segments and `tokens` tokens in all."""
     packed = np.zeros(prefill_size(segments, tokens, table_width), np.int32)
-    head = packed[: segments * (_HEADER + table_width)].reshape(segments, _HEADER + table_width)
-    ids, rows, positions = packed[head.size :].reshape(3, tokens)
+    head = packed[: segments * (_HEADER_WIDTH + table_width)].reshape(segments, _HEADER_WIDTH + table_width)
+    ids, rows, positions, targets = packed[head.size :].reshape(4, tokens)
     head[:, 0] = lanes
-    positions[:] = -1
+    positions[:] = targets[:] = -1
     at = 0
     for row, segment in enumerate(plan):
         count = len(segment.tokens)
         ids[at : at + count] = segment.tokens
         rows[at : at + count] = row
         positions[at : at + count] = range(segment.start, segment.start + count)
+        targets[at : at + len(segment.targets)] = segment.targets
         at += count
-        _write_header(head[row], segment, at - 1)
-        head[row, _HEADER : _HEADER + len(segment.pages)] = segment.pages
+        _write_header(head[row, :_HEADER_WIDTH].view(_HEADER)[0], segment, at - 1)
+        head[row, _HEADER_WIDTH : _HEADER_WIDTH + len(segment.pages)] = segment.pages
     rows[at:] = max(len(plan) - 1, 0)
     return packed
 
 
-def _write_header(row: np.ndarray, segment: Segment, end: int) -> None:
+def _write_header(header: np.void, segment: Segment, end: int) -> None:
     s = segment.sampling
-    length = segment.start + len(segment.tokens)
-    row[:_INTS] = (
-        segment.lane, segment.start == 0, segment.last, end, length, segment.prompt_tokens, segment.remaining,
-    )  # fmt: skip
-    row[_INTS : _INTS + MAX_STOP_IDS] = -1
-    row[_INTS : _INTS + len(s.stop_ids)] = s.stop_ids
-    at = _INTS + MAX_STOP_IDS
-    row[at : at + 2] = np.array([s.seed >> 32, s.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+    header["lane"] = segment.lane
+    header["first"] = segment.start == 0
+    header["last"] = segment.last
+    header["end"] = end
+    header["length"] = segment.start + len(segment.tokens)
+    header["prompt_tokens"] = segment.prompt_tokens
+    header["remaining"] = segment.remaining
+    header["prompt_top"] = segment.prompt_top
+    header["stop"] = -1
+    header["stop"][: len(s.stop_ids)] = s.stop_ids
+    header["stop_from"] = min(segment.prompt_tokens + s.min_tokens, 2**31 - 1)
+    header["seed"] = (s.seed >> 32, s.seed & 0xFFFFFFFF)
+    header["watermark"] = s.watermark
+    header["top_k"] = min(s.top_k, 2**31 - 1)
     mode = LOGPROBS_PROCESSED if s.logprobs_mode is LogprobsMode.PROCESSED else LOGPROBS_RAW
-    row[at + 2 : at + 5] = (min(s.top_k, 2**31 - 1), mode if s.logprobs else 0, s.top_logprobs)
-    floats = (
-        s.temperature, s.top_p, s.min_p, s.typical_p, s.repetition_penalty, s.frequency_penalty, s.presence_penalty,
-    )  # fmt: skip
-    row[at + 5 : _HEADER] = np.array(floats, np.float32).view(np.int32)
+    header["logprobs"] = mode if s.logprobs else 0
+    header["top_n"] = s.top_logprobs
+    header["temperature"] = s.temperature
+    header["top_p"] = s.top_p
+    header["min_p"] = s.min_p
+    header["typical_p"] = s.typical_p
+    header["repetition"] = s.repetition_penalty
+    header["frequency"] = s.frequency_penalty
+    header["presence"] = s.presence_penalty
+    if s.logit_bias:
+        count = len(s.logit_bias)
+        header["bias_ids"][:count], header["bias"][:count] = zip(*s.logit_bias)
 
 
 def read_prefill(packed: jax.Array, segments: int, tokens: int, table_width: int) -> PrefillPlan:
     """The reader of `pack_prefill`, while tracing."""
-    split = segments * (_HEADER + table_width)
-    head = packed[:split].reshape(segments, _HEADER + table_width)
-    ids, rows, positions = packed[split:].reshape(3, tokens)
-    lane, first, last, end, length, prompt_tokens, remaining = (head[:, i] for i in range(_INTS))
-    at = _INTS + MAX_STOP_IDS
-    ints = {name: head[:, at + 2 + i] for i, name in enumerate(_SAMPLING_INTS)}
-    bits = jax.lax.bitcast_convert_type(head[:, at + 5 : _HEADER], jnp.float32)
-    floats = {name: bits[:, i] for i, name in enumerate(_SAMPLING_FLOATS)}
-    seed = jax.lax.bitcast_convert_type(head[:, at : at + 2], jnp.uint32)
+    split = segments * (_HEADER_WIDTH + table_width)
+    head = packed[:split].reshape(segments, _HEADER_WIDTH + table_width)
+    ids, rows, positions, targets = packed[split:].reshape(4, tokens)
+    fields = _read_header(head)
+    sampling = SamplingRows(**{name: fields.pop(name) for name in SamplingRows._fields})
+    fields |= {name: fields[name] == 1 for name in ("first", "last")}
     return PrefillPlan(
-        lane=lane,
-        first=first == 1,
-        last=last == 1,
-        end=end,
-        length=length,
-        prompt_tokens=prompt_tokens,
-        remaining=remaining,
-        stop=head[:, _INTS:at],
-        sampling=SamplingRows(seed=seed, **ints, **floats),
-        table=head[:, _HEADER:],
+        **fields,
+        sampling=sampling,
+        table=head[:, _HEADER_WIDTH:],
         tokens=ids,
         rows=rows,
         positions=positions,
+        targets=targets,
     )
+
+
+def _read_header(head: jax.Array) -> dict[str, jax.Array]:
+    """int32[S, …] -> each field's [S] or [S, n]."""
+    fields: dict[str, jax.Array] = {}
+    for name, (dtype, offset, *_) in (_HEADER.fields or {}).items():
+        columns = head[:, offset // 4 : (offset + dtype.itemsize) // 4]
+        values = jax.lax.bitcast_convert_type(columns, dtype.base)
+        fields[name] = values if dtype.shape else values[:, 0]
+    return fields
 
 
 def pack_result(valid: jax.Array, sampled: Sampled) -> jax.Array:
@@ -182,3 +205,14 @@ def read_result(row: np.ndarray, sampling: SamplingParams) -> TokenOutput | Requ
     at = 3 + MAX_TOP_LOGPROBS
     values = row[at : at + sampling.top_logprobs].view(np.float32).tolist()
     return TokenOutput(int(row[1]), float(row[2:3].view(np.float32)[0]), tuple(zip(ids, values)))
+
+
+def read_scores(rows: np.ndarray, targets: tuple[int, ...], alternatives: int) -> list[TokenOutput]:
+    """int32[n, SCORE_WIDTH] of a segment's tokens on the host -> an output for each of its targets, in order."""
+    values = rows.view(np.float32)
+    ids, tops = rows[:, 1 : 1 + alternatives].tolist(), values[:, 1 + MAX_TOP_LOGPROBS :].tolist()
+    return [
+        TokenOutput(target, float(value), tuple(zip(ids[row], tops[row])))
+        for row, (target, value) in enumerate(zip(targets, values[:, 0]))
+        if target >= 0
+    ]

@@ -3,6 +3,7 @@
 Loading and compiling go on at the same time. Each decision that a person should know of is in `Built`. Knows no requests.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,7 +28,9 @@ from .kernels.native import native_kernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
 from .programs import Blueprint, Programs, abstract_params, compile_all, param_sharding
+from .prompt_scores import block_rows
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
+from .watermark import Watermark
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`weights`: bytes, `kernels` and `programs`: count), what is done and what there is in all."""
@@ -122,7 +125,7 @@ def design(
     segments = min(SEGMENTS, lanes)
     itemsize = jnp.dtype(dtype).itemsize
     one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
-    temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), max(segments, lanes), itemsize)
+    temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), block_rows(lanes), itemsize)
     demand = Demand(
         weights_bytes=held_bytes(abstract_params(graph.specs, placement)),
         page_bytes=held_bytes(abstract_kv(model, one_page, dtype, placement)),
@@ -141,6 +144,7 @@ def design(
         decode_rows=decode_rows(lanes, placement.data_size),
         prefill_tokens=prefill_tokens(chunk, 16 if platform == "cpu" else 64),
         prefill_segments=segments,
+        watermark=_watermark(config),
     )
     return blueprint, memory, note
 
@@ -204,6 +208,15 @@ def _most_tokens(config: EngineConfig, model: ModelConfig) -> int:
             "lower --max-input-tokens"
         )
     return most
+
+
+def _watermark(config: EngineConfig) -> Watermark:
+    gamma, delta = config.watermark_gamma, config.watermark_delta
+    if not 0 < gamma < 1:
+        raise PlanError(f"watermark_gamma={gamma} is not between 0 and 1 (--watermark-gamma)")
+    if not math.isfinite(delta):
+        raise PlanError(f"watermark_delta={delta} is not a finite number (--watermark-delta)")
+    return Watermark(gamma, delta)
 
 
 def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:

@@ -48,6 +48,11 @@ class EngineConfig:
     max_queued: int = 128
     """Requests that may wait for a lane before Overloaded is raised."""
 
+    watermark_gamma: float = 0.5
+    """Share of the tokens that a watermark favours, between 0 and 1."""
+    watermark_delta: float = 2.0
+    """What a watermark adds to their logits."""
+
     kernels: str = "auto"
     """`auto`, `xla` or `native` (CPU only)."""
     cache_dir: str | None = None

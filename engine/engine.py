@@ -19,7 +19,7 @@ from .local import Sink
 from .loop import Loop
 from .monitor import CompileCounter
 from .pages import PageAllocator
-from .request import MAX_TOP_LOGPROBS, EngineInfo, EngineStats, Request, SamplingParams
+from .request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, EngineInfo, EngineStats, Request, SamplingParams
 from .runner import Runner
 from .scheduler import Limits, Scheduler
 from .sequence import Sequence
@@ -169,13 +169,17 @@ class Engine:
             )
         if request.deadline_s is not None and not request.deadline_s > 0:
             raise InvalidRequest(f"deadline_s={request.deadline_s} is not above 0")
-        check_sampling(request.sampling)
+        top = request.prompt_logprobs
+        if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise InvalidRequest(f"prompt_logprobs={top} is outside 0 … {MAX_TOP_LOGPROBS}")
+        check_sampling(request.sampling, self.info.vocab_size)
 
 
-def check_sampling(s: SamplingParams) -> None:
+def check_sampling(s: SamplingParams, vocab_size: int) -> None:
     """Raise InvalidRequest for a parameter out of its range, naming it and its value."""
     bounds = (
         ("max_tokens", s.max_tokens, 1, 2**31 - 1),
+        ("min_tokens", s.min_tokens, 0, s.max_tokens),
         ("temperature", s.temperature, 0.0, 1e4),
         ("top_k", s.top_k, 0, 2**31 - 1),
         ("top_p", s.top_p, 1e-9, 1.0),
@@ -187,6 +191,8 @@ def check_sampling(s: SamplingParams) -> None:
         ("seed", s.seed, 0, 2**64 - 1),
         ("top_logprobs", s.top_logprobs, 0, MAX_TOP_LOGPROBS),
         ("stop_ids (count)", len(s.stop_ids), 0, MAX_STOP_IDS),
+        ("logit_bias (count)", len(s.logit_bias), 0, MAX_LOGIT_BIAS),
+        *((f"logit_bias of token {token}", bias, -1e4, 1e4) for token, bias in s.logit_bias),
     )
     for name, value, low, high in bounds:
         if not low <= value <= high:  # false for NaN, too
@@ -195,5 +201,11 @@ def check_sampling(s: SamplingParams) -> None:
         # A tokenizer may know more ids than the model, so these need not be in its vocabulary; but they must fit a lane.
         if not 0 <= token < 2**31:
             raise InvalidRequest(f"stop_ids: {token} is not a token id")
+    biased = [token for token, _ in s.logit_bias]
+    for token in biased:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(f"logit_bias: token id {token} is outside the vocabulary of {vocab_size}")
+    if len(set(biased)) < len(biased):
+        raise InvalidRequest("logit_bias names a token twice")
     if s.top_logprobs and not s.logprobs:
         raise InvalidRequest(f"top_logprobs={s.top_logprobs} needs logprobs=True")

@@ -63,7 +63,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     under_way: deque[jax.Array] = deque()
 
     def launch(kind: ProgramKind, size: int, plan: np.ndarray) -> None:
-        under_way.append(launcher.launch(kind, size, plan))
+        under_way.append(launcher.launch(kind, size, plan).result)
         if len(under_way) > AHEAD:
             under_way.popleft().block_until_ready()
 

@@ -4,6 +4,8 @@ In a group of processes each has a launcher over its own devices, and all must m
 Knows arrays and programs; not what a launch is for.
 """
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -11,6 +13,15 @@ from .batch import DECODE_WIDTH
 from .programs import Programs
 from .state import abstract_kv, abstract_state, zeros_like
 from .turn import ProgramKind
+
+
+class Made(NamedTuple):
+    """What a launch makes beside the next state."""
+
+    result: jax.Array
+    """int32[R, RESULT_WIDTH]: small, always fetched."""
+    scores: jax.Array | None
+    """int32[T, SCORE_WIDTH] of a prefill: log-probabilities of prompts, fetched if somebody asked."""
 
 
 class Launcher:
@@ -25,14 +36,14 @@ class Launcher:
         self._state = zeros_like(abstract_state(b.shapes, b.placement))
         self._decode_plan: tuple[bytes, jax.Array] | None = None
 
-    def launch(self, kind: ProgramKind, size: int, plan: np.ndarray) -> jax.Array:
-        """Start a program on its packed plan -> its result. Returns at once."""
+    def launch(self, kind: ProgramKind, size: int, plan: np.ndarray) -> Made:
+        """Start a program on its packed plan -> what it will make. Returns at once."""
         if kind == "decode":
             run, placed = self._programs.decode, self._put_decode(plan.reshape(size, DECODE_WIDTH))
         else:
             run, placed = self._programs.prefill, self._placement.put(plan)
-        self._kv, self._state, result = run(size, self._params, self._kv, self._state, placed)
-        return result
+        self._kv, self._state, made = run(size, self._params, self._kv, self._state, placed)
+        return Made(made, None) if kind == "decode" else Made(*made)
 
     def _put_decode(self, plan: np.ndarray) -> jax.Array:
         """Plans are equal for many steps in a row; the one on the device serves again."""

@@ -207,6 +207,8 @@ class Loop:
         started = time.perf_counter()
         tokens = launch.read()
         waited_s = time.perf_counter() - started
+        for sequence, scored in launch.read_prompts():
+            sequence.prompt += scored
         outputs: list[tuple[Sequence, Delivery]] = []
         for sequence, token in tokens:
             if isinstance(token, RequestFailed):

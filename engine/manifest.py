@@ -21,6 +21,7 @@ def depends_on(blueprint: Blueprint, jax_version: str) -> dict[str, Any]:
         "decode_rows": blueprint.decode_rows,
         "prefill_tokens": blueprint.prefill_tokens,
         "prefill_segments": blueprint.prefill_segments,
+        "watermark": blueprint.watermark._asdict(),
         "mesh": dict(blueprint.placement.mesh.shape),
         "kernels": blueprint.kernels.name,
         "jax": jax_version,

@@ -20,10 +20,12 @@ from ..models.kernels import Kernels, KvLayer, PagedBatch
 from ..models.spec import ParamSpec
 from ..sharding.mesh import Placement
 from .batch import DECODE_WIDTH, pack_result, prefill_size, read_decode, read_prefill
+from .prompt_scores import block_rows, prompt_scores
 from .request import ProgramInfo
 from .sampler import IN_PROMPT, SamplingRows, sample
 from .state import LaneState, Shapes, abstract_kv, abstract_state, described
 from .turn import NO_PAGE
+from .watermark import Watermark
 
 Params = tuple[jax.Array, ...]
 Kv = tuple[KvLayer, ...]
@@ -45,6 +47,7 @@ class Blueprint:
     """Token counts of the prefill programs, ascending."""
     prefill_segments: int
     """Requests that may share one prefill launch."""
+    watermark: Watermark
 
 
 class Programs:
@@ -66,7 +69,7 @@ class Programs:
         return self._compiled[f"decode[{rows}]"](params, kv, state, plan)
 
     def prefill(self, tokens: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
-        """A chunk of prompts -> (kv, state, int32[segments, RESULT_WIDTH])."""
+        """A chunk of prompts -> (kv, state, (int32[segments, RESULT_WIDTH], int32[tokens, SCORE_WIDTH]))."""
         return self._compiled[f"prefill[{tokens}]"](params, kv, state, plan)
 
 
@@ -89,17 +92,17 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
         table=rows(table),
     )
     decoder = b.graph.merge(params)
-    hidden, kv = decoder(rows(state.token), batch, kv, b.kernels, b.placement.constrain, one_token_rows=True)
+    token = rows(state.token)
+    hidden, kv = decoder(token, batch, kv, b.kernels, b.placement.constrain, one_token_rows=True)
     logits = decoder.logits(hidden, b.kernels)
-    sampled = sample(
-        logits, SamplingRows(*map(rows, state.sampling)), state.seen, plan.lane, position + 1, b.placement
-    )
+    sampling = SamplingRows(*map(rows, state.sampling))
+    sampled = sample(logits, sampling, state.seen, plan.lane, position + 1, token, b.watermark, b.placement)
     target = jnp.where(active, plan.lane, b.shapes.lanes)
     # A split here would add up whole rows of `seen`.
     target, sampled = b.placement.everywhere((target, sampled))
     state = state._replace(table=table, seen=state.seen.at[target, sampled.token].add(1, mode="drop"))
     remaining = rows(state.remaining) - 1
-    going = ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, rows(state.stop))
+    going = ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, sampling.stop)
     state = _advance(state, target, sampled.token, position + 1, remaining, going)
     return kv, state, pack_result(active, sampled)
 
@@ -115,12 +118,12 @@ def prefill_step(
     hidden, kv = decoder(plan.tokens, batch, kv, b.kernels, b.placement.constrain, one_token_rows=False)
     logits = decoder.logits(hidden[plan.end], b.kernels)
     seen = _record_prompt(state.seen, plan, b.shapes.lanes)
-    sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length, b.placement)
+    previous = plan.tokens[plan.end]
+    sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length, previous, b.watermark, b.placement)
     finishing, sampled = b.placement.everywhere((jnp.where(plan.last, plan.lane, b.shapes.lanes), sampled))
     state = state._replace(
         seen=seen.at[finishing, sampled.token].add(1, mode="drop"),
         table=state.table.at[plan.lane].set(plan.table, mode="drop"),
-        stop=state.stop.at[plan.lane].set(plan.stop, mode="drop"),
         sampling=jax.tree.map(
             lambda x, new: x.at[plan.lane].set(new.astype(x.dtype), mode="drop"),
             state.sampling,
@@ -128,9 +131,17 @@ def prefill_step(
         ),
     )
     remaining = plan.remaining - 1
-    going = plan.last & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, plan.stop)
+    going = plan.last & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, plan.sampling.stop)
     state = _advance(state, plan.lane, sampled.token, plan.length, remaining, going)
-    return kv, state, pack_result(plan.last & (plan.lane < b.shapes.lanes), sampled)
+    scores = prompt_scores(
+        hidden,
+        plan.targets,
+        plan.prompt_top.max(),
+        lambda x: decoder.logits(x, b.kernels),
+        block_rows(b.shapes.lanes),
+        b.placement,
+    )
+    return kv, state, (pack_result(plan.last & (plan.lane < b.shapes.lanes), sampled), scores)
 
 
 def _record_prompt(seen: jax.Array, plan: Any, lanes: int) -> jax.Array:

@@ -64,7 +64,7 @@ class SamplingParams:
     """Report this many alternatives a token, 0 … MAX_TOP_LOGPROBS; needs `logprobs`."""
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
     min_tokens: int = 0
-    """Tokens to generate before a stop id may be chosen."""
+    """Tokens to generate before a stop id may be chosen, at most `max_tokens`; resumed ones count."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit), at most MAX_LOGIT_BIAS of them, no id twice (OpenAI)."""
     watermark: bool = False

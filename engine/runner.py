@@ -3,19 +3,20 @@
 Launching returns at once; `Launch.read` waits. Knows arrays and programs; why a lane runs is the scheduler's business.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from .batch import pack_prefill, read_result
+from .batch import pack_prefill, read_result, read_scores
 from .errors import RequestFailed
-from .launcher import Launcher
+from .launcher import Launcher, Made
 from .programs import Blueprint
 from .request import TokenOutput
 from .sequence import Sequence
-from .turn import NO_PAGE, ProgramKind, Turn
+from .turn import NO_PAGE, ProgramKind, Segment, Turn
 
 Publish = Callable[[ProgramKind, int, np.ndarray], None]
 """Told of every launch, before it is made."""
@@ -30,6 +31,10 @@ class Launch:
     """The sequence of each result row; None where the row samples nothing (a chunk that does not end its prompt)."""
     prompt_tokens: int
     """Prompt tokens it computes; 0 for a decode."""
+    scores: jax.Array | None = None
+    """Of all its prompt tokens, see `prompt_scores`; fetched only if somebody asks."""
+    scored: tuple[tuple[Sequence, Segment, int], ...] = ()
+    """Who asks: sequence, segment, and where its tokens begin among those of the launch."""
 
     def read(self) -> list[tuple[Sequence, TokenOutput | RequestFailed | None]]:
         """Wait for the device; then each row's sequence and token (None: the lane had ended before)."""
@@ -38,6 +43,16 @@ class Launch:
             (sequence, read_result(row, sequence.request.sampling))
             for sequence, row in zip(self.sequences, rows)
             if sequence is not None
+        ]
+
+    def read_prompts(self) -> list[tuple[Sequence, list[TokenOutput]]]:
+        """After `read`: the log-probabilities of prompts that were asked for."""
+        if not self.scored:
+            return []
+        rows = np.asarray(self.scores)
+        return [
+            (sequence, read_scores(rows[at : at + len(segment.tokens)], segment.targets, segment.prompt_top))
+            for sequence, segment, at in self.scored
         ]
 
 
@@ -63,11 +78,15 @@ class Runner:
         count = sum(len(segment.tokens) for segment in turn.segments)
         tokens = next(size for size in b.prefill_tokens if size >= count)
         packed = pack_prefill(turn.segments, b.prefill_segments, tokens, b.shapes.table_width, b.shapes.lanes)
-        result = self._start("prefill", tokens, packed)
+        made = self._start("prefill", tokens, packed)
         ended = [
             sequence if segment.last else None for segment, sequence in zip(turn.segments, turn.prefilled)
         ]
-        return Launch(result, ended, count)
+        starts = itertools.accumulate((len(segment.tokens) for segment in turn.segments), initial=0)
+        scored = tuple(one for one in zip(turn.prefilled, turn.segments, starts) if one[1].targets)
+        if scored and made.scores is not None:
+            made.scores.copy_to_host_async()
+        return Launch(made.result, ended, count, made.scores, scored)
 
     def _decode(self, turn: Turn) -> Launch:
         b = self._blueprint
@@ -76,11 +95,11 @@ class Runner:
         packed[: len(turn.rows)] = turn.rows
         if (packed[:, 2] == NO_PAGE).all():
             packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
-        return Launch(self._start("decode", rows, packed), list(turn.decoded), 0)
+        return Launch(self._start("decode", rows, packed).result, list(turn.decoded), 0)
 
-    def _start(self, kind: ProgramKind, size: int, packed: np.ndarray) -> jax.Array:
+    def _start(self, kind: ProgramKind, size: int, packed: np.ndarray) -> Made:
         if self._publish is not None:
             self._publish(kind, size, packed)
-        result = self._launcher.launch(kind, size, packed)
-        result.copy_to_host_async()
-        return result
+        made = self._launcher.launch(kind, size, packed)
+        made.result.copy_to_host_async()
+        return made

@@ -1,16 +1,19 @@
 """Logits to tokens, per lane, inside the step: a pure function of arrays. Knows no lane numbers and no requests.
 
-Order: repetition, frequency and presence penalty -> temperature -> top-k -> top-p -> min-p -> typical -> Gumbel-max.
+Order: logit bias -> watermark -> repetition, frequency and presence penalty -> no stop id before `min_tokens` -> temperature -> top-k
+-> top-p -> min-p -> typical -> Gumbel-max. Biases come first (OpenAI's definition, vLLM's order); what is greedy takes the largest after the penalties.
 No sort: every cut is a threshold found by bisection over the bits of a float (`threshold`). Work that no row asked for
 is skipped by `lax.cond`. The randomness of a token is a function of (request seed, position) alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from .request import MAX_TOP_LOGPROBS
+from .watermark import Watermark, mark
 
 IN_PROMPT = 1 << 20
 """Bit of a `seen` entry: the token occurs in the prompt. The bits below count its occurrences in the output."""
@@ -38,6 +41,16 @@ class SamplingRows(NamedTuple):
     """int32[R]: 0 none, LOGPROBS_RAW or LOGPROBS_PROCESSED."""
     top_n: jax.Array
     """int32[R]: alternatives to report."""
+    bias_ids: jax.Array
+    """int32[R, MAX_LOGIT_BIAS]: where `bias` goes; any id of the vocabulary where that is 0."""
+    bias: jax.Array
+    """float32[R, MAX_LOGIT_BIAS]"""
+    stop: jax.Array
+    """int32[R, MAX_STOP_IDS]: token ids that end the row; -1 for none."""
+    stop_from: jax.Array
+    """int32[R]: the first position at which a stop id may be chosen."""
+    watermark: jax.Array
+    """int32[R]: 1 to mark the choice."""
 
 
 class Sampled(NamedTuple):
@@ -95,20 +108,20 @@ def sample(
     seen: jax.Array,
     lanes: jax.Array,
     position: jax.Array,
+    previous: jax.Array,
+    watermark: Watermark,
     layout: Layout = ONE_DEVICE,
 ) -> Sampled:
     """Choose one token per row.
 
     logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on); B marks a row
-    nobody uses, which gets any token · position int32[R] of the token to be chosen.
+    nobody uses, which gets any token · position int32[R] of the token to be chosen · previous int32[R], the token before.
     """
     # Each step is pinned: what works by rows must spread neither to its neighbours nor to the weights.
     logits = layout.by_vocab(logits)
     rows = layout.everywhere(_neutral(rows, lanes >= seen.shape[0]))
-    penalised = (rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)
-    processed = jax.lax.cond(
-        penalised.any(), lambda x: penalize(x, rows, seen.at[lanes].get(mode="clip")), lambda x: x, logits
-    )
+    context = Context(seen, lanes, position, previous, watermark)
+    processed = adjust(logits, rows, context)
     random = rows.temperature > 0
     processed = jax.lax.cond(random.any(), lambda x: scale(x, rows.temperature), lambda x: x, processed)
     processed = layout.by_vocab(processed)
@@ -139,9 +152,58 @@ def _neutral(rows: SamplingRows, unused: jax.Array) -> SamplingRows:
         repetition=jnp.where(unused, 1.0, rows.repetition),
         frequency=jnp.where(unused, 0.0, rows.frequency),
         presence=jnp.where(unused, 0.0, rows.presence),
+        bias=jnp.where(unused[:, None], 0.0, rows.bias),
+        stop_from=jnp.where(unused, 0, rows.stop_from),
+        watermark=jnp.where(unused, 0, rows.watermark),
         logprobs=jnp.where(unused, 0, rows.logprobs),
         top_n=jnp.where(unused, 0, rows.top_n),
     )
+
+
+class Context(NamedTuple):
+    """Where R rows stand; see `sample`."""
+
+    seen: jax.Array
+    lanes: jax.Array
+    position: jax.Array
+    previous: jax.Array
+    watermark: Watermark
+
+
+def adjust(logits: jax.Array, rows: SamplingRows, context: Context) -> jax.Array:
+    """What changes the likeliest token, too: what greedy rows take their pick from. One condition stands before all of
+    it, because a device may have to ask the host at each."""
+    c = context
+    biased = (rows.bias != 0).any()
+    marked = rows.watermark > 0
+    penalised = ((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)).any()
+    early = c.position < rows.stop_from
+
+    def when(wanted: jax.Array, transform: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        return jax.lax.cond(wanted, transform, lambda x: x, x)
+
+    def apply(x: jax.Array) -> jax.Array:
+        x = when(biased, lambda x: add_bias(x, rows), x)
+        x = when(marked.any(), lambda x: mark(x, c.previous, marked, c.watermark), x)
+        x = when(penalised, lambda x: penalize(x, rows, c.seen.at[c.lanes].get(mode="clip")), x)
+        return when(early.any(), lambda x: bar_stops(x, rows.stop, early), x)
+
+    return when(biased | marked.any() | penalised | early.any(), apply, logits)
+
+
+def add_bias(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Add each row's biases to the logits of their tokens (OpenAI's `logit_bias`)."""
+    row = jax.lax.broadcasted_iota(jnp.int32, rows.bias_ids.shape, 0)
+    return logits.at[row, rows.bias_ids].add(rows.bias, mode="drop")
+
+
+def bar_stops(logits: jax.Array, stop: jax.Array, early: jax.Array) -> jax.Array:
+    """Exclude the stop ids of the rows that are `early` bool[R]; but a row that has nothing else left may stop."""
+    row = jax.lax.broadcasted_iota(jnp.int32, stop.shape, 0)
+    # Out of range, an id is dropped; a negative one would count from the end.
+    barred = jnp.where(early[:, None] & (stop >= 0), stop, logits.shape[1])
+    rest = logits.at[row, barred].set(EXCLUDED, mode="drop")
+    return jnp.where((rest > EXCLUDED).any(axis=1, keepdims=True), rest, logits)
 
 
 def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Array:

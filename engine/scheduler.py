@@ -168,6 +168,8 @@ class Scheduler:
                 remaining=sequence.most_tokens - len(sequence.tokens),
                 pages=sequence.pages,
                 sampling=sequence.request.sampling,
+                targets=sequence.take_targets(start, start + len(tokens)),
+                prompt_top=sequence.request.prompt_logprobs or 0,
             )
         )
         turn.prefilled.append(sequence)

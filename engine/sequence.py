@@ -40,6 +40,10 @@ class Sequence:
     """Tokens whose keys and values are, or by a launch in flight will be, in the pool."""
     in_flight: int = 0
     """Tokens sampled by launches whose result was not read yet."""
+    scored: int = 1
+    """Tokens of the prompt whose log-probabilities are planned, if they are asked for; the first has none."""
+    prompt: list[TokenOutput] = field(default_factory=list)
+    """Those read back, until the first output takes them along."""
     submitted_s: float = field(default_factory=time.monotonic)
     launched_s: float | None = None
     first_token_s: float | None = None
@@ -68,6 +72,15 @@ class Sequence:
         """Who goes first among those that wait."""
         return self.request.priority, self.arrival
 
+    def take_targets(self, start: int, end: int) -> tuple[int, ...]:
+        """Book the log-probabilities of the prompt's tokens that tokens `start` … `end` - 1 predict: see
+        `turn.Segment.targets`. Each is booked once: of one that was preempted, what is booked was or will be read."""
+        first, stop = max(start + 1, self.scored), min(end + 1, self.prompt_tokens)
+        if self.request.prompt_logprobs is None or first >= stop:
+            return ()
+        self.scored = stop
+        return (*[-1] * (first - 1 - start), *self.tokens[first:stop], *[-1] * (end + 1 - stop))
+
     def accept(self, token: TokenOutput) -> StepOutput:
         """Take in one token read back; says whether the sequence ends with it."""
         self.in_flight -= 1
@@ -81,7 +94,8 @@ class Sequence:
         elif len(self.tokens) >= self.most_tokens:
             reason = FinishReason.LENGTH
         timing = None if reason is None else self.timing(now)
-        return StepOutput(self.request.id, (token,), reason, timing=timing)
+        prompt, self.prompt = tuple(self.prompt), []
+        return StepOutput(self.request.id, (token,), reason, timing=timing, prompt=prompt)
 
     def timing(self, now: float) -> Timing:
         """The times so far, as if the sequence ended now."""

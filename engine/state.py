@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ..models.config import ModelConfig
 from ..models.kernels import KvLayer
 from ..sharding.mesh import Placement
+from .request import MAX_LOGIT_BIAS
 from .sampler import SamplingRows
 
 MAX_STOP_IDS = 32
@@ -32,8 +33,6 @@ class LaneState(NamedTuple):
     before the host has seen the end does no harm."""
     table: jax.Array
     """int32[B, Pmax]: page ids in order of position."""
-    stop: jax.Array
-    """int32[B, MAX_STOP_IDS]: token ids that end the lane; -1 for none."""
     seen: jax.Array
     """int32[B, V]: what occurred, see `sampler.IN_PROMPT`."""
     sampling: SamplingRows
@@ -80,7 +79,6 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
         remaining=leaf(i32),
         active=leaf(jnp.bool_),
         table=leaf(i32, shapes.table_width),
-        stop=leaf(i32, MAX_STOP_IDS),
         seen=described((b, shapes.vocab), i32, seen),
         sampling=SamplingRows(
             temperature=leaf(f32),
@@ -94,6 +92,11 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
             seed=leaf(jnp.uint32, 2),
             logprobs=leaf(i32),
             top_n=leaf(i32),
+            bias_ids=leaf(i32, MAX_LOGIT_BIAS),
+            bias=leaf(f32, MAX_LOGIT_BIAS),
+            stop=leaf(i32, MAX_STOP_IDS),
+            stop_from=leaf(i32),
+            watermark=leaf(i32),
         ),
     )
 

@@ -27,6 +27,10 @@ class Segment(NamedTuple):
     """Tokens that may be generated from here on."""
     pages: list[int]
     sampling: SamplingParams
+    targets: tuple[int, ...] = ()
+    """The token that follows each, where its log-probability is asked for; else -1. Empty if none is."""
+    prompt_top: int = 0
+    """Alternatives to report with each target."""
 
 
 @dataclass(slots=True)

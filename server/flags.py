@@ -86,6 +86,11 @@ LIMITS = (
         "Most prompt tokens computed in one launch: the longest that running requests wait for a new one.", "int",
         at_least=1
     ),
+    _tgi(
+        "watermark-gamma", "engine.watermark_gamma", "Share of the tokens that a request's watermark favours.", "float",
+        at_least=0.01, at_most=0.99
+    ),
+    _tgi("watermark-delta", "engine.watermark_delta", "What a watermark adds to their logits.", "float", at_least=0),
     _own("max-queued", "engine.max_queued", "Requests that may wait for a lane; more get 429.", "int", at_least=0),
 )  # fmt: skip
 
@@ -250,8 +255,6 @@ _NO_MEANING = {
     "prometheus-port": "/metrics is on the main port",
     "master-addr": "the engine's processes find each other by themselves",
     "master-port": "the engine's processes find each other by themselves",
-    "watermark-gamma": "requests that ask for a watermark are refused",
-    "watermark-delta": "requests that ask for a watermark are refused",
     "disable-grammar-support": "there are no grammars to switch off",
     "ngrok-authtoken": "there is no tunnel",
     "ngrok-edge": "there is no tunnel",

@@ -17,7 +17,7 @@ from xlane.engine.batch import (
     read_prefill,
     read_result,
 )
-from xlane.engine.request import MAX_TOP_LOGPROBS
+from xlane.engine.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 from xlane.engine.sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled
 from xlane.engine.state import MAX_STOP_IDS
 from xlane.engine.turn import Segment
@@ -49,6 +49,9 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         logprobs=logprobs,
         top_logprobs=draw(st.integers(0, MAX_TOP_LOGPROBS)) if logprobs else 0,
         logprobs_mode=draw(st.sampled_from(LogprobsMode)),
+        min_tokens=draw(int31),
+        watermark=draw(st.booleans()),
+        logit_bias=tuple(draw(st.lists(st.tuples(int31, floats), max_size=MAX_LOGIT_BIAS))),
     )
 
 
@@ -71,6 +74,8 @@ def plans(draw: st.DrawFn) -> list[Segment]:
                 remaining=draw(int31),
                 pages=draw(st.lists(int31, min_size=1, max_size=WIDTH)),
                 sampling=draw(sampling_params()),
+                targets=draw(st.just(()) | st.just((*tokens[1:], -1))),
+                prompt_top=draw(st.integers(0, MAX_TOP_LOGPROBS)),
             )
         )
     return segments
@@ -90,11 +95,14 @@ def test_a_prefill_plan_is_read_as_it_was_written(plan: list[Segment]) -> None:
         count, s = len(segment.tokens), segment.sampling
         assert got.rows[at : at + count].tolist() == [row] * count
         assert got.positions[at : at + count].tolist() == list(range(segment.start, segment.start + count))
+        targets = [*segment.targets, *[-1] * (count - len(segment.targets))]
+        assert got.targets[at : at + count].tolist() == targets
+        assert got.prompt_top[row] == segment.prompt_top
         at += count
         assert (bool(got.first[row]), bool(got.last[row])) == (segment.start == 0, segment.last)
         assert (got.end[row], got.length[row]) == (at - 1, segment.start + count)
         assert (got.prompt_tokens[row], got.remaining[row]) == (segment.prompt_tokens, segment.remaining)
-        assert got.stop[row].tolist() == [*s.stop_ids, *[-1] * (MAX_STOP_IDS - len(s.stop_ids))]
+        assert got.sampling.stop[row].tolist() == [*s.stop_ids, *[-1] * (MAX_STOP_IDS - len(s.stop_ids))]
         assert got.table[row].tolist() == [*segment.pages, *[0] * (WIDTH - len(segment.pages))]
         high, low = map(int, got.sampling.seed[row])
         assert high << 32 | low == s.seed
@@ -108,7 +116,14 @@ def test_a_prefill_plan_is_read_as_it_was_written(plan: list[Segment]) -> None:
         r = got.sampling
         ours = (r.temperature, r.top_p, r.min_p, r.typical_p, r.repetition, r.frequency, r.presence)
         assert np.array([x[row] for x in ours]).tobytes() == np.array(wanted, np.float32).tobytes()
+        assert got.sampling.watermark[row] == s.watermark
+        assert got.sampling.stop_from[row] == min(segment.prompt_tokens + s.min_tokens, 2**31 - 1)
+        bias = np.array([value for _, value in s.logit_bias], np.float32)
+        assert got.sampling.bias_ids[row, : len(bias)].tolist() == [token for token, _ in s.logit_bias]
+        assert got.sampling.bias[row, : len(bias)].tobytes() == bias.tobytes()
+        assert not got.sampling.bias[row, len(bias) :].any()
     assert (got.positions[at:] == -1).all()
+    assert (got.targets[at:] == -1).all()
     assert (np.diff(got.rows) >= 0).all()  # kernels walk rows in order
 
 

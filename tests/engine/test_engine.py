@@ -77,6 +77,25 @@ def test_a_stop_token_ends_the_sequence_and_is_its_last_token(engine_of, models)
     assert output[-1].finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize("least", [1, 6, 12])
+def test_no_stop_token_before_the_least_length_however_the_rest_is_made(engine_of, least: int) -> None:
+    """Half of the vocabulary would stop: until then it is never chosen, and from then on it soon is."""
+    engine, stops = engine_of(), tuple(range(4, 131, 4))
+    how = {"max_tokens": 40, "temperature": 1.0, "stop_ids": stops, "min_tokens": least}
+    outputs = run(engine, *(request(p, seed=seed, **how) for seed, p in enumerate(PROMPTS)))
+    for seed, (prompt, output) in enumerate(zip(PROMPTS, outputs)):
+        made = ids(output)
+        assert not set(made[:least]) & set(stops)
+        assert made[-1] in stops
+        resumed = Request(
+            id="rest",
+            prompt_ids=tuple(prompt),
+            sampling=request(prompt, seed=seed, **how).sampling,
+            resume_ids=tuple(made[: len(made) // 2]),
+        )
+        assert ids(run(engine, resumed)[0]) == made[len(made) // 2 :]
+
+
 def test_the_first_token_may_be_the_last(engine_of) -> None:
     (output,) = run(engine_of(), request(PROMPTS[0], max_tokens=1))
     assert len(ids(output)) == 1
@@ -102,19 +121,42 @@ def test_memory_pressure_preempts_and_nothing_changes(engine_of) -> None:
     assert tight.stats().pages_free == 30
 
 
+SHAPED = [
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"logit_bias": tuple((token, 2.0) for token in range(3, 131, 5))},
+    {"min_tokens": 19, "stop_ids": tuple(range(3, 131, 5))},
+    {"watermark": True},
+]
+"""What changes logits and could depend on where a sequence was interrupted."""
+
+
 def _sampled() -> list[Request]:
     return [
-        request(p, max_tokens=40, temperature=1.0, seed=i, repetition_penalty=1.3, frequency_penalty=0.5)
+        request(p, max_tokens=40, temperature=1.0, seed=i, **SHAPED[i % len(SHAPED)])
         for i, p in enumerate(PROMPTS)
     ]
 
 
-@pytest.mark.parametrize("given", [1, 7, 19])
-def test_resumed_requests_go_on_as_if_nothing_had_happened(engine_of, given: int) -> None:
-    engine = engine_of()
-    whole = request(
-        PROMPTS[3], max_tokens=20, temperature=1.0, seed=3, presence_penalty=1.0, repetition_penalty=1.2
+def test_a_bias_is_the_only_difference_between_two_engines_answers(engine_of, models) -> None:
+    """Greedy with biases equals the largest of transformers' logits with the biases added."""
+    bias = {token: 1.5 * (-1) ** token for token in range(0, 131, 2)} | {7: -3.0}
+    outputs = run(
+        engine_of(), *(request(p, max_tokens=6, logit_bias=tuple(bias.items())) for p in PROMPTS[:3])
     )
+    path, shift = tiny_model("llama-gqa-tied", models), np.zeros(131, np.float32)
+    shift[list(bias)] = list(bias.values())
+    for prompt, output in zip(PROMPTS, outputs):
+        text = list(prompt)
+        for _ in range(6):
+            text.append(int((hf_logits(path, text)[-1] + shift).argmax()))
+        assert ids(output) == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("given", [1, 7, 19])
+@pytest.mark.parametrize("shaped", SHAPED, ids=lambda shaped: next(iter(shaped)))
+def test_resumed_requests_go_on_as_if_nothing_had_happened(engine_of, given: int, shaped: dict) -> None:
+    engine = engine_of()
+    whole = request(PROMPTS[3], max_tokens=20, temperature=1.0, seed=3, presence_penalty=1.0, **shaped)
     expected = ids(run(engine, whole)[0])
     rest = Request(
         id="rest", prompt_ids=whole.prompt_ids, sampling=whole.sampling, resume_ids=tuple(expected[:given])
@@ -218,7 +260,18 @@ def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of)
         ({"sampling": SamplingParams(max_tokens=1, stop_ids=tuple(range(33)))}, "stop_ids"),
         ({"sampling": SamplingParams(max_tokens=1, stop_ids=(2**31,))}, "stop_ids: 2147483648"),
         ({"sampling": SamplingParams(max_tokens=1, stop_ids=(-1,))}, "stop_ids: -1"),
+        ({"sampling": SamplingParams(max_tokens=1, logit_bias=((131, 1.0),))}, "logit_bias: token id 131"),
+        ({"sampling": SamplingParams(max_tokens=1, logit_bias=((-1, 1.0),))}, "logit_bias: token id -1"),
+        ({"sampling": SamplingParams(max_tokens=1, logit_bias=((5, 1e38),))}, "logit_bias of token 5=1e"),
+        ({"sampling": SamplingParams(max_tokens=1, logit_bias=((5, 1.0), (5, 2.0)))}, "names a token twice"),
+        (
+            {"sampling": SamplingParams(max_tokens=1, logit_bias=((5, 1.0),) * 301)},
+            r"logit_bias \(count\)=301",
+        ),
+        ({"sampling": SamplingParams(max_tokens=8, min_tokens=9)}, "min_tokens=9"),
         ({"sampling": SamplingParams(max_tokens=10**400)}, "max_tokens=1000"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs=21"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1"),
         ({"deadline_s": float("nan")}, "deadline_s=nan"),
         ({"deadline_s": -1.0}, "deadline_s=-1.0"),
         ({"resume_ids": (3,) * 8}, "nothing is left"),

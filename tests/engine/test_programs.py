@@ -86,7 +86,7 @@ class Device:
     def prefill(self, *segments: Segment, size: int = 32) -> list[TokenOutput | None]:
         b = self.blueprint
         packed = pack_prefill(list(segments), b.prefill_segments, size, b.shapes.table_width, LANES)
-        self.kv, self.state, result = self.programs.prefill(
+        self.kv, self.state, (result, self.scores) = self.programs.prefill(
             size, self.params, self.kv, self.state, jnp.array(packed)
         )
         rows = np.asarray(result)
@@ -274,7 +274,7 @@ def test_a_new_user_of_a_lane_sees_nothing_of_the_last(device: Device) -> None:
     )
     assert one is not None
     np.testing.assert_array_equal(device.state.seen[0], reference.seen(VOCAB, [4, 4], [one.id]))
-    assert int(device.state.stop[0, 0]) == 9
+    assert int(device.state.sampling.stop[0, 0]) == 9
     assert float(device.state.sampling.temperature[0]) == 0.0
 
 

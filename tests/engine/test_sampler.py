@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,24 @@ from scipy.stats import chisquare
 from tests.support import reference
 from xlane.engine import SamplingParams
 from xlane.engine import sampler as engine_sampler
-from xlane.engine.request import MAX_TOP_LOGPROBS
+from xlane.engine.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 from xlane.engine.sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
+from xlane.engine.state import MAX_STOP_IDS
+from xlane.engine.watermark import Watermark
 
 VOCAB = 19
 """Not a multiple of anything, and small enough that the alternatives reported are the whole distribution."""
 
-sample = jax.jit(engine_sampler.sample)
+
+@jax.jit
+def sample(
+    logits: jax.Array, rows: SamplingRows, seen: jax.Array, lanes: jax.Array, position: jax.Array
+) -> Sampled:
+    """After the last token of OUTPUT."""
+    previous = jnp.full_like(position, OUTPUT[-1])
+    return engine_sampler.sample(logits, rows, seen, lanes, position, previous, Watermark(0.5, 2.0))
+
+
 cut = jax.jit(engine_sampler.cut)
 penalize = jax.jit(engine_sampler.penalize)
 threshold = jax.jit(engine_sampler.threshold)
@@ -42,6 +54,9 @@ def rows_of(wanted: Sequence[SamplingParams], mode: int = LOGPROBS_PROCESSED, to
     def column(name: str, dtype) -> jax.Array:
         return jnp.array([getattr(s, name) for s in wanted], dtype)
 
+    def table(values: list[list], dtype) -> jax.Array:
+        return jnp.array([[*row, *[0] * (MAX_LOGIT_BIAS - len(row))] for row in values], dtype)
+
     count = len(wanted)
     return SamplingRows(
         temperature=column("temperature", jnp.float32),
@@ -55,6 +70,13 @@ def rows_of(wanted: Sequence[SamplingParams], mode: int = LOGPROBS_PROCESSED, to
         seed=jnp.array([divmod(s.seed, 1 << 32) for s in wanted], jnp.uint32),
         logprobs=jnp.full(count, mode, jnp.int32),
         top_n=jnp.full(count, top_n, jnp.int32),
+        bias_ids=table([[token for token, _ in s.logit_bias] for s in wanted], jnp.int32),
+        bias=table([[bias for _, bias in s.logit_bias] for s in wanted], jnp.float32),
+        stop=jnp.array([[*s.stop_ids, *[-1] * (MAX_STOP_IDS - len(s.stop_ids))] for s in wanted], jnp.int32),
+        watermark=column("watermark", jnp.int32),
+        stop_from=jnp.array(
+            [row + 7 - len(OUTPUT) + s.min_tokens for row, s in enumerate(wanted)], jnp.int32
+        ),
     )
 
 
@@ -93,6 +115,15 @@ MIXED = [
         temperature=1.7, top_k=9, top_p=0.7, min_p=0.05, typical_p=0.8, repetition_penalty=1.2, presence_penalty=0.5
     ),
     params(temperature=0.0, repetition_penalty=2.0, frequency_penalty=1.0),
+    params(temperature=0.0, logit_bias=((4, 2.5), (0, -100.0))),
+    params(temperature=0.6, logit_bias=tuple((token, token / 7 - 1) for token in range(VOCAB)), top_k=7),
+    params(logit_bias=((11, 6.0), (3, -2.0)), repetition_penalty=1.6, frequency_penalty=0.3),
+    params(min_tokens=6, stop_ids=(2, 5, VOCAB - 1, VOCAB, 2**31 - 1), max_tokens=9),
+    params(watermark=True),
+    params(temperature=0.0, watermark=True, repetition_penalty=1.5),
+    params(temperature=0.8, watermark=True, logit_bias=((5, 1.0),), top_p=0.8),
+    params(min_tokens=5, stop_ids=(2, 5, VOCAB - 1), max_tokens=9),
+    params(temperature=0.0, min_tokens=8, stop_ids=tuple(range(1, 18)), logit_bias=((3, 100.0),), max_tokens=9),
 ]  # fmt: skip
 """Greedy and sampled rows side by side, each transform alone and all together."""
 
@@ -207,6 +238,38 @@ def test_ties_with_the_last_kept_are_kept() -> None:
     assert np.isfinite(ours).tolist() == [[True] * 4 + [False], [True, True] + [False] * 3]
 
 
+def test_a_bias_counts_for_greedy_rows_and_leaves_the_models_own_log_probabilities() -> None:
+    logits = logits_of(2)
+    wanted = [params(temperature=0.0, logit_bias=((6, 100.0),)), params(temperature=0.0)]
+    sampled = sample_mixed(logits, LOGPROBS_RAW, wanted)
+    assert sampled.token.tolist() == [6, int(logits[1].argmax())]
+    same(distributions(sampled), [reference.log_softmax(x) for x in logits])
+
+
+def test_biases_are_added_before_penalties_as_openai_and_vllm_do() -> None:
+    """A bias may change the sign of a logit, and with it what a repetition penalty does."""
+    logits = np.zeros((1, VOCAB), np.float32)
+    s = params(temperature=0.0, logit_bias=((3, 2.0), (4, 1.5)), repetition_penalty=2.0)
+    sampled = sample_mixed(logits, wanted=[s])
+    assert int(sampled.token[0]) == 4  # 3 is in the prompt: 2.0 / 2.0 < 1.5
+    assert distributions(sampled)[0, 3] - distributions(sampled)[0, 1] == pytest.approx(1.0)
+
+
+def test_a_stop_id_may_be_chosen_from_the_last_held_token_on() -> None:
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[:, 4] = 9.0
+    wanted = [params(temperature=0.0, min_tokens=n, max_tokens=9, stop_ids=(4,)) for n in (4, 5, 6)]
+    assert sample_mixed(logits, wanted=wanted).token.tolist() == [4, 4, 0]
+
+
+def test_a_row_with_nothing_but_stop_ids_left_may_stop() -> None:
+    """A grammar may be at its end before `min_tokens` are there."""
+    logits = np.full((1, VOCAB), -np.inf, np.float32)
+    logits[:, 4] = 1.0
+    s = params(min_tokens=9, max_tokens=9, stop_ids=(4, 2))
+    assert sample_mixed(logits, wanted=[s]).token.tolist() == [4]
+
+
 def test_penalties_alone() -> None:
     wanted = [
         params(repetition_penalty=1.7),
@@ -235,7 +298,8 @@ def test_each_row_reads_the_penalties_of_its_own_lane() -> None:
 def test_rows_nobody_uses_change_nothing_and_ask_for_no_work() -> None:
     """Their parameters are what another request left: with every transform on, they must not switch one on."""
     logits = logits_of(2)
-    wanted = rows_of([params(temperature=0.0), MIXED[-2]], top_n=VOCAB)._replace(
+    left = replace(MIXED[-5], logit_bias=((2, 5.0),))
+    wanted = rows_of([params(temperature=0.0), left], top_n=VOCAB)._replace(
         logprobs=jnp.array([0, 2], jnp.int32)
     )
     seen, position = jnp.zeros((4, VOCAB), jnp.int32), jnp.zeros(2, jnp.int32)
@@ -329,12 +393,12 @@ def test_noise_follows_seed_and_position_alone() -> None:
 def test_a_row_draws_the_same_token_alone_and_among_others() -> None:
     logits = logits_of(len(MIXED), spread=0.5)
     position = jnp.arange(len(MIXED), dtype=jnp.int32) + 7
-    among = sample_mixed(logits).token.tolist()
-    for row, s in enumerate(MIXED):
+    among, among_rows = sample_mixed(logits).token.tolist(), rows_of(MIXED)
+    for row in range(len(MIXED)):
         seen = jnp.array(reference.seen(VOCAB, PROMPT, OUTPUT)[None])
         alone = sample(
             jnp.array(logits[row : row + 1]),
-            rows_of([s]),
+            jax.tree.map(lambda x, row=row: x[row : row + 1], among_rows),
             seen,
             jnp.zeros(1, jnp.int32),
             position[row : row + 1],

@@ -37,6 +37,8 @@ WORKS: dict[str, tuple[str, str, Any]] = {
     "otlp-service-name": ("x", "server.otlp_service_name", "x"),
     "cors-allow-origin": ("http://a,http://b", "server.cors_allow_origins", ("http://a", "http://b")),
     "api-key": ("k", "server.api_key", "k"),
+    "watermark-gamma": ("0.25", "engine.watermark_gamma", 0.25),
+    "watermark-delta": ("4", "engine.watermark_delta", 4.0),
     "env": ("true", "run.show_env", True),
     "max-client-batch-size": ("5", "server.max_client_batch_size", 5),
     "payload-limit": ("1000", "server.payload_limit", 1000),
@@ -47,7 +49,7 @@ WORKS: dict[str, tuple[str, str, Any]] = {
 NOTED = {
     "trust-remote-code": "true", "waiting-served-ratio": "0.3", "max-waiting-tokens": "20", "cuda-graphs": "1,2",
     "max-batch-total-tokens": "16000", "disable-custom-kernels": "true", "prometheus-port": "9000",
-    "master-addr": "localhost", "master-port": "29500", "watermark-gamma": "0.5", "watermark-delta": "2.0",
+    "master-addr": "localhost", "master-port": "29500",
     "disable-grammar-support": "true", "ngrok-authtoken": "t", "ngrok-edge": "e", "usage-stats": "on",
 }  # fmt: skip
 """Taken, and told that it has no meaning here: no answer differs for want of it."""

@@ -24,7 +24,14 @@ PROMPTS = [
 def _asked() -> list[Request]:
     """More than there are lanes, greedy and sampled side by side, with every kind of cut and penalty somewhere."""
     greedy = [request(prompt, max_tokens=10) for prompt in PROMPTS]
-    cuts = [{"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}, {"typical_p": 0.9}, {"repetition_penalty": 1.3}]
+    bias = {"logit_bias": tuple((token, 3.0) for token in range(3, 131, 9))}
+    cuts = [
+        {"top_k": 20},
+        {"top_p": 0.9},
+        {"min_p": 0.02, **bias},
+        {"typical_p": 0.9},
+        {"repetition_penalty": 1.3},
+    ]
     sampled = [
         request(prompt, max_tokens=10, temperature=0.8, seed=seed, frequency_penalty=0.2 * seed, **cut)
         for seed, (prompt, cut) in enumerate(zip(PROMPTS, cuts))

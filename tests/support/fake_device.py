@@ -55,6 +55,10 @@ class FakeLaunch:
     results: list[tuple[Sequence, TokenOutput | None]]
     prompt_tokens: int
     before_read: Callable[[], None] = lambda: None
+    prompts: list[tuple[Sequence, list[TokenOutput]]] = field(default_factory=list)
+
+    def read_prompts(self) -> list[tuple[Sequence, list[TokenOutput]]]:
+        return self.prompts
 
     def read(self) -> list[tuple[Sequence, TokenOutput | None]]:
         self.before_read()
@@ -84,7 +88,11 @@ class FakeDevice:
                 if segment.last
             ]
             count = sum(len(segment.tokens) for segment in turn.segments)
-            launches.append(FakeLaunch(ended, count, self.before_read))
+            prompts = [
+                (sequence, [TokenOutput(target, -1.0) for target in segment.targets if target >= 0])
+                for segment, sequence in zip(turn.segments, turn.prefilled)
+            ]
+            launches.append(FakeLaunch(ended, count, self.before_read, prompts))
         if turn.rows:
             results = [(sequence, self._row(*row)) for row, sequence in zip(turn.rows, turn.decoded)]
             launches.append(FakeLaunch(results, 0, self.before_read))

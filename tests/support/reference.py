@@ -3,6 +3,7 @@
 Knows nothing of lanes, batches or bits. The independent witness of `engine/sampler.py`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,6 +25,12 @@ def penalized(
     for token in set(output):
         result[token] -= s.frequency_penalty * list(output).count(token) + s.presence_penalty
     return result
+
+
+def biased(logits: Sequence[float], s: SamplingParams) -> list[float]:
+    """Each bias added to its token."""
+    bias = dict(s.logit_bias)
+    return [float(x) + bias.get(token, 0.0) for token, x in enumerate(logits)]
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
@@ -82,11 +89,42 @@ def _last_of_mass(scored: list[tuple[float, float]], p: float) -> float:
     return min(score for score, _ in scored)
 
 
+def green(previous: int, vocab: int, gamma: float) -> list[bool]:
+    """The green list after a token: MurmurHash3's finaliser over a Weyl sequence that starts at the token before."""
+    start = finalised(previous ^ 15_485_863)
+    hashes = [finalised((start + token * 0x9E3779B9) % 2**32) for token in range(vocab)]
+    return [hashed / 2**32 < gamma for hashed in hashes]
+
+
+def finalised(x: int) -> int:
+    """fmix32 of MurmurHash3."""
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+def marked(logits: Sequence[float], previous: int, gamma: float = 0.5, delta: float = 2.0) -> list[float]:
+    """The green tokens raised."""
+    return [x + delta * is_green for x, is_green in zip(logits, green(previous, len(logits), gamma))]
+
+
+def watermark_z(text: Sequence[int], vocab: int, gamma: float = 0.5) -> float:
+    """How many standard deviations the green tokens of a text are above plain text's (Kirchenbauer et al. 2023, eq. 3)."""
+    pairs = list(itertools.pairwise(text))
+    found = sum(green(previous, vocab, gamma)[token] for previous, token in pairs)
+    return (found - gamma * len(pairs)) / math.sqrt(len(pairs) * gamma * (1 - gamma))
+
+
 def processed(
     logits: Sequence[float], s: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()
 ) -> list[float]:
     """The logits a token is drawn from: every transform, in the order of the engine."""
-    result = penalized(logits, s, prompt, output)
+    result = biased(logits, s)
+    if s.watermark:
+        result = marked(result, [*prompt, *output][-1])
+    result = penalized(result, s, prompt, output)
+    if len(output) < s.min_tokens:
+        result = kept(result, [token not in s.stop_ids for token in range(len(result))])
     if s.temperature == 0:
         return result
     result = [x / s.temperature for x in result]
