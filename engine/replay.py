@@ -109,6 +109,8 @@ class _Progress:
             request,
             id=f"{request.id}~{self.losses}",
             resume_ids=(*request.resume_ids, *self.ids),
+            # They came with the first output.
+            prompt_logprobs=None if self.ids else request.prompt_logprobs,
             deadline_s=None if request.deadline_s is None else self.left_s,
         )
 

@@ -130,6 +130,12 @@ async def test_the_rest_is_asked_of_the_next_engine():
     assert last.total_s > 1.0
 
 
+async def test_a_prompts_log_probabilities_are_asked_for_until_they_came():
+    inner = Scripted([LOST], [out(7), LOST], [out(8, finish=FinishReason.LENGTH)])
+    await collect(ReplayingClient(inner), make_request(prompt_logprobs=2))
+    assert [asked.prompt_logprobs for asked in inner.asked] == [2, 2, None]
+
+
 async def test_a_request_lost_before_its_first_token_waited_all_the_time():
     inner = Scripted(
         [LOST],

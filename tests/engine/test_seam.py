@@ -178,6 +178,26 @@ async def test_resumed_tokens_are_not_sent_again(client: EngineClient, served: S
     assert ids_of(outputs) == whole[5:]
 
 
+@pytest.mark.parametrize("alternatives", [0, 3])
+async def test_a_prompts_log_probabilities_come_once_with_the_first_output(
+    client: EngineClient, alternatives: int
+):
+    asked = replace(make_request(prompt=(7, 8, 9), max_tokens=3), prompt_logprobs=alternatives)
+    first, *later = await collect(client, asked)
+    assert [(token.id, token.logprob) for token in first.prompt] == [(8, -1 / 8), (9, -2 / 8)]
+    assert first.prompt[1].top == tuple((9 + j, -(2 + j) / 8) for j in range(alternatives))
+    assert [output.prompt for output in later] == [(), ()]
+
+
+async def test_biases_and_a_least_length_reach_the_engine(client: EngineClient, served: Served):
+    request = make_request()
+    whole = served.expected(request)
+    stopped = {"stop_ids": (whole[0], whole[4]), "min_tokens": 3}
+    biased = {"logit_bias": ((whole[1], -100.0), (901, 9.5))}
+    asked = replace(request, sampling=replace(request.sampling, **stopped, **biased))
+    assert ids_of(await collect(client, asked)) == [901, 901, *whole[2:5]]
+
+
 async def test_many_streams_at_once(client: EngineClient, served: Served):
     requests = [make_request(prompt=tuple(range(1, 2 + n)), max_tokens=5 + n, seed=n) for n in range(24)]
     streams = await asyncio.gather(*(collect(client, request) for request in requests))

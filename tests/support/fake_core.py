@@ -3,7 +3,8 @@
 `python -m tests.support.fake_core --uds PATH --progress-fd N` serves it as a process of its own, as `xlane engine` would.
 
 Satisfies `xlane.engine.local.EngineCore`. The next token depends on the prompt, the seed and the position alone, so an
-interrupted stream must equal an undisturbed one. Special tokens in a prompt make it misbehave on purpose.
+interrupted stream must equal an undisturbed one. Special tokens in a prompt make it misbehave on purpose. Biases, least
+lengths and a prompt's log-probabilities come out as in `arithmetic`.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from xlane.engine.local import Delivery, RequestError, Sink
 from xlane.engine.process import ParentLink
 from xlane.engine.rpc_server import serve
 
+from .arithmetic import choose, prompt_outputs
+
 VOCAB_SIZE = 1000
 MAX_TOTAL_TOKENS = 4096
 FAIL_TOKEN = 901
@@ -46,7 +49,8 @@ KILL_AT_ONCE_TOKEN = 903
 def token_at(request: Request, position: int) -> TokenOutput:
     """The token at `position` of the output, by arithmetic."""
     mixed = sum(request.prompt_ids) * 31 + len(request.prompt_ids) * 17 + request.sampling.seed * 7919
-    token_id = (mixed + position * position * 13 + position * 101) % 900
+    preferred = (mixed + position * position * 13 + position * 101) % 900
+    token_id = choose(request, preferred, position, VOCAB_SIZE)
     if not request.sampling.logprobs:
         return TokenOutput(token_id)
     top = tuple(((token_id + i) % 900, -(position + 1 + i) / 8) for i in range(request.sampling.top_logprobs))
@@ -259,6 +263,7 @@ class FakeCore:
             finish,
             cached_tokens=len(request.prompt_ids) // 4 if first else 0,
             timing=running.timing() if finish else None,
+            prompt=prompt_outputs(request, VOCAB_SIZE) if first else (),
         )
 
 

@@ -3,7 +3,8 @@
 Greedy, the next token is the next letter of the alphabet: after "…c" comes "d", after "z" comes "a", after anything
 else "a". Sampled, letters advance by 1 + seed % 5 instead of 1. Token number i (from 0) has log-probability
 -(i + 1) / 8 greedy, and -(step) / 8 sampled, so a smaller step is a better sequence. With `reply` set, its bytes are
-generated instead, then the first stop id.
+generated instead, then the first stop id. Biases, least lengths and a prompt's log-probabilities come out as in
+`arithmetic`.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from xlane.engine import (
     TokenOutput,
 )
 
+from .arithmetic import choose, prompt_outputs
 from .byte_tokenizer import VOCAB_SIZE
 
 LETTERS = range(ord("a"), ord("z") + 1)
@@ -103,6 +105,7 @@ class FakeEngine:
                     (FinishReason.ABORT if aborts else reason) if finished else None,
                     self.cached_tokens,
                     Timing(0.001, 0.002, 0.003) if finished else None,
+                    prompt_outputs(request, self.info_value.vocab_size) if start == 0 else (),
                 )
         finally:
             self.active -= 1
@@ -111,22 +114,32 @@ class FakeEngine:
 
     def _tokens(self, request: Request) -> tuple[list[TokenOutput], FinishReason]:
         sampling = request.sampling
-        step = 1 if sampling.temperature == 0.0 else 1 + sampling.seed % 5
-        ids: list[int] = []
-        token = request.prompt_ids[-1]
-        for _ in range(sampling.max_tokens):
-            token = next_letter(token, step)
-            ids.append(token)
-        reason = FinishReason.LENGTH
-        if self.reply is not None:
-            ids = [*self.reply.encode(), *sampling.stop_ids[:1]]
-            reason = FinishReason.STOP if sampling.stop_ids else FinishReason.LENGTH
-            if len(ids) > sampling.max_tokens:
-                ids, reason = ids[: sampling.max_tokens], FinishReason.LENGTH
         greedy = sampling.temperature == 0.0
+        step = 1 if greedy else 1 + sampling.seed % 5
+        ids, reason = self._ids(request, step)
         return [
             self._output(request, token, -((i + 1) if greedy else step) / 8) for i, token in enumerate(ids)
         ], reason
+
+    def _ids(self, request: Request, step: int) -> tuple[list[int], FinishReason]:
+        sampling, vocab = request.sampling, self.info_value.vocab_size
+        reply = None if self.reply is None else self.reply.encode()
+        ids: list[int] = []
+        token = request.prompt_ids[-1]
+        while len(ids) < sampling.max_tokens:
+            if reply is None:
+                preferred = next_letter(token, step)
+            elif len(ids) < len(reply):
+                preferred = reply[len(ids)]
+            elif sampling.stop_ids:
+                preferred = sampling.stop_ids[0]
+            else:
+                break
+            token = choose(request, preferred, len(ids), vocab)
+            ids.append(token)
+            if token in sampling.stop_ids:
+                return ids, FinishReason.STOP
+        return ids, FinishReason.LENGTH
 
     def _output(self, request: Request, token: int, logprob: float) -> TokenOutput:
         if not request.sampling.logprobs:
