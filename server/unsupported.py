@@ -39,22 +39,17 @@ def _disabled(value: Any) -> bool:
 
 
 TGI: dict[str, Callable[[Any], bool]] = {
-    "watermark": _empty,
-    "decoder_input_details": _empty,
     "grammar": _never,
     "adapter_id": _never,
 }
 
 SHARED: dict[str, Callable[[Any], bool]] = {
-    "logit_bias": _empty,
     "response_format": _plain_text,
-    "min_tokens": _empty,
     "structured_outputs": _empty,
     "guided_json": _never,
     "guided_regex": _never,
     "guided_choice": _never,
     "guided_grammar": _never,
-    "prompt_logprobs": _never,
     "use_beam_search": _empty,
 }
 
@@ -72,7 +67,6 @@ CHAT: dict[str, Callable[[Any], bool]] = {
 COMPLETION: dict[str, Callable[[Any], bool]] = {
     **SHARED,
     "suffix": _empty,
-    "echo": _empty,
 }
 
 RESPONSES: dict[str, Callable[[Any], bool]] = {
