@@ -123,6 +123,10 @@ class Info(_Answer, kw_only=True):
     model_pipeline_tag: str | None
     model_dtype: str
     model_device_type: str
+    model_device_kind: str
+    model_device_count: int
+    programs: int
+    """Compiled before the first request, so that none is compiled after."""
     max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int
