@@ -17,7 +17,9 @@ from xlane.engine import (
     EngineStats,
     EngineStopped,
     FinishReason,
+    Histogram,
     InvalidRequest,
+    LaunchStats,
     LogprobsMode,
     Overloaded,
     PlanError,
@@ -168,11 +170,16 @@ def test_info_and_stats_arrive_as_they_left(sha: str | None):
             if f.name not in odd
         }
 
-    odd = {"model_sha", "programs"}
+    def histogram() -> Histogram:
+        return Histogram(tuple(next(numbers) for _ in range(3)), next(numbers) / 8)
+
+    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows"}
     programs = (ProgramInfo(**filled(ProgramInfo)), ProgramInfo(**filled(ProgramInfo)))
     info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs)
     assert codec.decode_info(through_the_wire(codec.encode_info(info))) == info
-    stats = EngineStats(**filled(EngineStats))
+    prefill, decode = (LaunchStats(*(histogram() for _ in range(3))) for _ in range(2))
+    spreads = {"prefill": prefill, "decode": decode, "prefill_rows": histogram()}
+    stats = EngineStats(**filled(EngineStats), **spreads)
     assert codec.decode_stats(through_the_wire(codec.encode_stats(stats))) == stats
 
 
