@@ -20,6 +20,7 @@ from .errors import (
 from .request import (
     DURATION_EDGES_S,
     MAX_LOGIT_BIAS,
+    MAX_PROMPT_LOGPROBS,
     MAX_TOP_LOGPROBS,
     ROWS_EDGES,
     EngineInfo,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DURATION_EDGES_S",
     "MAX_LOGIT_BIAS",
+    "MAX_PROMPT_LOGPROBS",
     "MAX_TOP_LOGPROBS",
     "ROWS_EDGES",
     "DeadlineExceeded",

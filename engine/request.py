@@ -10,6 +10,8 @@ MAX_LOGIT_BIAS = 300
 """Most biased tokens of a request (the width of a lane's table)."""
 MAX_TOP_LOGPROBS = 20
 """Most alternatives a step can report per token (the width of its packed result)."""
+MAX_PROMPT_LOGPROBS = 1_000_000
+"""Most log-probabilities of one prompt, alternatives included: they travel in one message."""
 
 DURATION_EDGES_S = tuple(1.5e-4 * 1.5**k for k in range(35))
 """Of histograms of durations: TGI's, 0.15 ms to 146 s."""

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..engine import EngineInfo, Request, SamplingParams
+from ..engine import MAX_PROMPT_LOGPROBS, EngineInfo, Request, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid
 
@@ -87,7 +87,8 @@ def room_left(prompt_tokens: int, info: EngineInfo) -> int:
 
 
 def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) -> list[Request]:
-    """One engine request per sequence of a prompt. Raises Invalid if it could not get as long as it has to."""
+    """One engine request per sequence of a prompt. Raises Invalid if it cannot get as long as it has to, or its
+    prompt has too many log-probabilities."""
     if checked.sampling.min_tokens > max_tokens:
         raise Invalid(
             f"`min_tokens` must be at most the {max_tokens} tokens that can be generated. "
@@ -95,6 +96,14 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             param="min_tokens",
         )
     ids = tuple(prompt_ids)
+    if checked.prompt_logprobs is not None:
+        scores = len(ids) * (1 + checked.prompt_logprobs)
+        if scores > MAX_PROMPT_LOGPROBS:
+            raise Invalid(
+                f"log-probabilities of {len(ids)} prompt tokens, each with {checked.prompt_logprobs} alternatives, are "
+                f"{scores} and can be at most {MAX_PROMPT_LOGPROBS}",
+                param="prompt_logprobs",
+            )
     base = replace(checked.sampling, max_tokens=max_tokens)
     return [
         Request(

@@ -10,6 +10,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 from tests.support.fake_core import FakeCore
 from xlane.engine import (
+    MAX_PROMPT_LOGPROBS,
     DeadlineExceeded,
     EngineError,
     EngineInfo,
@@ -189,6 +190,32 @@ def test_the_largest_batch_fits_a_message():
         "x" * 36, (TokenOutput(200_000, -1.0, top),) * 8, FinishReason.STOP, 10**6, Timing(1, 1, 1)
     )
     assert len(codec.encode_batch([largest] * MAX_BATCH_ENTRIES).SerializeToString()) < MAX_MESSAGE_BYTES
+
+
+def test_the_largest_batch_and_a_prompt_of_most_log_probabilities_fit_a_message():
+    top = tuple((200_000 + i, -float(i)) for i in range(20))
+    token = TokenOutput(200_000, -1.0, top)
+    scored = StepOutput("x" * 36, (token,), prompt=(token,) * (MAX_PROMPT_LOGPROBS // 21))
+    largest = StepOutput("x" * 36, (token,) * 8, FinishReason.STOP, 10**6, Timing(1, 1, 1))
+    size = sum(
+        len(codec.encode_batch(entries).SerializeToString())
+        for entries in ([largest] * MAX_BATCH_ENTRIES, [scored])
+    )
+    assert size < MAX_MESSAGE_BYTES
+
+
+def test_a_message_tells_of_one_prompt_at_most():
+    token = TokenOutput(1, -1.0)
+    plain, scored = StepOutput("a", (token,)), StepOutput("b", (token,), prompt=(token, token))
+
+    async def scenario() -> list[list[str]]:
+        connection = connection_of(FakeCore())
+        connection.deliver([plain, scored, scored, plain, plain])
+        await asyncio.sleep(0)  # it takes them on the loop
+        connection.end()
+        return [[one.request_id for one in message.outputs] async for message in connection.batches()]
+
+    assert asyncio.run(scenario()) == [["a", "b"], ["b"], ["a", "a"]]
 
 
 def connection_of(core: FakeCore):

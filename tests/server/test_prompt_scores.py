@@ -148,6 +148,14 @@ def test_prompt_logprobs_that_are_refused(rig: Rig, fields: dict[str, Any]):
         assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt_logprobs")
 
 
+def test_a_prompt_of_too_many_scores_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("xlane.server.validate.MAX_PROMPT_LOGPROBS", 12)
+    assert rig.complete("abc", prompt_logprobs=2).status_code == 200  # four tokens of three each
+    for response in (rig.complete("abc", prompt_logprobs=3), rig.complete("abcd", echo=True, logprobs=2)):
+        assert response.status_code == 400
+        assert "can be at most 12" in response.json()["error"]["message"]
+
+
 def test_decoder_input_details(rig: Rig):
     details = rig.generate("ab", decoder_input_details=True).json()["details"]
     assert details["prefill"] == [
