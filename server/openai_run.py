@@ -122,6 +122,7 @@ def plan(
                 serving.tokenizer,
                 prompt.ids,
                 checked.stops,
+                include_stop=checked.include_stop,
                 kept_ids=kept,
                 min_tokens=checked.sampling.min_tokens,
             ),

@@ -55,7 +55,15 @@ class _Completing(Sampling, frozen=True, kw_only=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool | None = None
     use_beam_search: Any = None
+    length_penalty: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    truncate_prompt_tokens: Any = None
+    skip_special_tokens: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -90,6 +98,8 @@ class ChatBody(_Completing, frozen=True, kw_only=True):
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
+    echo: Any = None
+    documents: Any = None
     continue_final_message: bool | None = None
     chat_template: Any = None
     tools: Any = None

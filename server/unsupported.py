@@ -17,6 +17,14 @@ def _empty(value: Any) -> bool:
     return not value
 
 
+def _true(value: Any) -> bool:
+    return value is True
+
+
+def _one(value: Any) -> bool:
+    return value == 1
+
+
 def _plain_text(value: Any) -> bool:
     return isinstance(value, Mapping) and value.get("type") == "text"
 
@@ -50,7 +58,15 @@ SHARED: dict[str, Callable[[Any], bool]] = {
     "guided_regex": _never,
     "guided_choice": _never,
     "guided_grammar": _never,
+    # What vLLM's users may send; their neutral values are what happens anyway.
     "use_beam_search": _empty,
+    "length_penalty": _one,
+    "allowed_token_ids": _empty,
+    "bad_words": _empty,
+    "truncate_prompt_tokens": _never,
+    "skip_special_tokens": _true,
+    "return_token_ids": _empty,
+    "return_tokens_as_token_ids": _empty,
 }
 
 CHAT: dict[str, Callable[[Any], bool]] = {
@@ -59,6 +75,8 @@ CHAT: dict[str, Callable[[Any], bool]] = {
     "function_call": _no_tools,
     # The template is the model's. A client's own could be made to run for minutes.
     "chat_template": _never,
+    "echo": _empty,
+    "documents": _empty,
     "modalities": _text_only,
     "audio": _never,
     "web_search_options": _never,

@@ -30,7 +30,7 @@ class Checked:
     """Tokens asked for; None means as many as fit."""
     stops: tuple[str, ...] = ()
     include_stop: bool
-    """Whether the answer keeps the stop string that ended it (TGI) or not (OpenAI)."""
+    """Whether the answer keeps the stop string that ended it, as TGI's does and OpenAI's does not."""
     prompt_logprobs: int | None = None
     """Alternatives to report for each token of the prompt; None scores no prompt."""
     choices: int = 1

@@ -153,7 +153,7 @@ def _checked(
         sampling=sampling,
         max_tokens=max_tokens,
         stops=stops_of(body.stop, config),
-        include_stop=False,
+        include_stop=bool(body.include_stop_str_in_output),
         prompt_logprobs=prompt_logprobs,
         choices=choices,
         keep=keep,

@@ -1,5 +1,6 @@
 """Parameter x effect: what a value in a body makes of the engine's request, and of the answer by the fake's arithmetic."""
 
+import re
 from typing import Any
 
 import pytest
@@ -102,3 +103,32 @@ def test_a_least_length_beyond_the_most_is_refused_where_the_most_is_the_context
     response = rig.complete("a", max_tokens=None, min_tokens=511)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "min_tokens")
     assert rig.complete("a", max_tokens=None, min_tokens=510).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stop_string_is_in_the_text_if_it_is_wanted(rig: Rig, stream: bool):
+    for wanted, text in ((None, "bc"), (False, "bc"), (True, "bcde")):
+        response = rig.complete(
+            "a", max_tokens=9, stop="de", include_stop_str_in_output=wanted, stream=stream
+        )
+        if not stream:
+            assert response.json()["choices"][0]["text"] == text
+        else:
+            assert "".join(re.findall('"text":"([a-z]*)"', response.text)) == text
+
+
+EXTENSIONS = [
+    ("use_beam_search", False, True), ("length_penalty", 1.0, 0.5), ("allowed_token_ids", [], [97]),
+    ("bad_words", [], ["a"]), ("truncate_prompt_tokens", None, 5), ("skip_special_tokens", True, False),
+    ("return_token_ids", False, True), ("return_tokens_as_token_ids", False, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "neutral", "wanted"), EXTENSIONS)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_extensions_without_an_effect_are_refused_by_name(
+    rig: Rig, path: str, name: str, neutral: Any, wanted: Any
+):
+    assert rig.post(path, **BODIES[path], **{name: neutral}).status_code == 200
+    error = rig.post(path, **BODIES[path], **{name: wanted}).json()["error"]
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
