@@ -35,6 +35,8 @@ def check_parameters(
     choices = _check_best_of(parameters, config, streaming=streaming)
     _check_ranges(parameters)
     stops = _check_stops(parameters.stop, config)
+    if parameters.seed is not None and choices > 1:
+        raise Invalid("`seed` must not be set when `best_of` > 1")
     top_n = _check_top_n(parameters.top_n_tokens, config)
     # Logprobs are in every streamed token and in `details`, and decide which of several sequences is the best.
     logprobs = streaming or details_wanted(parameters) or choices > 1
@@ -152,8 +154,6 @@ def _check_ranges(parameters: GenerateParameters) -> None:
     for value, holds, sentence in checks:
         if value is not None and not holds(value):
             raise Invalid(sentence)
-    if p.seed is not None and (p.best_of or 1) > 1:
-        raise Invalid("`seed` must not be set when `best_of` > 1")
 
 
 def _check_stops(stop: str | list[str] | None, config: ServerConfig) -> tuple[str, ...]:

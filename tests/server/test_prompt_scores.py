@@ -2,16 +2,23 @@
 of a prompt (from 1) has -i / 8, and its alternative j the id j above it, at -(i + j) / 8.
 """
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from xlane.engine import TokenOutput
+from xlane.engine import Request, SamplingParams, StepOutput, TokenOutput
 from xlane.server.config import ServerConfig
+from xlane.server.detokenize import Detokenizer
+from xlane.server.generate import Progress, Run, run_one
+from xlane.server.metrics import Metrics
 from xlane.server.prompt_scores import moved, prompt_tokens
 
 from ..support.byte_tokenizer import BOS, ByteTokenizer
+from ..support.fake_engine import FakeEngine
 from .conftest import Rig
 
 ECHOED = {
@@ -211,3 +218,22 @@ def test_texts_of_a_prompt_are_whole_characters():
         ("!", 1, -1.0),
     ]
     assert [token.start for token in moved(tokens, 4)] == [4, 4, 5]
+
+
+def test_a_prompt_is_told_of_once_though_an_engine_that_takes_over_tells_of_it_again():
+    class Repeating(FakeEngine):
+        async def submit(self, request: Request) -> AsyncIterator[StepOutput]:  # type: ignore[override]
+            async for step in super().submit(request):
+                yield replace(step, prompt=(TokenOutput(2, -0.5),))
+
+    sampling = SamplingParams(max_tokens=3)
+    request = Request(id="r", prompt_ids=(1, 2), sampling=sampling, prompt_logprobs=0)
+    run = Run(request, Detokenizer(ByteTokenizer()))
+
+    async def collected() -> list[Progress]:
+        return [progress async for progress in run_one(Repeating(), run, Metrics())]
+
+    told = asyncio.run(collected())
+    assert [progress.prompt for progress in told] == [(TokenOutput(2, -0.5),), (), ()]
+    assert told[-1].done is not None
+    assert told[-1].done.prompt == (TokenOutput(2, -0.5),)
