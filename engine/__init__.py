@@ -18,11 +18,16 @@ from .errors import (
     RequestFailed,
 )
 from .request import (
+    DURATION_EDGES_S,
     MAX_LOGIT_BIAS,
+    MAX_PROMPT_LOGPROBS,
     MAX_TOP_LOGPROBS,
+    ROWS_EDGES,
     EngineInfo,
     EngineStats,
     FinishReason,
+    Histogram,
+    LaunchStats,
     LogprobsMode,
     ProgramInfo,
     Request,
@@ -36,8 +41,11 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 __all__ = [
+    "DURATION_EDGES_S",
     "MAX_LOGIT_BIAS",
+    "MAX_PROMPT_LOGPROBS",
     "MAX_TOP_LOGPROBS",
+    "ROWS_EDGES",
     "DeadlineExceeded",
     "Engine",
     "EngineClient",
@@ -48,7 +56,9 @@ __all__ = [
     "EngineStats",
     "EngineStopped",
     "FinishReason",
+    "Histogram",
     "InvalidRequest",
+    "LaunchStats",
     "LogprobsMode",
     "Overloaded",
     "PlanError",

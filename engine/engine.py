@@ -121,6 +121,10 @@ class Engine:
             compiles_after_ready=self._compiles.count,
             step_ms=self._counters.step_ms,
             gap_ms=self._counters.host_ms,
+            prefill=self._counters.prefill.snapshot(),
+            decode=self._counters.decode.snapshot(),
+            prefill_rows=self._counters.prefill_rows.snapshot(),
+            joins=self._counters.joins,
         )
 
     def healthy(self) -> bool:

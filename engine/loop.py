@@ -131,23 +131,29 @@ class Loop:
 
     def _serve(self) -> None:
         behind: list[Launch] = []
+        behind_s = 0.0
         while True:
             if not self._intake(block=not behind):
                 return
             started = time.perf_counter()
             turn = self._scheduler.plan()
+            ahead_s = time.perf_counter()
             ahead = self._runner.launch(turn)
             self._stamp(turn)
-            waited = sum([self._read(launch) for launch in behind])
+            waited = sum([self._finish(launch, behind_s) for launch in behind])
             self._count(behind, time.perf_counter() - started, waited)
-            behind = ahead
+            behind, behind_s = ahead, ahead_s
             self._turned_s = time.monotonic()
 
     def _stamp(self, turn: Turn) -> None:
-        """Note when a sequence first got to work."""
+        """Note when a sequence first got to work, and beside how many."""
         now = time.monotonic()
-        for sequence in turn.prefilled:
-            sequence.launched_s = sequence.launched_s or now
+        new = [sequence for sequence in turn.prefilled if not sequence.launched_s]
+        for sequence in new:
+            sequence.launched_s = now
+        if turn.segments:
+            self._counters.prefill_rows.observe(len(turn.segments))
+        self._counters.joins += bool(new) and any(sequence not in new for sequence in turn.decoded)
 
     def _count(self, launches: list[Launch], wall_s: float, waited_s: float) -> None:
         if launches:
@@ -201,6 +207,14 @@ class Loop:
                 text = f"deadline of {sequence.request.deadline_s} s passed after {done} generated tokens"
                 failed.append((sequence, RequestError(sequence.request.id, DeadlineExceeded(text))))
         return failed
+
+    def _finish(self, launch: Launch, launched_s: float) -> float:
+        """Read a launch and count it; returns the seconds waited."""
+        started = time.perf_counter()
+        waited_s = self._read(launch)
+        kind = self._counters.prefill if launch.prompt_tokens else self._counters.decode
+        self._counters.launched(kind, launched_s, started + waited_s, time.perf_counter())
+        return waited_s
 
     def _read(self, launch: Launch) -> float:
         """Wait for a launch and emit what it made; returns the seconds waited."""

@@ -10,6 +10,13 @@ MAX_LOGIT_BIAS = 300
 """Most biased tokens of a request (the width of a lane's table)."""
 MAX_TOP_LOGPROBS = 20
 """Most alternatives a step can report per token (the width of its packed result)."""
+MAX_PROMPT_LOGPROBS = 1_000_000
+"""Most log-probabilities of one prompt, alternatives included: they travel in one message."""
+
+DURATION_EDGES_S = tuple(1.5e-4 * 1.5**k for k in range(35))
+"""Of histograms of durations: TGI's, 0.15 ms to 146 s."""
+ROWS_EDGES = tuple(float(2**k) for k in range(11))
+"""Of histograms of sequences."""
 
 
 class FinishReason(StrEnum):
@@ -177,6 +184,28 @@ class EngineInfo:
     version: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How a quantity was spread since start."""
+
+    counts: tuple[int, ...]
+    """Values up to each edge and above the one before it; one more for those above the last."""
+    sum: float
+    """Of all values."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchStats:
+    """What launches of one kind took, between DURATION_EDGES_S."""
+
+    whole_s: Histogram
+    """From launch, or the end of the one before, to the delivery of its outputs."""
+    device_s: Histogram
+    """From launch, or the read-back of the one before, to its read-back."""
+    emit_s: Histogram
+    """From its read-back to the delivery of its outputs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of the engine, cheap to take."""
@@ -196,3 +225,9 @@ class EngineStats:
     gap_ms: float
     """Median work of the host per turn (plan, pack, dispatch, emit). It runs beside the device, which waits only for
     what exceeds a step."""
+    prefill: LaunchStats
+    decode: LaunchStats
+    prefill_rows: Histogram
+    """Sequences in a prefill launch, between ROWS_EDGES."""
+    joins: int
+    """Turns in which sequences began beside running ones."""

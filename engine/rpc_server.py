@@ -21,6 +21,7 @@ from .errors import EngineError, RequestFailed
 from .local import Delivery, EngineCore, RequestError
 from .proto import codec, xlane_pb2_grpc
 from .proto import xlane_pb2 as pb
+from .request import StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +127,17 @@ class _Connection:
             await self._news.wait()
             self._news.clear()
             while self._unread:
-                batch, self._unread = self._unread[:MAX_BATCH_ENTRIES], self._unread[MAX_BATCH_ENTRIES:]
+                end = _batch_end(self._unread)
+                batch, self._unread = self._unread[:end], self._unread[end:]
                 yield codec.encode_batch(batch)
+
+
+def _batch_end(unread: list[Delivery]) -> int:
+    """How many of them go into one message: as many as may, up to the first that tells of a whole prompt."""
+    for i, entry in enumerate(unread[:MAX_BATCH_ENTRIES]):
+        if isinstance(entry, StepOutput) and entry.prompt:
+            return i + 1
+    return MAX_BATCH_ENTRIES
 
 
 class _EngineService(xlane_pb2_grpc.EngineServicer):

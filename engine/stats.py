@@ -3,11 +3,43 @@
 Knows no metrics format; the server turns a snapshot into one.
 """
 
+from bisect import bisect_left
 from collections import deque
 from statistics import median
 
+from .request import DURATION_EDGES_S, ROWS_EDGES, Histogram, LaunchStats
+
 WINDOW = 64
 """Turns that the medians look back on."""
+
+
+class Tally:
+    """How often a quantity fell between two edges."""
+
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self._edges = edges
+        self._counts = [0] * (len(edges) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._edges, value)] += 1
+        self._sum += value
+
+    def snapshot(self) -> Histogram:
+        """The counts so far."""
+        return Histogram(tuple(self._counts), self._sum)
+
+
+class Launches:
+    """What launches of one kind took."""
+
+    def __init__(self) -> None:
+        self.whole_s, self.device_s, self.emit_s = (Tally(DURATION_EDGES_S) for _ in range(3))
+
+    def snapshot(self) -> LaunchStats:
+        """The counts so far."""
+        return LaunchStats(self.whole_s.snapshot(), self.device_s.snapshot(), self.emit_s.snapshot())
 
 
 class Counters:
@@ -17,6 +49,10 @@ class Counters:
         self.steps = 0
         self.prefill_tokens = 0
         self.decode_tokens = 0
+        self.prefill, self.decode = Launches(), Launches()
+        self.prefill_rows = Tally(ROWS_EDGES)
+        self.joins = 0
+        self._read_s = self._told_s = 0.0
         self._host_s: deque[float] = deque(maxlen=WINDOW)
         self._step_s: deque[float] = deque(maxlen=WINDOW)
 
@@ -25,6 +61,16 @@ class Counters:
         self._host_s.append(host_s)
         if decode_only:
             self._step_s.append(wall_s)
+
+    def launched(self, kind: Launches, launched_s: float, read_s: float, told_s: float) -> None:
+        """One launch, which is over: when it was made, read back, and its outputs delivered, on one clock.
+
+        A launch is made before the last one is read, so it counts from when the device, or the host, was done with that.
+        """
+        kind.device_s.observe(read_s - max(launched_s, self._read_s))
+        kind.emit_s.observe(told_s - read_s)
+        kind.whole_s.observe(told_s - max(launched_s, self._told_s))
+        self._read_s, self._told_s = read_s, told_s
 
     @property
     def host_ms(self) -> float:

@@ -54,12 +54,24 @@ class ChatLogprobs(_Answer, kw_only=True):
 
 
 class CompletionLogprobs(_Answer, kw_only=True):
-    """`logprobs` of a completion choice."""
+    """`logprobs` of a completion choice. The first token of an echoed prompt has none, for nothing comes before it."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(_Answer, kw_only=True):
+    """A token that is in the prompt, or could be in its place."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""`prompt_logprobs`, by token id; null for the first token."""
 
 
 class AssistantMessage(_Answer, kw_only=True):
@@ -95,6 +107,7 @@ class ChatCompletion(_Frame, kw_only=True):
 
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatDelta(_Answer, kw_only=True):
@@ -130,6 +143,7 @@ class CompletionChoice(_Answer, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(_Frame, kw_only=True):

@@ -22,6 +22,14 @@ class Token(_Answer, kw_only=True):
     special: bool
 
 
+class PrefillToken(_Answer, kw_only=True):
+    """One token of the prompt. The first has no log-probability, for nothing comes before it."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
 class SequenceDetails(_Answer, kw_only=True):
     """How a sequence came about."""
 
@@ -31,7 +39,8 @@ class SequenceDetails(_Answer, kw_only=True):
     generated_tokens: int
     seed: int | None
     """Null for a greedy sequence, which needs none."""
-    prefill: list[Token]
+    prefill: list[PrefillToken]
+    """Empty unless `decoder_input_details` asked for it."""
     tokens: list[Token]
     top_tokens: list[list[Token]] | UnsetType = UNSET
 
@@ -114,6 +123,10 @@ class Info(_Answer, kw_only=True):
     model_pipeline_tag: str | None
     model_dtype: str
     model_device_type: str
+    model_device_kind: str
+    model_device_count: int
+    programs: int
+    """Compiled before the first request, so that none is compiled after."""
     max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int

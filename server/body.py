@@ -10,7 +10,8 @@ from .errors import MalformedBody, WrongContentType, WrongShape
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_PLACE = re.compile(r" - at `\$\.?(?P<path>.*)`$")
+_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>.*?)(?:\[\.\.\.\])?`$")
+"""Where msgspec says it went wrong; a key of a mapping, or the value of one, is the mapping's fault."""
 
 
 async def read_body(request: HttpRequest, kind: type[T]) -> T:

@@ -50,6 +50,8 @@ class ServerConfig:
     """Longest stop string, characters."""
     max_top_n_tokens: int = 5
     """Most alternatives per token of one native request."""
+    prompt_logprobs: bool = True
+    """Whether a request may ask for the log-probabilities of its prompt, which cost a prefill that skips no cached page."""
     max_client_batch_size: int = 4
     """Most prompts of one `/v1/completions` request."""
     max_token_bytes: int = 512

@@ -45,13 +45,17 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         kept_ids: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
     ) -> None:
-        """`kept_ids` are special tokens whose text is wanted in the answer all the same."""
+        """`kept_ids` are special tokens whose text is wanted in the answer all the same; in the text of the first
+        `min_tokens` tokens no stop string begins."""
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream(prompt_ids)
         self._matchers = [_Matcher(stop) for stop in stops]
         self._include_stop = include_stop
         self._kept = kept_ids
+        self._unstoppable = min_tokens
+        """Tokens still to come in which no stop string is looked for; below 0 once one is."""
         self._held = ""
         self._shown: list[str] = []
         self.length = 0
@@ -62,6 +66,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The whole text of this token, also where part of it lies behind a stop string. Special tokens have a text
         here but none in the answer."""
+        self._unstoppable -= 1
         if self.special(token_id):
             return self._tokenizer.token_text(token_id)
         kept = token_id in self._kept
@@ -109,7 +114,7 @@ class Detokenizer:
             return
         self._held += piece
         self.length += len(piece)
-        if self._matchers:
+        if self._matchers and self._unstoppable < 0:
             self._look_for_stops(len(piece))
 
     def _look_for_stops(self, fresh: int) -> None:

@@ -3,25 +3,19 @@
 TGI counts batches; here every launch of a compiled program is one. Knows no HTTP and no text format.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ..engine import EngineInfo, EngineStats
+from ..engine import DURATION_EDGES_S, ROWS_EDGES, EngineInfo, EngineStats, Histogram, LaunchStats
 
 Labels = tuple[tuple[str, str], ...]
 
-AWAITED = {
-    "tgi_batch_inference_duration": "seconds of the launches by bucket, for prefill and decode",
-    "tgi_batch_forward_duration": "device seconds of the launches by bucket, for prefill and decode",
-    "tgi_batch_filter_duration": "host seconds of emitting a launch by bucket, for prefill and decode",
-    "tgi_batch_next_size": "rows of the prefill launches by bucket",
-    "tgi_batch_concat": "sequences that joined while others were running",
-}
-"""TGI's metrics that cannot be told yet -> what EngineStats lacks for it. Rather absent than made up."""
 WITHOUT_MEANING = {
     "tgi_batch_concat_duration": "a sequence joins by taking a lane; no batches are put together"
 }
+"""TGI's metrics that are absent rather than made up, and why."""
 
 
 def counter(name: str, help_text: str, values: Mapping[Labels, int]) -> Metric:
@@ -30,6 +24,23 @@ def counter(name: str, help_text: str, values: Mapping[Labels, int]) -> Metric:
     for labels, value in values.items():
         family.add_sample(name, dict(labels), float(value))
     return family
+
+
+def histogram(
+    name: str, help_text: str, edges: tuple[float, ...], values: Mapping[Labels, Histogram]
+) -> HistogramMetricFamily:
+    """A histogram of what the engine counted between these edges."""
+    names = [label for label, _ in next(iter(values))]
+    family = HistogramMetricFamily(name, help_text, labels=names)
+    for labels, counted in values.items():
+        family.add_metric([value for _, value in labels], buckets(edges, counted.counts), counted.sum)
+    return family
+
+
+def buckets(edges: tuple[float, ...], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Upper edge and count of every bucket, which in Prometheus holds all smaller ones too."""
+    uppers = (*map(str, edges), "+Inf")
+    return [(edge, float(total)) for edge, total in zip(uppers, accumulate(counts), strict=True)]
 
 
 def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Iterator[Metric]:
@@ -53,6 +64,11 @@ def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Itera
     for name, (help_text, value) in gauges.items():
         yield GaugeMetricFamily(name, help_text, value)
     yield from _launches(stats)
+    yield histogram(
+        "tgi_batch_next_size", "Sequences in a prefill launch", ROWS_EDGES, {(): stats.prefill_rows}
+    )
+    joins = {(("reason", "chunking"),): stats.joins}
+    yield counter("tgi_batch_concat", "Times that sequences began beside running ones", joins)
     counters = {
         "xlane_prefill_tokens_total": ("Prompt tokens computed", stats.prefill_tokens),
         "xlane_decode_tokens_total": ("Tokens generated", stats.decode_tokens),
@@ -75,9 +91,22 @@ def _constants(info: EngineInfo) -> Iterator[Metric]:
 
 
 def _launches(stats: EngineStats) -> Iterator[Metric]:
-    """Steps are counted when their results are there, and a launch that fails ends its engine: a living one has none."""
-    decode = {(("method", "decode"),): stats.steps}
-    yield counter("tgi_batch_inference_count", "Launches read back", decode)
-    yield counter("tgi_batch_inference_success", "Launches read back", decode)
-    failed = {(("method", method),): 0 for method in ("prefill", "decode")}
+    """Launches are counted when their results are there, and one that fails ends its engine: a living one has none."""
+    methods: dict[Labels, LaunchStats] = {
+        (("method", "prefill"),): stats.prefill,
+        (("method", "decode"),): stats.decode,
+    }
+    counts = {labels: sum(launches.whole_s.counts) for labels, launches in methods.items()}
+    yield counter("tgi_batch_inference_count", "Launches read back", counts)
+    yield counter("tgi_batch_inference_success", "Launches read back", counts)
+    failed = dict.fromkeys(counts, 0)
     yield counter("tgi_batch_inference_failure", "Failed launches; see xlane_engine_restarts_total", failed)
+    whole = {labels: launches.whole_s for labels, launches in methods.items()}
+    device = {labels: launches.device_s for labels, launches in methods.items()}
+    emit = {labels: launches.emit_s for labels, launches in methods.items()}
+    for name, help_text, durations in (
+        ("tgi_batch_inference_duration", "A launch until its outputs are delivered, seconds", whole),
+        ("tgi_batch_forward_duration", "A launch until it is read back, seconds", device),
+        ("tgi_batch_filter_duration", "Delivering the outputs of a launch, seconds", emit),
+    ):
+        yield histogram(name, help_text, DURATION_EDGES_S, durations)

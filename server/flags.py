@@ -166,6 +166,10 @@ HTTP = (
     _tgi("max-stop-sequences", "server.max_stop_sequences", "Most stop strings of a request.", "int", at_least=0),
     _tgi("max-top-n-tokens", "server.max_top_n_tokens", "Most alternatives per token.", "int", at_least=0, at_most=20),
     _tgi("max-client-batch-size", "server.max_client_batch_size", "Most prompts of a completion.", "int", at_least=1),
+    _tgi(
+        "enable-prefill-logprobs", "server.prompt_logprobs",
+        "Let requests ask for the log-probabilities of their prompt; unlike TGI, on by default.", "bool"
+    ),
     _tgi("validation-workers", "server.validation_workers", "Threads that tokenise.", "int", at_least=1),
     _tgi(
         "graceful-termination-timeout", "server.graceful_termination_timeout_s",
@@ -269,7 +273,6 @@ _REFUSED = {
     "rope-factor": "positions scale as the model's config.json says",
     "weights-cache-override": "give the directory itself as --model-id",
     "tokenizer-config-path": "put the file into the model's directory and serve that",
-    "enable-prefill-logprobs": "log-probabilities of prompt tokens are not computed",
     "ngrok": "there is no tunnel; put a proxy in front",
 }
 _BOOLEAN = {
@@ -277,7 +280,6 @@ _BOOLEAN = {
     "disable-custom-kernels",
     "disable-grammar-support",
     "ngrok",
-    "enable-prefill-logprobs",
 }
 _HARMLESS = {"speculate": ("0",)}
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from time import perf_counter
 from typing import cast
 
-from ..engine import EngineClient, FinishReason, Request, StepOutput, Timing
+from ..engine import EngineClient, FinishReason, Request, StepOutput, Timing, TokenOutput
 from .detokenize import Detokenizer
 from .errors import Incomplete
 from .metrics import Metrics
@@ -60,6 +60,8 @@ class Done:
     """Of the tokens that carried one; 0 if none did."""
     stop: str | None = None
     """The stop string that ended it, if one did."""
+    prompt: tuple[TokenOutput, ...] = ()
+    """The prompt's tokens but the first, if their log-probabilities were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Progress:
     done: Done | None = None
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache."""
+    prompt: tuple[TokenOutput, ...] = ()
+    """With the first progress: the prompt's tokens but the first, if their log-probabilities were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class Run:
 
     request: Request
     text: Detokenizer
+    scoring: bool = False
+    """Only the prompt is of interest: the token that the engine makes after it is thrown away."""
 
 
 async def run_one(
@@ -173,6 +179,8 @@ class _Running:
         self._count = 0
         self._scored = 0
         self._logprobs = 0.0
+        self._scoring = sequence.scoring
+        self._prompt: tuple[TokenOutput, ...] = ()
         self._last = perf_counter()
 
     def advance(self, step: StepOutput) -> Progress:
@@ -180,8 +188,11 @@ class _Running:
         durations = self._metrics.text_duration.decode if self._count else self._metrics.text_duration.prefill
         self._observe(step)
         tokens: list[TextToken] = []
+        # An engine that takes over from one that died tells of the prompt once more.
+        prompt = () if self._prompt else step.prompt
+        self._prompt = self._prompt or prompt
         last = len(step.tokens) - 1
-        for i, token in enumerate(step.tokens):
+        for i, token in enumerate(() if self._scoring else step.tokens):
             ends = i == last and step.finish_reason is FinishReason.STOP
             start = self._text.length
             text = self._text.end(token.id) if ends else self._text.push(token.id)
@@ -193,21 +204,31 @@ class _Running:
                 self._logprobs += token.logprob
             if self._text.stopped:
                 break
-        progress = self._progress(tuple(tokens), step)
+        progress = self._progress(tuple(tokens), prompt, step)
         if step.tokens:
             durations.observe(perf_counter() - self._last)
         return progress
 
-    def _progress(self, tokens: tuple[TextToken, ...], step: StepOutput) -> Progress:
+    def _progress(
+        self, tokens: tuple[TextToken, ...], prompt: tuple[TokenOutput, ...], step: StepOutput
+    ) -> Progress:
         ending = self._ending(step.finish_reason)
         if ending is None:
-            return Progress(self._choice, tokens, self._text.take(), None, self._cached)
+            return Progress(self._choice, tokens, self._text.take(), None, self._cached, prompt)
         text = self._text.take() + self._text.finish()
         mean = self._logprobs / self._scored if self._scored else 0.0
-        stop = self._text.stop
-        done = Done(ending, self._text.text, self._count, self._cached, step.timing, mean, stop)
+        done = Done(
+            ending=ending,
+            text=self._text.text,
+            tokens=self._count,
+            cached_tokens=self._cached,
+            timing=step.timing,
+            mean_logprob=mean,
+            stop=self._text.stop,
+            prompt=self._prompt,
+        )
         self._metrics.finished(done.tokens, done.timing)
-        return Progress(self._choice, tokens, text, done, self._cached)
+        return Progress(self._choice, tokens, text, done, self._cached, prompt)
 
     def _ending(self, reason: FinishReason | None) -> Ending | None:
         # A stop string wins over the engine's reason: it was complete before, or with, the engine's last token.
@@ -217,7 +238,8 @@ class _Running:
             raise Incomplete("The engine is stopping; the generation is incomplete")
         if reason is None:
             return None
-        return Ending.EOS if reason is FinishReason.STOP else Ending.LENGTH
+        # What would have come after a prompt that was only scored says nothing about it.
+        return Ending.EOS if reason is FinishReason.STOP and not self._scoring else Ending.LENGTH
 
     def _observe(self, step: StepOutput) -> None:
         if not step.tokens:

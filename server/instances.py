@@ -66,6 +66,9 @@ async def _prepared(
             return await native.prepare(front, instance, clock, streaming=False, full_text=False)
         if instance.n not in (None, 1):
             raise Invalid("`n` must be 1: an instance has one answer", param="n")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(instance, name) is not None and getattr(instance, name) is not False:
+                raise Invalid(f"`{name}` is not possible here: a chat's answer is its text", param=name)
         return await openai_chat.prepare(front, instance, clock)
     except (Invalid, NoSuchModel, TemplateFailed) as error:
         raise _placed(error, index) from error

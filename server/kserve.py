@@ -17,6 +17,7 @@ from .misc import why_unhealthy
 from .schema_platforms import InferBody, InferInput
 from .schema_tgi import GenerateBody, GenerateParameters
 from .stream import unless_gone
+from .validate_tgi import details_wanted
 
 
 async def live(request: HttpRequest) -> Response:
@@ -65,8 +66,8 @@ async def infer(request: HttpRequest) -> Response:
 
 
 def _parameters(body: InferBody) -> GenerateParameters | None:
-    if body.parameters is not None and body.parameters.details:
-        raise Invalid("`details` is not possible here: an output is a text", param="parameters")
+    if body.parameters is not None and details_wanted(body.parameters):
+        raise Invalid("`details` are not possible here: an output is a text", param="parameters")
     return body.parameters
 
 

@@ -18,13 +18,11 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from ..engine import EngineInfo, EngineStats, Timing
-from .engine_metrics import counter, engine_families
+from ..engine import DURATION_EDGES_S, EngineInfo, EngineStats, Timing
+from .engine_metrics import buckets, counter, engine_families
 from .errors import failure_label
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-DURATION_EDGES = tuple(1.5e-4 * 1.5**k for k in range(35))
-"""TGI's, 0.15 ms to 146 s."""
 LENGTH_EDGES = tuple(float(2**k) for k in range(21))
 """Tokens, up to a million; TGI's hundred equal steps depend on the model and cost a hundred series."""
 
@@ -38,7 +36,7 @@ _ADDED_SUFFIX = re.compile(r"^(# (?:HELP|TYPE) tgi_\w+?)_total ", re.MULTILINE)
 class Histogram:
     """Counts of values per bucket."""
 
-    def __init__(self, name: str, help_text: str, edges: tuple[float, ...] = DURATION_EDGES) -> None:
+    def __init__(self, name: str, help_text: str, edges: tuple[float, ...] = DURATION_EDGES_S) -> None:
         self.name = name
         self._help = help_text
         self._edges = edges
@@ -60,13 +58,8 @@ class Histogram:
         return HistogramMetricFamily(self.name, self._help, buckets=self.buckets(), sum_value=self.sum)
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Upper edge and count of every bucket, which holds all smaller ones too."""
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for edge, count in zip((*map(str, self._edges), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((edge, float(total)))
-        return buckets
+        """Upper edge and count of every bucket."""
+        return buckets(self._edges, self._counts)
 
 
 class ByMethod:

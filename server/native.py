@@ -16,11 +16,12 @@ from .errors import problem_of
 from .front import Front, front_of
 from .generate import Done, Progress, Run, TextToken, collect, run_one
 from .headers import Clock, full_headers, stream_headers
+from .prompt_scores import prompt_tokens
 from .prompts import native_ids
 from .schema_tgi import GenerateBody, GenerateParameters
 from .stream import EventStream, event, unless_gone
 from .validate import Checked, requests_of
-from .validate_tgi import check_length, check_parameters
+from .validate_tgi import check_length, check_parameters, details_wanted
 
 _NO_TOKEN = TextToken(id=0, text="", special=True, start=0, logprob=0.0, top=())
 
@@ -83,7 +84,7 @@ async def prepare(front: Front, body: GenerateBody, clock: Clock, *, streaming: 
     front.metrics.validation_duration.observe(clock.submitted())
     wants_full = full_text if parameters.return_full_text is None else parameters.return_full_text
     prefix = body.inputs if wants_full else ""
-    return Job(serving, body.inputs, ids, checked, runs, bool(parameters.details), prefix)
+    return Job(serving, body.inputs, ids, checked, runs, details_wanted(parameters), prefix)
 
 
 def best_of(ends: Sequence[Done]) -> int:
@@ -113,7 +114,11 @@ async def _answer(
     with front.metrics.request(), front.permits.take(sequences_of(body, front)):
         job = await prepare(front, body, clock, streaming=False, full_text=full_text)
         tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
-    answer = answer_of(job, tokens, ends)
+    if job.checked.prompt_logprobs is None:
+        answer = answer_of(job, tokens, ends)
+    else:
+        # The scores of a long prompt take so long to write that no stream should wait for it.
+        answer = await front.workers.run(answer_of, job, tokens, ends)
     generated = ends[best_of(ends)].tokens
     timings = [done.timing for done in ends]
     headers = full_headers(job.serving, job.inputs, clock, timings, len(job.prompt_ids), generated)
@@ -173,12 +178,22 @@ def _details(job: Job, tokens: list[TextToken], done: Done, choice: int) -> dict
         "finish_reason": done.ending,
         "generated_tokens": done.tokens,
         "seed": job.runs[choice].request.sampling.seed if job.checked.sampled else None,
-        "prefill": [],
+        "prefill": _prefill(job, done),
         "tokens": [_token(token) for token in tokens],
     }
     if any(token.top for token in tokens):
         details["top_tokens"] = [_top(job, token) for token in tokens]
     return details
+
+
+def _prefill(job: Job, done: Done) -> list[dict[str, Any]]:
+    """The prompt's tokens, if they are wanted. Nothing comes before the first, so it has no log-probability."""
+    if job.checked.prompt_logprobs is None:
+        return []
+    return [
+        {"id": token.id, "text": token.text, "logprob": token.logprob}
+        for token in prompt_tokens(job.serving.tokenizer, job.prompt_ids, done.prompt)
+    ]
 
 
 def _token(token: TextToken) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .front import Front, front_of
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, complete, stream
-from .openai_shapes import answer_headers, chat_logprobs, fingerprint, usage_of
+from .openai_shapes import answer_headers, chat_logprobs, fingerprint, prompt_logprobs, usage_of
 from .schema_openai import ChatBody
 from .stream import unless_gone
 from .validate_openai import check_chat, check_model
@@ -27,7 +27,11 @@ async def chat_completions(request: HttpRequest) -> Response:
     sequences = sequences_of(body, front)
     if not body.stream:
         work = complete(front, sequences, lambda: prepare(front, body, clock))
-        return _answer(body, await unless_gone(request, work), clock)
+        finished = await unless_gone(request, work)
+        if finished.job.checked.prompt_logprobs is None:
+            return _answer(body, finished, clock)
+        # The scores of a long prompt take so long to write that no stream should wait for it.
+        return await front.workers.run(_answer, body, finished, clock)
     return stream(
         front,
         sequences,
@@ -56,7 +60,7 @@ def _chunks(body: ChatBody, job: Job) -> Chunks:
         job,
         chat=True,
         logprobs=(lambda tokens: chat_logprobs(tokenizer, tokens)) if body.logprobs else None,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
+        stream_options=body.stream_options,
         reasoning=body.include_reasoning is not False,
     )
 
@@ -72,6 +76,9 @@ def _answer(body: ChatBody, finished: Finished, clock: Clock) -> Response:
         "choices": [_choice(body, job, answer, i) for i, answer in enumerate(finished.answers)],
         "usage": usage_of(finished),
     }
+    if body.prompt_logprobs is not None:
+        scored = finished.answers[0].done.prompt
+        answer["prompt_logprobs"] = prompt_logprobs(job.serving.tokenizer, scored, body.prompt_logprobs)
     return Response(orjson.dumps(answer), 200, answer_headers(finished, clock), "application/json")
 
 

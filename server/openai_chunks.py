@@ -13,16 +13,20 @@ from typing import Any
 import orjson
 
 from .errors import problem_of
-from .generate import Done, Progress, TextToken
+from .generate import Progress, TextToken
 from .openai_run import Emitter, Job
 from .openai_shapes import fingerprint, usage
+from .prompt_scores import moved, prompt_tokens
 from .reasoning import Splitter, visible
+from .schema_openai import StreamOptions
 from .stream import DONE, event
 
 ID = ""
 """TGI's ids are empty, and its clients have seen nothing else."""
 _TEXT = "\x00"
 _LOGPROBS = "\x01"
+_CLOSE = b"}\n\n"
+"""What comes after the usage."""
 
 Logprobs = Callable[[Iterable[TextToken]], dict[str, Any]]
 
@@ -38,19 +42,30 @@ class _Choice:
     """Whether a text was sent."""
     pending: list[TextToken] = field(default_factory=list)
     """Tokens whose log-probabilities are not sent yet, because their text is not."""
+    echo: str | None = None
+    """The prompt, until it is sent."""
+    behind: int = 0
+    """Characters of the prompt that its text begins with."""
 
 
 class Chunks(Emitter):
     """Makes the chunks of one stream."""
 
     def __init__(
-        self, job: Job, *, chat: bool, logprobs: Logprobs | None, usage: bool, reasoning: bool = False
+        self,
+        job: Job,
+        *,
+        chat: bool,
+        logprobs: Logprobs | None,
+        stream_options: StreamOptions | None,
+        reasoning: bool = False,
     ) -> None:
-        """`usage` and `reasoning`: whether to tell them."""
+        """`reasoning`: whether to tell it."""
         self._job = job
         self._chat = chat
         self._logprobs = logprobs
-        self._usage = usage
+        self._usage = bool(stream_options and stream_options.include_usage)
+        self._usages = bool(stream_options and stream_options.continuous_usage_stats)
         self._reasoning = reasoning
         self._frame = {
             "id": ID,
@@ -60,23 +75,30 @@ class Chunks(Emitter):
             "system_fingerprint": fingerprint(job.serving),
         }
         self._choices = [self._prepared(index, splitter) for index, splitter in enumerate(job.splitters())]
-        self._ends: dict[int, Done] = {}
+        self._tokens = 0
+        self._cached: dict[int, int] = {}
+        """Prompt -> its tokens that were found in the cache by the first of its sequences, which fills it for the others."""
 
     def of(self, progress: Progress) -> bytes:
         """The chunks of one progress; none while its text is held back."""
         choice = self._choices[progress.choice]
+        self._tokens += len(progress.tokens)
+        if progress.cached_tokens and progress.choice % self._job.checked.choices == 0:
+            self._cached[progress.choice] = progress.cached_tokens
         if self._logprobs is not None:
             choice.pending += progress.tokens
         reasoning, text = choice.splitter.of(progress)
         chunks: list[bytes] = []
+        if choice.echo is not None:
+            chunks += self._texts(choice, choice.echo, self._echoed(progress))
+            choice.said, choice.echo = True, None
         if reasoning and self._reasoning:
-            chunks.append(orjson.dumps(reasoning).join(choice.thinking))
+            chunks += [orjson.dumps(reasoning).join(choice.thinking), self._so_far(), _CLOSE]
         # A choice without any text still says so once, in the place where clients look for it.
         if text or (progress.done is not None and not choice.said):
             choice.said = True
-            chunks += [choice.head, orjson.dumps(text), choice.middle, self._scores(choice), choice.tail]
+            chunks += self._texts(choice, text, self._scores(choice))
         if progress.done is not None:
-            self._ends[progress.choice] = progress.done
             chunks.append(self._last(progress.choice, progress.done.ending.openai))
         return b"".join(chunks)
 
@@ -84,12 +106,31 @@ class Chunks(Emitter):
         """The usage, if it is wanted, after all choices."""
         if not self._usage:
             return DONE
-        reasoning = sum(choice.splitter.reasoning_tokens for choice in self._choices)
-        return event({**self._frame, "choices": [], "usage": usage(self._job, self._ends, reasoning)}) + DONE
+        return event({**self._frame, "choices": [], "usage": self._used()}) + DONE
 
     def failed(self, error: Exception) -> bytes:
         """The error, in the place of a chunk."""
         return failure(error)
+
+    def _texts(self, choice: _Choice, text: str, scores: bytes) -> Iterable[bytes]:
+        """A chunk with a text, in pieces."""
+        return (
+            choice.head, orjson.dumps(text), choice.middle, scores, choice.tail, self._so_far(), _CLOSE
+        )  # fmt: skip
+
+    def _used(self) -> dict[str, Any]:
+        reasoning = sum(choice.splitter.reasoning_tokens for choice in self._choices)
+        return usage(self._job, self._tokens, sum(self._cached.values()), reasoning)
+
+    def _so_far(self) -> bytes:
+        return orjson.dumps(self._used()) if self._usages else b"null"
+
+    def _echoed(self, progress: Progress) -> bytes:
+        """The log-probabilities of the prompt that a sequence's text begins with."""
+        if self._logprobs is None:
+            return b"null"
+        tokenizer, ids = self._job.serving.tokenizer, self._job.prompt_of(progress.choice).ids
+        return orjson.dumps(self._logprobs(prompt_tokens(tokenizer, ids, progress.prompt)))
 
     def _scores(self, choice: _Choice) -> bytes:
         if self._logprobs is None:
@@ -97,16 +138,16 @@ class Chunks(Emitter):
         span = choice.splitter.span
         ready = visible(choice.pending, span)
         choice.pending = [token for token in choice.pending if token.start >= span[1]]
-        return orjson.dumps(self._logprobs(ready))
+        return orjson.dumps(self._logprobs(moved(ready, choice.behind)))
 
     def _last(self, index: int, reason: str) -> bytes:
         # TGI's own client needs the role and the (absent) calls in every delta.
         text = {"delta": {"role": "assistant", "tool_calls": None}} if self._chat else {"text": ""}
         choice = {"index": index, **text, "logprobs": None, "finish_reason": reason}
-        return event({**self._frame, "choices": [choice], "usage": None})
+        return event({**self._frame, "choices": [choice], "usage": self._used() if self._usages else None})
 
     def _prepared(self, index: int, splitter: Splitter) -> _Choice:
-        """A chunk's JSON with the values that change cut out of it."""
+        """A chunk's JSON with the values that change cut out of it; the usage, which comes last, at the end."""
         text: dict[str, Any] = {"text": _TEXT}
         if self._chat:
             text = {"delta": {"role": "assistant", "content": _TEXT, "tool_calls": None}}
@@ -116,11 +157,12 @@ class Chunks(Emitter):
         thought = {"reasoning": _TEXT, "reasoning_content": _TEXT}
         delta = {"delta": {"role": "assistant", **thought, "tool_calls": None}}
         thinking = self._chunk(index, delta, None).split(orjson.dumps(_TEXT))
-        return _Choice(splitter, thinking, head, middle, tail)
+        echo = self._job.prompt_of(index).echo
+        return _Choice(splitter, thinking, head, middle, tail, echo=echo, behind=len(echo or ""))
 
     def _chunk(self, index: int, text: dict[str, Any], logprobs: str | None) -> bytes:
         choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": None}
-        return event({**self._frame, "choices": [choice], "usage": None})
+        return event({**self._frame, "choices": [choice], "usage": None}).removesuffix(b"null" + _CLOSE)
 
 
 def failure(error: Exception) -> bytes:

@@ -14,7 +14,8 @@ from .front import Front, front_of
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, Prompt, complete, plan, stream
-from .openai_shapes import answer_headers, completion_logprobs, fingerprint, usage_of
+from .openai_shapes import answer_headers, completion_logprobs, fingerprint, prompt_logprobs, usage_of
+from .prompt_scores import moved, prompt_tokens
 from .prompts import given_ids, openai_ids
 from .schema_openai import CompletionBody
 from .stream import unless_gone
@@ -30,7 +31,11 @@ async def completions(request: HttpRequest) -> Response:
     sequences = len(prompts) * max(1, min(choices, front.config.max_choices))
     if not body.stream:
         work = complete(front, sequences, lambda: _prepare(front, body, prompts, clock))
-        return _answer(body, await unless_gone(request, work), clock)
+        finished = await unless_gone(request, work)
+        if finished.job.checked.prompt_logprobs is None:
+            return _answer(body, finished, clock)
+        # The scores of a long prompt take so long to write that no stream should wait for it.
+        return await front.workers.run(_answer, body, finished, clock)
     return stream(
         front,
         sequences,
@@ -63,17 +68,23 @@ async def _prepare(front: Front, body: CompletionBody, prompts: list[str | list[
     serving = front.backend.serving()
     check_model(body.model, front.model_name, serving.info)
     checked = check_completion(body, front.config, serving.info, serving.tokenizer.eos_ids)
-    ready = [await _prompt(front, serving, prompt, checked.max_tokens) for prompt in prompts]
+    ready = [await _prompt(front, serving, body, prompt, checked.max_tokens) for prompt in prompts]
     return plan(front, serving, ready, checked, clock)
 
 
-async def _prompt(front: Front, serving: Serving, prompt: str | list[int], max_tokens: int | None) -> Prompt:
+async def _prompt(
+    front: Front, serving: Serving, body: CompletionBody, prompt: str | list[int], max_tokens: int | None
+) -> Prompt:
+    echo: str | None = None
     if isinstance(prompt, str):
-        text = prompt
+        text = echo = prompt
         ids = await openai_ids(front, serving, prompt, "prompt", add_special_tokens=True)
     else:
         text, ids = "", given_ids(serving, prompt)
-    return Prompt(text, ids, check_length(len(ids), max_tokens, serving.info, "prompt"))
+    granted = check_length(len(ids), max_tokens, serving.info, "prompt")
+    if body.echo and echo is None:
+        echo = await front.workers.run(serving.tokenizer.decode, ids)
+    return Prompt(text, ids, granted, echo=echo if body.echo else None)
 
 
 def _chunks(body: CompletionBody, job: Job) -> Chunks:
@@ -83,7 +94,7 @@ def _chunks(body: CompletionBody, job: Job) -> Chunks:
         job,
         chat=False,
         logprobs=(lambda tokens: completion_logprobs(tokenizer, tokens)) if wanted else None,
-        usage=bool(body.stream_options and body.stream_options.include_usage),
+        stream_options=body.stream_options,
     )
 
 
@@ -114,12 +125,20 @@ def _kept(finished: Finished) -> list[Answer]:
 
 
 def _choice(body: CompletionBody, job: Job, answer: Answer, index: int) -> dict[str, Any]:
+    tokenizer, prompt = job.serving.tokenizer, job.prompts[index // job.checked.keep]
     logprobs = None
     if body.logprobs is not None:
-        logprobs = completion_logprobs(job.serving.tokenizer, answer.tokens)
-    return {
+        tokens = answer.tokens
+        if prompt.echo is not None:
+            echoed = prompt_tokens(tokenizer, prompt.ids, answer.done.prompt)
+            tokens = [*echoed, *moved(tokens, len(prompt.echo))]
+        logprobs = completion_logprobs(tokenizer, tokens)
+    choice = {
         "index": index,
-        "text": answer.text,
+        "text": (prompt.echo or "") + answer.text,
         "logprobs": logprobs,
         "finish_reason": answer.done.ending.openai,
     }
+    if body.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = prompt_logprobs(tokenizer, answer.done.prompt, body.prompt_logprobs)
+    return choice

@@ -23,9 +23,11 @@ class Prompt:
     """As the model sees it; empty if the client sent ids."""
     ids: list[int]
     max_tokens: int
-    """Tokens to generate after it."""
+    """Tokens to generate after it; 0 if it is only to be scored."""
     thinking: bool = False
     """Whether it ends where the model's thinking has begun."""
+    echo: str | None = None
+    """What its answers begin with, if they begin with the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ class Job:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts together."""
         return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def prompt_of(self, choice: int) -> Prompt:
+        """The prompt of one of the sequences."""
+        return self.prompts[choice // self.checked.choices]
 
     def splitters(self) -> list[Splitter]:
         """What tells thinking from answer, for each sequence."""
@@ -110,9 +116,20 @@ def plan(
     """A job of checked prompts; counts it. With `markers` the answers' thinking is split off."""
     kept = markers.special_ids if markers else frozenset[int]()
     runs = [
-        Run(request, Detokenizer(serving.tokenizer, prompt.ids, checked.stops, kept_ids=kept))
+        Run(
+            request,
+            Detokenizer(
+                serving.tokenizer,
+                prompt.ids,
+                checked.stops,
+                include_stop=checked.include_stop,
+                kept_ids=kept,
+                min_tokens=checked.sampling.min_tokens,
+            ),
+            scoring=prompt.max_tokens == 0,
+        )
         for prompt in prompts
-        for request in requests_of(checked, prompt.ids, prompt.max_tokens)
+        for request in requests_of(checked, prompt.ids, max(1, prompt.max_tokens))
     ]
     for prompt in prompts:
         front.metrics.input_length.observe(len(prompt.ids))
@@ -157,7 +174,9 @@ def stream(
             made.append(emitter)
             async with aclosing(run_all(job.serving.engine, job.runs, front.metrics)) as arrived:
                 async for progress in arrived:
-                    if chunk := emitter.of(progress):
+                    # The scores of a long prompt take so long to write that no other stream should wait for it.
+                    work = front.workers.run(emitter.of, progress) if progress.prompt else None
+                    if chunk := emitter.of(progress) if work is None else await work:
                         yield chunk
             yield emitter.end()
 

@@ -1,11 +1,12 @@
 """The pieces OpenAI's answers are made of: usage, log-probabilities, model names. Builds values; knows no HTTP."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
+from ..engine import TokenOutput
 from .backend import Serving
-from .generate import Done, TextToken
+from .generate import TextToken
 from .headers import Clock, full_headers
 from .openai_run import Finished, Job
 from .text import TextTokenizer
@@ -20,26 +21,28 @@ def fingerprint(serving: Serving) -> str:
     return f"{serving.info.version}-native"
 
 
-def usage(job: Job, ends: Mapping[int, Done], reasoning_tokens: int) -> dict[str, Any]:
-    """`usage` of a finished request. Each prompt counts once, every generated token counts, shown or not."""
+def usage(job: Job, tokens: int, cached_tokens: int, reasoning_tokens: int) -> dict[str, Any]:
+    """`usage` of a request that has come so far. Each prompt counts once, every generated token counts, shown or not."""
     prompt = job.prompt_tokens
-    completion = sum(done.tokens for done in ends.values())
-    # Later choices of a prompt find it in the cache because the first put it there; that is no saving to report.
-    cached = sum(done.cached_tokens for i, done in ends.items() if i % job.checked.choices == 0)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens": tokens,
+        "total_tokens": prompt + tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
 def usage_of(finished: Finished) -> dict[str, Any]:
     """`usage` of a request that was not streamed."""
-    answers = finished.answers
-    ends = {i: answer.done for i, answer in enumerate(answers)}
-    return usage(finished.job, ends, sum(answer.reasoning_tokens for answer in answers))
+    answers, choices = finished.answers, finished.job.checked.choices
+    # Later choices of a prompt find it in the cache because the first put it there; that is no saving to report.
+    return usage(
+        finished.job,
+        sum(answer.done.tokens for answer in answers),
+        sum(answer.done.cached_tokens for answer in answers[::choices]),
+        sum(answer.reasoning_tokens for answer in answers),
+    )
 
 
 def answer_headers(finished: Finished, clock: Clock) -> dict[str, str]:
@@ -63,15 +66,15 @@ def chat_logprobs(tokenizer: TextTokenizer, tokens: Iterable[TextToken]) -> dict
 
 
 def completion_logprobs(tokenizer: TextTokenizer, tokens: Iterable[TextToken]) -> dict[str, Any]:
-    """`logprobs` of a completion choice or chunk. The alternatives include the token itself; scorers rely on it."""
+    """`logprobs` of a completion choice or chunk. The alternatives include the token itself; scorers rely on it. The first
+    token of a prompt, which nothing comes before, has null for both."""
     tokens = list(tokens)
     strings = [token_string(tokenizer, token) for token in tokens]
     return {
         "tokens": strings,
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
         "top_logprobs": [
-            {tokenizer.token_text(i): _finite(logprob) for i, logprob in token.top}
-            | {string: _finite(token.logprob)}
+            None if token.logprob is None else _likeliest(tokenizer, token, string)
             for token, string in zip(tokens, strings, strict=True)
         ],
         "text_offset": [token.start for token in tokens],
@@ -90,6 +93,32 @@ def _entry(string: str, logprob: float | None) -> dict[str, Any]:
         "token": string,
         "logprob": _finite(logprob),
         "bytes": list(string.encode()) if known else None,
+    }
+
+
+def _likeliest(tokenizer: TextTokenizer, token: TextToken, string: str) -> dict[str, float]:
+    """The alternatives by text, the token itself among them; of two that read the same the likelier."""
+    found = {string: _finite(token.logprob)}
+    for i, logprob in token.top:
+        text = tokenizer.token_text(i)
+        found[text] = max(_finite(logprob), found.get(text, -math.inf))
+    return found
+
+
+def prompt_logprobs(
+    tokenizer: TextTokenizer, scored: Iterable[TokenOutput], alternatives: int
+) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` as vLLM has it: null for the first token, then a dictionary by token id. A token's rank is told
+    where it is known, among the alternatives."""
+    return [None, *(_by_id(tokenizer, token, alternatives) for token in scored)]
+
+
+def _by_id(tokenizer: TextTokenizer, token: TokenOutput, alternatives: int) -> dict[str, Any]:
+    top = token.top[:alternatives]
+    ranks = {i: rank for rank, (i, _) in enumerate(top, 1)}
+    return {
+        str(i): {"logprob": _finite(logprob), "rank": ranks.get(i), "decoded_token": tokenizer.token_text(i)}
+        for i, logprob in (dict(top) | {token.id: token.logprob}).items()
     }
 
 

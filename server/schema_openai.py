@@ -14,12 +14,15 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream carries besides text."""
 
     include_usage: bool | None = None
+    """One more chunk, with the usage."""
+    continuous_usage_stats: bool | None = None
+    """The usage so far in every chunk."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are picked, the same on every route that is not TGI's own. `min_p`, `typical_p`,
-    `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers gave them;
-    `top_k` is one in OpenAI's APIs."""
+    `repetition_penalty`, `ignore_eos`, `min_tokens` and `stop_token_ids` are extensions under the names other servers gave
+    them; `top_k` is one in OpenAI's APIs."""
 
     model: str | None = None
     temperature: float | None = None
@@ -33,6 +36,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[int, float] | None = None
 
 
 class _Completing(Sampling, frozen=True, kw_only=True):
@@ -43,16 +48,22 @@ class _Completing(Sampling, frozen=True, kw_only=True):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Any = None
     response_format: Any = None
-    min_tokens: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    prompt_logprobs: Any = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool | None = None
     use_beam_search: Any = None
+    length_penalty: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    truncate_prompt_tokens: Any = None
+    skip_special_tokens: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -87,6 +98,8 @@ class ChatBody(_Completing, frozen=True, kw_only=True):
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
+    echo: Any = None
+    documents: Any = None
     continue_final_message: bool | None = None
     chat_template: Any = None
     tools: Any = None
@@ -105,4 +118,4 @@ class CompletionBody(_Completing, frozen=True, kw_only=True):
     best_of: int | None = None
     logprobs: int | None = None
     suffix: Any = None
-    echo: Any = None
+    echo: bool | None = None

@@ -17,6 +17,14 @@ def _empty(value: Any) -> bool:
     return not value
 
 
+def _true(value: Any) -> bool:
+    return value is True
+
+
+def _one(value: Any) -> bool:
+    return value == 1
+
+
 def _plain_text(value: Any) -> bool:
     return isinstance(value, Mapping) and value.get("type") == "text"
 
@@ -39,23 +47,26 @@ def _disabled(value: Any) -> bool:
 
 
 TGI: dict[str, Callable[[Any], bool]] = {
-    "watermark": _empty,
-    "decoder_input_details": _empty,
     "grammar": _never,
     "adapter_id": _never,
 }
 
 SHARED: dict[str, Callable[[Any], bool]] = {
-    "logit_bias": _empty,
     "response_format": _plain_text,
-    "min_tokens": _empty,
     "structured_outputs": _empty,
     "guided_json": _never,
     "guided_regex": _never,
     "guided_choice": _never,
     "guided_grammar": _never,
-    "prompt_logprobs": _never,
+    # What vLLM's users may send; their neutral values are what happens anyway.
     "use_beam_search": _empty,
+    "length_penalty": _one,
+    "allowed_token_ids": _empty,
+    "bad_words": _empty,
+    "truncate_prompt_tokens": _never,
+    "skip_special_tokens": _true,
+    "return_token_ids": _empty,
+    "return_tokens_as_token_ids": _empty,
 }
 
 CHAT: dict[str, Callable[[Any], bool]] = {
@@ -64,6 +75,8 @@ CHAT: dict[str, Callable[[Any], bool]] = {
     "function_call": _no_tools,
     # The template is the model's. A client's own could be made to run for minutes.
     "chat_template": _never,
+    "echo": _empty,
+    "documents": _empty,
     "modalities": _text_only,
     "audio": _never,
     "web_search_options": _never,
@@ -72,7 +85,6 @@ CHAT: dict[str, Callable[[Any], bool]] = {
 COMPLETION: dict[str, Callable[[Any], bool]] = {
     **SHARED,
     "suffix": _empty,
-    "echo": _empty,
 }
 
 RESPONSES: dict[str, Callable[[Any], bool]] = {

@@ -10,8 +10,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..engine import EngineInfo, Request, SamplingParams
+from ..engine import MAX_PROMPT_LOGPROBS, EngineInfo, Request, SamplingParams
 from .config import ServerConfig
+from .errors import Invalid
 
 MAX_SEED = 2**64 - 1
 GREEDY_BELOW = 1e-5
@@ -29,7 +30,9 @@ class Checked:
     """Tokens asked for; None means as many as fit."""
     stops: tuple[str, ...] = ()
     include_stop: bool
-    """Whether the answer keeps the stop string that ended it (TGI) or not (OpenAI)."""
+    """Whether the answer keeps the stop string that ended it, as TGI's does and OpenAI's does not."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report for each token of the prompt; None scores no prompt."""
     choices: int = 1
     """Sequences to run per prompt."""
     keep: int = 1
@@ -70,14 +73,37 @@ def surely_longer(text: str, tokens: int, config: ServerConfig) -> bool:
     return len(text) > limit or (4 * len(text) > limit and len(text.encode()) > limit)
 
 
+def check_prompt_logprobs(name: str, config: ServerConfig) -> None:
+    """Raises Invalid if this server computes no log-probabilities of prompts, which `name` asks for."""
+    if not config.prompt_logprobs:
+        raise Invalid(
+            f"`{name}` is switched off on this server (--enable-prefill-logprobs=false)", param=name
+        )
+
+
 def room_left(prompt_tokens: int, info: EngineInfo) -> int:
     """Most tokens that can be generated after a prompt."""
     return info.max_total_tokens - prompt_tokens
 
 
 def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) -> list[Request]:
-    """One engine request per sequence of a prompt."""
+    """One engine request per sequence of a prompt. Raises Invalid if it cannot get as long as it has to, or its
+    prompt has too many log-probabilities."""
+    if checked.sampling.min_tokens > max_tokens:
+        raise Invalid(
+            f"`min_tokens` must be at most the {max_tokens} tokens that can be generated. "
+            f"Given: {checked.sampling.min_tokens}",
+            param="min_tokens",
+        )
     ids = tuple(prompt_ids)
+    if checked.prompt_logprobs is not None:
+        scores = len(ids) * (1 + checked.prompt_logprobs)
+        if scores > MAX_PROMPT_LOGPROBS:
+            raise Invalid(
+                f"log-probabilities of {len(ids)} prompt tokens, each with {checked.prompt_logprobs} alternatives, are "
+                f"{scores} and can be at most {MAX_PROMPT_LOGPROBS}",
+                param="prompt_logprobs",
+            )
     base = replace(checked.sampling, max_tokens=max_tokens)
     return [
         Request(
@@ -85,6 +111,7 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             id=os.urandom(16).hex(),
             prompt_ids=ids,
             sampling=base if choice == 0 else replace(base, seed=derive_seed(base.seed, choice)),
+            prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)
     ]

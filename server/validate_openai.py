@@ -2,13 +2,21 @@
 
 from typing import TypeVar
 
-from ..engine import MAX_TOP_LOGPROBS, EngineInfo, LogprobsMode, SamplingParams
+from ..engine import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, EngineInfo, LogprobsMode, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid, NoSuchModel, TooLong
 from .schema_openai import ChatBody, CompletionBody, Sampling
 from .schema_responses import ResponsesBody
 from .unsupported import CHAT, COMPLETION, RESPONSES, refuse, refuse_tools
-from .validate import GREEDY_BELOW, MAX_SEED, Checked, is_float32, random_seed, room_left
+from .validate import (
+    GREEDY_BELOW,
+    MAX_SEED,
+    Checked,
+    check_prompt_logprobs,
+    is_float32,
+    random_seed,
+    room_left,
+)
 
 N = TypeVar("N", int, float)
 
@@ -16,6 +24,7 @@ ANY_MODEL = ("", "tgi", "dummy")
 """Names clients send when they mean "whatever is served"."""
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
 
 
 def check_chat(body: ChatBody, config: ServerConfig, info: EngineInfo, eos_ids: tuple[int, ...]) -> Checked:
@@ -33,6 +42,7 @@ def check_chat(body: ChatBody, config: ServerConfig, info: EngineInfo, eos_ids: 
         body,
         sampling_of(body, info, eos_ids, bool(body.logprobs), top or 0),
         max_tokens=between(*wanted, 1, None),
+        prompt_logprobs=_prompt_logprobs(body, config),
         choices=choices,
         keep=choices,
         config=config,
@@ -51,11 +61,18 @@ def check_completion(
     if choices > keep and body.stream:
         raise Invalid("`best_of` greater than `n` cannot be streamed", param="best_of")
     top = between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
+    prompt_logprobs = _prompt_logprobs(body, config)
+    if body.echo and top is not None:
+        check_prompt_logprobs("echo", config)
+        prompt_logprobs = max(top, prompt_logprobs or 0)
+    # A prompt can be told of, and scored, without going on from it.
+    least = 0 if body.echo or prompt_logprobs is not None else 1
     return _checked(
         body,
         # Which of several sequences are best is told from their log-probabilities, wanted in the answer or not.
         sampling_of(body, info, eos_ids, top is not None or choices > keep, top or 0),
-        max_tokens=between("max_tokens", body.max_tokens, 1, None),
+        max_tokens=between("max_tokens", body.max_tokens, least, None),
+        prompt_logprobs=prompt_logprobs,
         choices=choices,
         keep=keep,
         config=config,
@@ -125,6 +142,7 @@ def _checked(
     sampling: SamplingParams,
     *,
     max_tokens: int | None,
+    prompt_logprobs: int | None,
     choices: int,
     keep: int,
     config: ServerConfig,
@@ -135,10 +153,20 @@ def _checked(
         sampling=sampling,
         max_tokens=max_tokens,
         stops=stops_of(body.stop, config),
-        include_stop=False,
+        include_stop=bool(body.include_stop_str_in_output),
+        prompt_logprobs=prompt_logprobs,
         choices=choices,
         keep=keep,
     )
+
+
+def _prompt_logprobs(body: ChatBody | CompletionBody, config: ServerConfig) -> int | None:
+    wanted = between("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+    if wanted is not None:
+        check_prompt_logprobs("prompt_logprobs", config)
+        if body.stream:
+            raise Invalid("`prompt_logprobs` cannot be streamed", param="prompt_logprobs")
+    return wanted
 
 
 def sampling_of(
@@ -170,6 +198,8 @@ def sampling_of(
         logprobs=logprobs,
         top_logprobs=top,
         logprobs_mode=LogprobsMode.RAW,
+        min_tokens=between("min_tokens", body.min_tokens, 0, None) or 0,
+        logit_bias=_logit_bias(body.logit_bias or {}, info),
     )
 
 
@@ -179,6 +209,21 @@ def _seed(seed: int | None) -> int:
     if not -(2**63) <= seed <= MAX_SEED:
         raise Invalid("`seed` must fit 64 bits", param="seed")
     return seed & MAX_SEED
+
+
+def _logit_bias(biases: dict[int, float], info: EngineInfo) -> tuple[tuple[int, float], ...]:
+    param = "logit_bias"
+    if len(biases) > MAX_LOGIT_BIAS:
+        raise Invalid(f"`{param}` takes at most {MAX_LOGIT_BIAS} tokens. Given: {len(biases)}", param=param)
+    for token, bias in biases.items():
+        if not 0 <= token < info.vocab_size:
+            raise Invalid(f"`{param}` has token id {token} outside 0 … {info.vocab_size - 1}", param=param)
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise Invalid(
+                f"`{param}` of token {token} must be between {-MAX_BIAS} and {MAX_BIAS}. Given: {bias}",
+                param=param,
+            )
+    return tuple(biases.items())
 
 
 def _stop_ids(body: Sampling, info: EngineInfo, eos_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,15 @@ from .config import ServerConfig
 from .errors import Invalid
 from .schema_tgi import GenerateParameters
 from .unsupported import TGI, refuse
-from .validate import GREEDY_BELOW, MAX_SEED, Checked, is_float32, random_seed, room_left
+from .validate import (
+    GREEDY_BELOW,
+    MAX_SEED,
+    Checked,
+    check_prompt_logprobs,
+    is_float32,
+    random_seed,
+    room_left,
+)
 
 SLICE_TOKENS = 1024
 """TGI runs a long request in slices and checks the first only, so it takes any `max_new_tokens` beyond this."""
@@ -20,12 +28,18 @@ def check_parameters(
 ) -> Checked:
     """Native parameters → `Checked`. Raises Invalid, Unsupported."""
     refuse(parameters, TGI)
+    if parameters.decoder_input_details:
+        check_prompt_logprobs("decoder_input_details", config)
+        if streaming:
+            raise Invalid("`decoder_input_details` == true is not supported when streaming tokens")
     choices = _check_best_of(parameters, config, streaming=streaming)
     _check_ranges(parameters)
     stops = _check_stops(parameters.stop, config)
+    if parameters.seed is not None and choices > 1:
+        raise Invalid("`seed` must not be set when `best_of` > 1")
     top_n = _check_top_n(parameters.top_n_tokens, config)
     # Logprobs are in every streamed token and in `details`, and decide which of several sequences is the best.
-    logprobs = streaming or bool(parameters.details) or choices > 1
+    logprobs = streaming or details_wanted(parameters) or choices > 1
     return Checked(
         sampling=SamplingParams(
             max_tokens=1,
@@ -42,12 +56,19 @@ def check_parameters(
             logprobs=logprobs,
             top_logprobs=top_n if logprobs else 0,
             logprobs_mode=LogprobsMode.PROCESSED,
+            watermark=bool(parameters.watermark),
         ),
         max_tokens=parameters.max_new_tokens,
         stops=stops,
         include_stop=True,
+        prompt_logprobs=0 if parameters.decoder_input_details else None,
         choices=choices,
     )
+
+
+def details_wanted(parameters: GenerateParameters) -> bool:
+    """Whether the answer has details: who asks for the prompt's asks for the others too."""
+    return bool(parameters.details or parameters.decoder_input_details)
 
 
 def check_inputs(inputs: str, truncate: int | None, info: EngineInfo) -> None:
@@ -133,8 +154,6 @@ def _check_ranges(parameters: GenerateParameters) -> None:
     for value, holds, sentence in checks:
         if value is not None and not holds(value):
             raise Invalid(sentence)
-    if p.seed is not None and (p.best_of or 1) > 1:
-        raise Invalid("`seed` must not be set when `best_of` > 1")
 
 
 def _check_stops(stop: str | list[str] | None, config: ServerConfig) -> tuple[str, ...]:

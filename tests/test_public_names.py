@@ -6,9 +6,9 @@ import pytest
 
 PUBLIC = {
     "xlane.engine": {
-        "MAX_LOGIT_BIAS", "MAX_TOP_LOGPROBS", "DeadlineExceeded", "Engine", "EngineClient", "EngineConfig", "EngineError",
-        "EngineInfo", "EngineLost", "EngineStats", "EngineStopped", "FinishReason", "InvalidRequest",
-        "LogprobsMode", "Overloaded", "PlanError", "ProgramInfo", "Request", "RequestFailed", "SamplingParams",
+        "DURATION_EDGES_S", "MAX_LOGIT_BIAS", "MAX_PROMPT_LOGPROBS", "MAX_TOP_LOGPROBS", "ROWS_EDGES", "DeadlineExceeded", "Engine",
+        "EngineClient", "EngineConfig", "EngineError", "EngineInfo", "EngineLost", "EngineStats", "EngineStopped",
+        "FinishReason", "Histogram", "InvalidRequest", "LaunchStats", "LogprobsMode", "Overloaded", "PlanError", "ProgramInfo", "Request", "RequestFailed", "SamplingParams",
         "StepOutput", "Timing", "TokenOutput",
     },
     "xlane.models": set[str](),

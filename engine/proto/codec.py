@@ -21,6 +21,8 @@ from ..request import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    Histogram,
+    LaunchStats,
     LogprobsMode,
     ProgramInfo,
     Request,
@@ -106,7 +108,9 @@ _SAME_STATS = (
     "compiles_after_ready",
     "step_ms",
     "gap_ms",
+    "joins",
 )
+_LAUNCH_STATS = ("whole_s", "device_s", "emit_s")
 
 
 def _fields(source: object, names: Iterable[str]) -> dict[str, Any]:
@@ -268,9 +272,35 @@ def decode_info(message: pb.EngineInfo) -> EngineInfo:
 
 def encode_stats(stats: EngineStats) -> pb.EngineStats:
     """Counters, as a message."""
-    return pb.EngineStats(**_fields(stats, _SAME_STATS))
+    return pb.EngineStats(
+        prefill=_encode_launches(stats.prefill),
+        decode=_encode_launches(stats.decode),
+        prefill_rows=_encode_histogram(stats.prefill_rows),
+        **_fields(stats, _SAME_STATS),
+    )
 
 
 def decode_stats(message: pb.EngineStats) -> EngineStats:
     """The inverse of `encode_stats`."""
-    return EngineStats(**_fields(message, _SAME_STATS))
+    return EngineStats(
+        prefill=_decode_launches(message.prefill),
+        decode=_decode_launches(message.decode),
+        prefill_rows=_decode_histogram(message.prefill_rows),
+        **_fields(message, _SAME_STATS),
+    )
+
+
+def _encode_launches(stats: LaunchStats) -> pb.LaunchStats:
+    return pb.LaunchStats(**{name: _encode_histogram(getattr(stats, name)) for name in _LAUNCH_STATS})
+
+
+def _decode_launches(message: pb.LaunchStats) -> LaunchStats:
+    return LaunchStats(**{name: _decode_histogram(getattr(message, name)) for name in _LAUNCH_STATS})
+
+
+def _encode_histogram(histogram: Histogram) -> pb.Histogram:
+    return pb.Histogram(counts=histogram.counts, sum=histogram.sum)
+
+
+def _decode_histogram(message: pb.Histogram) -> Histogram:
+    return Histogram(tuple(message.counts), message.sum)

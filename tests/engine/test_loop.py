@@ -130,6 +130,31 @@ def test_many_requests_from_many_threads_each_get_their_own_tokens(rig: Rig) -> 
     assert rig.loop.healthy()
 
 
+def test_launches_are_counted_by_kind_and_newcomers_beside_others_as_joins(rig: Rig) -> None:
+    rig.ask("a", max_tokens=5)
+    rig.sink.wait("a")
+    assert rig.loop.wait_idle(20)
+    # One token comes from the prefill, so four decodes, and one more that was under way when the end was read.
+    kinds = (rig.counters.prefill, rig.counters.decode)
+    counts = [
+        [sum(h.counts) for h in (k.whole_s, k.device_s, k.emit_s)] for k in (one.snapshot() for one in kinds)
+    ]
+    assert counts[0] == [1, 1, 1]
+    assert counts[1] in ([4, 4, 4], [5, 5, 5])
+    assert rig.counters.joins == 0
+    rig.shut()
+    rig.ask("b", max_tokens=20)
+    rig.held()
+    rig.ask("c")
+    rig.ask("d")
+    rig.gate.set()
+    rig.sink.wait("b", "c", "d")
+    assert rig.loop.wait_idle(20)
+    assert rig.counters.joins in (1, 2)
+    rows = rig.counters.prefill_rows.snapshot()
+    assert (sum(rows.counts) >= 2, rows.sum) == (True, 4.0)
+
+
 def test_times_are_in_order_and_the_queue_ends_at_the_first_launch(rig: Rig) -> None:
     rig.shut()
     rig.ask("slow")

@@ -10,6 +10,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 from tests.support.fake_core import FakeCore
 from xlane.engine import (
+    MAX_PROMPT_LOGPROBS,
     DeadlineExceeded,
     EngineError,
     EngineInfo,
@@ -17,7 +18,9 @@ from xlane.engine import (
     EngineStats,
     EngineStopped,
     FinishReason,
+    Histogram,
     InvalidRequest,
+    LaunchStats,
     LogprobsMode,
     Overloaded,
     PlanError,
@@ -168,11 +171,16 @@ def test_info_and_stats_arrive_as_they_left(sha: str | None):
             if f.name not in odd
         }
 
-    odd = {"model_sha", "programs"}
+    def histogram() -> Histogram:
+        return Histogram(tuple(next(numbers) for _ in range(3)), next(numbers) / 8)
+
+    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows"}
     programs = (ProgramInfo(**filled(ProgramInfo)), ProgramInfo(**filled(ProgramInfo)))
     info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs)
     assert codec.decode_info(through_the_wire(codec.encode_info(info))) == info
-    stats = EngineStats(**filled(EngineStats))
+    prefill, decode = (LaunchStats(*(histogram() for _ in range(3))) for _ in range(2))
+    spreads = {"prefill": prefill, "decode": decode, "prefill_rows": histogram()}
+    stats = EngineStats(**filled(EngineStats), **spreads)
     assert codec.decode_stats(through_the_wire(codec.encode_stats(stats))) == stats
 
 
@@ -182,6 +190,32 @@ def test_the_largest_batch_fits_a_message():
         "x" * 36, (TokenOutput(200_000, -1.0, top),) * 8, FinishReason.STOP, 10**6, Timing(1, 1, 1)
     )
     assert len(codec.encode_batch([largest] * MAX_BATCH_ENTRIES).SerializeToString()) < MAX_MESSAGE_BYTES
+
+
+def test_the_largest_batch_and_a_prompt_of_most_log_probabilities_fit_a_message():
+    top = tuple((200_000 + i, -float(i)) for i in range(20))
+    token = TokenOutput(200_000, -1.0, top)
+    scored = StepOutput("x" * 36, (token,), prompt=(token,) * (MAX_PROMPT_LOGPROBS // 21))
+    largest = StepOutput("x" * 36, (token,) * 8, FinishReason.STOP, 10**6, Timing(1, 1, 1))
+    size = sum(
+        len(codec.encode_batch(entries).SerializeToString())
+        for entries in ([largest] * MAX_BATCH_ENTRIES, [scored])
+    )
+    assert size < MAX_MESSAGE_BYTES
+
+
+def test_a_message_tells_of_one_prompt_at_most():
+    token = TokenOutput(1, -1.0)
+    plain, scored = StepOutput("a", (token,)), StepOutput("b", (token,), prompt=(token, token))
+
+    async def scenario() -> list[list[str]]:
+        connection = connection_of(FakeCore())
+        connection.deliver([plain, scored, scored, plain, plain])
+        await asyncio.sleep(0)  # it takes them on the loop
+        connection.end()
+        return [[one.request_id for one in message.outputs] async for message in connection.batches()]
+
+    assert asyncio.run(scenario()) == [["a", "b"], ["b"], ["a", "a"]]
 
 
 def connection_of(core: FakeCore):

@@ -243,6 +243,8 @@ def test_info(rig: Rig):
     assert info["model_id"] == "fake/alphabet"
     assert (info["max_input_tokens"], info["max_total_tokens"]) == (400, 512)
     assert info["router"] == "text-generation-router"
+    assert (info["model_dtype"], info["model_device_type"]) == ("float32", "cpu")
+    assert (info["model_device_kind"], info["model_device_count"], info["programs"]) == ("fake", 1, 0)
     assert set(info) >= {
         "model_sha", "model_pipeline_tag", "max_concurrent_requests", "max_best_of", "max_stop_sequences",
         "validation_workers", "max_client_batch_size", "version", "sha", "docker_label",

@@ -41,6 +41,7 @@ WORKS: dict[str, tuple[str, str, Any]] = {
     "watermark-delta": ("4", "engine.watermark_delta", 4.0),
     "env": ("true", "run.show_env", True),
     "max-client-batch-size": ("5", "server.max_client_batch_size", 5),
+    "enable-prefill-logprobs": ("false", "server.prompt_logprobs", False),
     "payload-limit": ("1000", "server.payload_limit", 1000),
     "graceful-termination-timeout": ("30", "server.graceful_termination_timeout_s", 30.0),
 }
@@ -57,7 +58,6 @@ NOTED = {
 REFUSED = {
     "quantize": "awq", "kv-cache-dtype": "fp8_e5m2", "speculate": "2", "lora-adapters": "a", "rope-scaling": "linear",
     "rope-factor": "2.0", "weights-cache-override": "/w", "tokenizer-config-path": "/t", "ngrok": "true",
-    "enable-prefill-logprobs": "true",
 }  # fmt: skip
 """Answers would differ from what was asked for."""
 
@@ -141,6 +141,11 @@ def test_variables_of_others_are_left_to_them():
     settings = read(**dict.fromkeys(VARIABLES_OF_OTHERS, "1"))
     assert settings.options.notes == []
     assert settings.engine == read().engine
+
+
+def test_the_prompts_log_probabilities_are_on_with_tgis_flag_and_without():
+    assert read().server.prompt_logprobs
+    assert read("--enable-prefill-logprobs").server.prompt_logprobs
 
 
 def test_log_level_works():

@@ -60,7 +60,7 @@ def test_prompts_that_are_refused(rig: Rig, prompt: Any, param: str):
     ("fields", "param"),
     [
         ({"suffix": "x"}, "suffix"),
-        ({"echo": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
@@ -122,6 +122,20 @@ def test_stream(rig: Rig):
     assert said == ["bc", "lm"]
     assert ends == {0: "length", 1: "length"}
     assert last["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_usage_so_far_is_in_every_chunk_if_it_is_wanted(rig: Rig, last: bool):
+    rig.engine.cached_tokens = 1
+    options = {"continuous_usage_stats": True, "include_usage": last}
+    response = rig.complete("a", n=2, stream=True, max_tokens=2, stream_options=options)
+    pieces = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
+    counts = [piece["usage"]["completion_tokens"] for piece in pieces]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, 4)
+    assert pieces[0]["usage"]["total_tokens"] == 3
+    assert {piece["usage"]["prompt_tokens_details"]["cached_tokens"] for piece in pieces[1:]} == {1}
+    assert (pieces[-1]["choices"] == []) == last
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1//models", "/v1/models/", "//v1/models"])

@@ -157,6 +157,8 @@ def test_every_example_works_and_its_answer_is_as_told(rig: Rig, place: tuple[st
         ),
         ("/generate", {"inputs": "a", "parameters": {"details": True, "best_of": 2, "do_sample": True}}),
         ("/generate_stream", {"inputs": "a", "parameters": {"details": True, "top_n_tokens": 2, "seed": 1}}),
+        ("/generate", {"inputs": "ab", "parameters": {"decoder_input_details": True, "max_new_tokens": 2}}),
+        ("/generate_stream", {"inputs": "a", "parameters": {"decoder_input_details": True}}),
         ("/", {"inputs": "a", "stream": True}),
         ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "n": 2}),
         (
@@ -166,6 +168,21 @@ def test_every_example_works_and_its_answer_is_as_told(rig: Rig, place: tuple[st
         ("/v1/chat/completions", {"messages": MESSAGES, "stream": True, "logprobs": True, "max_tokens": 3}),
         ("/v1/completions", {"prompt": ["a", "b"], "logprobs": 2, "max_tokens": 3}),
         ("/v1/completions", {"prompt": [97], "stream": True, "logprobs": 1, "max_tokens": 3}),
+        (
+            "/v1/completions",
+            {"prompt": [97, 98], "stream": True, "echo": True, "logprobs": 1, "max_tokens": 0},
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "ab", "echo": True, "logprobs": 1, "prompt_logprobs": 2, "max_tokens": 2},
+        ),
+        ("/v1/completions", {"prompt": "ab", "logit_bias": {"97": 1}, "min_tokens": 2, "max_tokens": 3}),
+        ("/v1/completions", {"prompt": "ab", "logit_bias": {"999": 1}}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "prompt_logprobs": 1, "max_tokens": 2}),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "stream": True, "stream_options": {"continuous_usage_stats": True}},
+        ),
         ("/invocations", {"messages": MESSAGES, "stream": True}),
         ("/invocations", {"prompt": "a"}),
         ("/vertex", {"instances": [{"inputs": "a", "parameters": {"details": True}}]}),

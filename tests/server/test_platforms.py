@@ -63,6 +63,14 @@ class TestVertex:
             ([native(), native("")], "Input validation error: instance 1: `inputs` cannot be empty"),
             ([{**CHAT, "stream": True}], "Input validation error: instance 0: `stream` is not possible here"),
             ([{**CHAT, "n": 2}], "Input validation error: instance 0: `n` must be 1"),
+            (
+                [{**CHAT, "logprobs": True}],
+                "Input validation error: instance 0: `logprobs` is not possible here",
+            ),
+            (
+                [{**CHAT, "prompt_logprobs": 0}],
+                "Input validation error: instance 0: `prompt_logprobs` is not",
+            ),
             ([{**CHAT, "model": "x"}], "Input validation error: instance 0: The model 'x' does not exist"),
             ([native()] * 129, "Input validation error: 129 sequences in one request"),
         ],
@@ -146,7 +154,11 @@ class TestKServe:
             ({"inputs": [tensor([1], datatype="INT8")]}, "`inputs[0].datatype` must be BYTES"),
             ({"inputs": [tensor(["a"])], "outputs": []}, "`inputs` and `outputs` must have the same length"),
             ({"inputs": [tensor(["a", ""])]}, "instance 1: `inputs` cannot be empty"),
-            ({"inputs": [tensor(["a"])], "parameters": {"details": True}}, "`details` is not possible here"),
+            ({"inputs": [tensor(["a"])], "parameters": {"details": True}}, "`details` are not possible here"),
+            (
+                {"inputs": [tensor(["a"])], "parameters": {"decoder_input_details": True}},
+                "`details` are not possible",
+            ),
         ],
     )
     def test_what_is_wrong_is_told(self, rig: Rig, body: dict[str, Any], message: str):

@@ -52,8 +52,6 @@ def test_refusals(parameters: dict[str, Any], sentence: str):
 @pytest.mark.parametrize(
     "parameters",
     [
-        {"watermark": True},
-        {"decoder_input_details": True},
         {"grammar": {"type": "regex", "value": "a"}},
         {"adapter_id": "x"},
     ],
@@ -64,7 +62,9 @@ def test_what_has_no_effect_is_refused_by_name(parameters: dict[str, Any]):
 
 
 def test_what_asks_for_nothing_is_accepted():
-    check(watermark=False, decoder_input_details=False, grammar=None, adapter_id=None, best_of=1)
+    checked = check(watermark=False, decoder_input_details=False, grammar=None, adapter_id=None, best_of=1)
+    assert not checked.sampling.watermark
+    assert checked.prompt_logprobs is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from xlane.engine import (
     EngineStats,
     EngineStopped,
     FinishReason,
+    Histogram,
     InvalidRequest,
+    LaunchStats,
     Overloaded,
     Request,
     RequestFailed,
@@ -42,6 +44,7 @@ FAIL_TOKEN = 901
 """In a prompt: RequestFailed instead of the third token."""
 KILL_TOKEN = 902
 """In a prompt: the engine's process dies by SIGKILL instead of computing the third token."""
+NO_LAUNCHES = LaunchStats(*[Histogram((0,) * 36, 0.0)] * 3)
 KILL_AT_ONCE_TOKEN = 903
 """In a prompt: the engine's process dies when the request is admitted."""
 
@@ -161,6 +164,10 @@ class FakeCore:
                 compiles_after_ready=0,
                 step_ms=self._turn_s * 1000,
                 gap_ms=0.5,
+                prefill=NO_LAUNCHES,
+                decode=NO_LAUNCHES,
+                prefill_rows=Histogram((0,) * 12, 0.0),
+                joins=0,
             )
 
     def healthy(self) -> bool:

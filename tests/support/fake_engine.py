@@ -15,7 +15,9 @@ from xlane.engine import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    Histogram,
     InvalidRequest,
+    LaunchStats,
     Request,
     StepOutput,
     Timing,
@@ -54,6 +56,11 @@ def next_letter(token: int, step: int = 1) -> int:
     if token not in LETTERS:
         return LETTERS[0]
     return LETTERS[(token - LETTERS[0] + step) % len(LETTERS)]
+
+
+def spread(*counts: int, edges: int, sum: float) -> Histogram:
+    """So many values in the first buckets, none in the others."""
+    return Histogram((*counts, *[0] * (edges + 1 - len(counts))), sum)
 
 
 @dataclass
@@ -163,6 +170,10 @@ class FakeEngine:
             compiles_after_ready=0,
             step_ms=2.0,
             gap_ms=0.1,
+            prefill=LaunchStats(*(spread(1, edges=35, sum=each / 8) for each in (1, 2, 3))),
+            decode=LaunchStats(*(spread(2, 5, edges=35, sum=float(each)) for each in (4, 5, 6))),
+            prefill_rows=spread(0, 1, edges=11, sum=2.0),
+            joins=3,
         )
 
     async def health(self) -> bool:

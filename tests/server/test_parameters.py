@@ -1,0 +1,134 @@
+"""Parameter x effect: what a value in a body makes of the engine's request, and of the answer by the fake's arithmetic."""
+
+import re
+from typing import Any
+
+import pytest
+
+from xlane.engine import LogprobsMode, Request
+
+from .conftest import Rig
+
+MESSAGES = [{"role": "user", "content": "a"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 4},
+    "/v1/completions": {"prompt": "a", "max_tokens": 4},
+    "/v1/responses": {"input": "a", "max_output_tokens": 4},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 4},
+}
+
+
+def sent(rig: Rig, path: str, body: dict[str, Any]) -> Request:
+    rig.engine.submitted.clear()
+    response = rig.post(path, **body)
+    assert response.status_code == 200, response.text
+    return rig.engine.submitted[0]
+
+
+SAMPLING = [
+    ("temperature", 0.5, "temperature", 0.5),
+    ("temperature", 0, "temperature", 0.0),
+    ("top_p", 0.5, "top_p", 0.5),
+    ("top_k", 3, "top_k", 3),
+    ("top_k", -1, "top_k", 0),
+    ("min_p", 0.25, "min_p", 0.25),
+    ("typical_p", 0.75, "typical_p", 0.75),
+    ("repetition_penalty", 1.5, "repetition_penalty", 1.5),
+    ("frequency_penalty", -1, "frequency_penalty", -1.0),
+    ("presence_penalty", 2, "presence_penalty", 2.0),
+    ("seed", 7, "seed", 7),
+    ("seed", -1, "seed", 2**64 - 1),
+    ("ignore_eos", True, "stop_ids", ()),
+    ("stop_token_ids", [5], "stop_ids", (257, 258, 5)),
+    ("min_tokens", 2, "min_tokens", 2),
+    ("logit_bias", {"98": -100, "120": 2.5}, "logit_bias", ((98, -100.0), (120, 2.5))),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "field", "expected"), SAMPLING)
+@pytest.mark.parametrize("path", BODIES)
+def test_sampling(rig: Rig, path: str, name: str, value: Any, field: str, expected: Any):
+    neutral = sent(rig, path, BODIES[path])
+    assert field == "seed" or expected in (0, 0.0) or getattr(neutral.sampling, field) != expected
+    assert getattr(sent(rig, path, {**BODIES[path], name: value}).sampling, field) == expected
+
+
+NATIVE = [
+    ("temperature", 0.5, "temperature", 0.5),
+    ("top_p", 0.5, "top_p", 0.5),
+    ("top_k", 3, "top_k", 3),
+    ("typical_p", 0.75, "typical_p", 0.75),
+    ("repetition_penalty", 1.5, "repetition_penalty", 1.5),
+    ("frequency_penalty", -1, "frequency_penalty", -1.0),
+    ("seed", 7, "seed", 7),
+    ("do_sample", True, "temperature", 1.0),
+    ("max_new_tokens", 9, "max_tokens", 9),
+    ("watermark", True, "watermark", True),
+    ("details", True, "logprobs", True),
+    ("details", True, "logprobs_mode", LogprobsMode.PROCESSED),
+    ("decoder_input_details", True, "logprobs", True),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "field", "expected"), NATIVE)
+def test_native(rig: Rig, name: str, value: Any, field: str, expected: Any):
+    body = {"inputs": "a", "parameters": {name: value}}
+    for path in ("/generate", "/", "/invocations"):
+        assert getattr(sent(rig, path, body).sampling, field) == expected
+    vertex = sent(rig, "/vertex", {"instances": [body]})
+    assert getattr(vertex.sampling, field) == expected
+
+
+def test_a_bias_changes_what_is_chosen(rig: Rig):
+    # The fake's preferred token has a logit of 10, all others have 0.
+    for path, text in (("/v1/completions", "text"), ("/v1/chat/completions", "message")):
+        body = {**BODIES[path], "temperature": 0, "logit_bias": {str(ord("x")): 10.5}}
+        answer = rig.post(path, **body).json()["choices"][0][text]
+        assert (answer if isinstance(answer, str) else answer["content"]) == "xxxx"
+
+
+def test_no_end_and_no_stop_string_before_the_least_length(rig: Rig):
+    rig.engine.reply = "bc"
+    assert rig.complete("a", max_tokens=9).json()["choices"][0]["text"] == "bc"
+    answer = rig.complete("a", max_tokens=9, min_tokens=5).json()
+    assert answer["usage"]["completion_tokens"] == 6
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    rig.engine.reply = None
+    for least, text in ((0, "bc"), (2, "bc"), (3, "bcdefghijklmno"), (4, "bcdefghijklmno")):
+        answer = rig.complete("a", max_tokens=14, min_tokens=least, stop="d").json()
+        assert answer["choices"][0]["text"] == text
+
+
+def test_a_least_length_beyond_the_most_is_refused_where_the_most_is_the_context(rig: Rig):
+    response = rig.complete("a", max_tokens=None, min_tokens=511)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "min_tokens")
+    assert rig.complete("a", max_tokens=None, min_tokens=510).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stop_string_is_in_the_text_if_it_is_wanted(rig: Rig, stream: bool):
+    for wanted, text in ((None, "bc"), (False, "bc"), (True, "bcde")):
+        response = rig.complete(
+            "a", max_tokens=9, stop="de", include_stop_str_in_output=wanted, stream=stream
+        )
+        if not stream:
+            assert response.json()["choices"][0]["text"] == text
+        else:
+            assert "".join(re.findall('"text":"([a-z]*)"', response.text)) == text
+
+
+EXTENSIONS = [
+    ("use_beam_search", False, True), ("length_penalty", 1.0, 0.5), ("allowed_token_ids", [], [97]),
+    ("bad_words", [], ["a"]), ("truncate_prompt_tokens", None, 5), ("skip_special_tokens", True, False),
+    ("return_token_ids", False, True), ("return_tokens_as_token_ids", False, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "neutral", "wanted"), EXTENSIONS)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_extensions_without_an_effect_are_refused_by_name(
+    rig: Rig, path: str, name: str, neutral: Any, wanted: Any
+):
+    assert rig.post(path, **BODIES[path], **{name: neutral}).status_code == 200
+    error = rig.post(path, **BODIES[path], **{name: wanted}).json()["error"]
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
