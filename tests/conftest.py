@@ -25,6 +25,8 @@ _RULES = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import asks the network what models cost
+    "LANGSMITH_TRACING": "false",
     "TOKENIZERS_PARALLELISM": "false",
     # torch, the reference, spins between its threads: beside anything else that costs ten times the work itself.
     "OMP_NUM_THREADS": "1",

@@ -86,3 +86,9 @@ def server_url(request: pytest.FixtureRequest) -> str:
     """Base URL of the server under test."""
     server = request.getfixturevalue(request.param)
     return server if isinstance(server, str) else server.url
+
+
+@pytest.fixture(scope="session")
+def model(server_url: str) -> str:
+    """The served model's name, found as clients find it."""
+    return httpx.get(f"{server_url}/v1/models").json()["data"][0]["id"]
