@@ -26,11 +26,11 @@ def test_info_counts_by_hand(model: Path, one_device_env: dict[str, str]):
     done = xlane("info", model, "--json", "--kernels", "xla", "--cache-dir", "none", env=one_device_env)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    # V=131 D=64 F=96 L=3 N=4 K=2 H=16, embeddings tied: embedding, then per layer norms, q k v o, gate up down; last norm.
+    # V=131 D=64 F=96 L=2 N=4 K=2 H=16, embeddings tied: embedding, then per layer norms, q k v o, gate up down; last norm.
     per_layer = 2 * 64 + 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
-    assert facts["parameters"] == 131 * 64 + 3 * per_layer + 64
+    assert facts["parameters"] == 131 * 64 + 2 * per_layer + 64
     assert facts["weights_bytes"] == 4 * facts["parameters"]
-    assert facts["KV_cache_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
+    assert facts["KV_cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
     assert facts["context_tokens"] == 256
 
 

@@ -112,7 +112,7 @@ def test_memory_pressure_preempts_and_nothing_changes(engine_of) -> None:
     roomy = engine_of()
     expected = [ids(output) for output in run(roomy, *(request(p, max_tokens=40) for p in PROMPTS))]
     seeded = [ids(output) for output in run(roomy, *_sampled())]
-    page = 2 * 3 * 2 * 4 * 16 * 4
+    page = 2 * 2 * 2 * 4 * 16 * 4
     tight = engine_of(kv_bytes=30 * page)
     assert tight.info.pages == 30
     assert [ids(output) for output in run(tight, *(request(p, max_tokens=40) for p in PROMPTS))] == expected

@@ -69,7 +69,7 @@ def test_they_are_the_models_own_whatever_the_sampling(engine_of, models) -> Non
 
 
 def test_preempted_sequences_tell_them_once(engine_of, models) -> None:
-    page = 2 * 3 * 2 * 4 * 16 * 4
+    page = 2 * 2 * 2 * 4 * 16 * 4
     tight = engine_of(kv_bytes=30 * page)
     prompts = [p[:48] for p in PROMPTS]
     outputs = run(tight, *(scored(p, 1, max_tokens=40) for p in prompts))
