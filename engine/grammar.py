@@ -2,7 +2,7 @@
 
 Compiling and the first mask are the submitting thread's work; later masks are computed by a few threads of their own,
 while the device works, so that nobody's step waits for somebody's grammar. Bounds keep a grammar from taking more than
-a second or so; one that breaks them is refused here, or fails its own request later. Knows bits and token ids; no text
+a second or two; one that breaks them is refused here, or fails its own request later. Knows bits and token ids; no text
 but the grammars', and no device.
 """
 
@@ -29,7 +29,8 @@ COMPILING = 2
 MASK_THREADS = 4
 JUMP_TOKENS = 4
 """Forced tokens from which they are appended at once. Their keys and values cost one prefill launch, which is about as
-much as a few decode steps; fewer are sampled one by one, where the mask leaves nothing else."""
+much as a few decode steps; fewer are sampled one by one, where the mask leaves nothing else. The last ones of an output
+cost nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ class Grammars:
 
 
 def _limits() -> LLParserLimits:
-    """llguidance's own bounds but for the size, of which a second's worth is taken, and messages without its insides."""
-    return LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+    """llguidance's own bounds but for the size (its work grows with the square of it: this is a second or two), and
+    messages without its insides."""
+    return LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
 
 
 class Guide:
@@ -158,8 +160,9 @@ class Guide:
         ]
         if not trial.consume_tokens(tokens):
             return []
-        ended = may_end and trial.is_stopped() and len(tokens) < most
-        if len(tokens) < JUMP_TOKENS and not ended:
+        full = len(tokens) == most
+        ended = may_end and trial.is_stopped() and not full
+        if len(tokens) < JUMP_TOKENS and not ended and not (may_end and full):
             return []
         self._matcher = trial
         self._taken += len(tokens)
