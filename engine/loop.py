@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import wait
 
 from .errors import DeadlineExceeded, EngineError, EngineLost, EngineStopped, InvalidRequest, RequestFailed
 from .local import Delivery, RequestError, Sink
@@ -154,18 +153,28 @@ class Loop:
             self._turned_s = time.monotonic()
 
     def _await_masks(self, device_works: bool) -> None:
-        """Let masks become ready, but no free sequence wait for them. A sequence that can have none ends."""
+        """Let masks become ready, but nobody who has none to wait for wait for them. A sequence that can have none ends."""
         guided = self._scheduler.guided()
         masks = [sequence.guide.mask for sequence in guided if sequence.guide is not None]
         if missing := [mask for mask in masks if not mask.done()]:
             alone = all(sequence.guide is not None for sequence in self._scheduler.sequences())
             half_step_s = self._counters.step_ms / 2e3 if device_works else 0.0
-            wait(missing, None if alone else max(LEAST_PATIENCE_S, half_step_s))
+            for mask in missing:
+                mask.add_done_callback(self._notice)
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._has_news() or all(mask.done() for mask in missing),
+                    STALL_S / 4 if alone else max(LEAST_PATIENCE_S, half_step_s),
+                )
         failed: list[tuple[Sequence, Delivery]] = []
         for sequence, mask in zip(guided, masks):
             if mask.done() and (error := mask.exception()) is not None:
                 failed.append(self._end_with(sequence, error))
         self._emit(failed)
+
+    def _notice(self, mask: object) -> None:
+        with self._wake:
+            self._wake.notify_all()
 
     def _end_with(self, sequence: Sequence, error: BaseException) -> tuple[Sequence, Delivery]:
         """End one sequence with an error."""
@@ -213,14 +222,11 @@ class Loop:
         self._emit([*ended, *self._overdue()])
         return not (self._stopping and not self._live)
 
+    def _has_news(self) -> bool:
+        return bool(self._arrived or self._cancelled or self._stopping)
+
     def _has_work(self) -> bool:
-        return bool(
-            self._arrived
-            or self._cancelled
-            or self._stopping
-            or self._scheduler.running
-            or self._scheduler.waiting
-        )
+        return bool(self._has_news() or self._scheduler.running or self._scheduler.waiting)
 
     def _overdue(self) -> list[tuple[Sequence, Delivery]]:
         """Drop the sequences whose deadline has passed."""
