@@ -59,6 +59,8 @@ class PrefillPlan(NamedTuple):
     """int32[S]"""
     remaining: jax.Array
     """int32[S]"""
+    recorded: jax.Array
+    """int32[S]: tokens before this position were recorded by an earlier launch."""
     prompt_top: jax.Array
     """int32[S]: alternatives to report with each target."""
     sampling: SamplingRows
@@ -75,7 +77,7 @@ class PrefillPlan(NamedTuple):
 
 
 _HEADER = np.dtype(
-    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining", "prompt_top")]
+    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining", "recorded", "prompt_top")]
     + [("stop", np.int32, (MAX_STOP_IDS,)), ("seed", np.uint32, (2,))]
     + [(name, np.int32) for name in ("stop_from", "watermark", "top_k", "logprobs", "top_n")]
     + [(name, np.float32) for name in ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")]
@@ -121,6 +123,7 @@ def _write_header(header: np.void, segment: Segment, end: int) -> None:
     header["length"] = segment.start + len(segment.tokens)
     header["prompt_tokens"] = segment.prompt_tokens
     header["remaining"] = segment.remaining
+    header["recorded"] = segment.recorded
     header["prompt_top"] = segment.prompt_top
     header["stop"] = -1
     header["stop"][: len(s.stop_ids)] = s.stop_ids

@@ -4,15 +4,18 @@ Everything a request can get wrong is refused here, at the door, before it may t
 """
 
 import itertools
+from collections.abc import Callable
 from importlib.metadata import version
 
 import jax
+from llguidance import LLTokenizer
 
 from ..models.config import ModelConfig
 from ..models.weights import WeightSource
 from .build import Built, Progress, build
 from .config import EngineConfig
 from .errors import InvalidRequest, Overloaded
+from .grammar import Grammars
 from .group import Leader
 from .launcher import Launcher
 from .local import Sink
@@ -37,8 +40,10 @@ class Engine:
         built: Built,
         model_sha: str | None = None,
         leader: Leader | None = None,
+        guidance: Callable[[], LLTokenizer] | None = None,
     ) -> None:
-        """`leader` tells the other processes, if there are any, what to launch; stopping the engine closes it."""
+        """`leader` tells the other processes, if there are any, what to launch; stopping the engine closes it. `guidance`
+        makes the tokenizer of grammars when the first one comes, and may raise ModelError; None takes no grammars."""
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
@@ -50,6 +55,7 @@ class Engine:
         self._counters = Counters()
         self._arrivals = itertools.count()
         self._leader = leader
+        self._grammars = None if guidance is None else Grammars(guidance, model.vocab_size)
         launcher = Launcher(built.programs, built.params)
         runner = Runner(blueprint, launcher, None if leader is None else leader.publish)
         self._loop = Loop(runner, self._scheduler, self._counters)
@@ -88,20 +94,36 @@ class Engine:
         source: WeightSource | None,
         progress: Progress | None = None,
         model_sha: str | None = None,
+        guidance: Callable[[], LLTokenizer] | None = None,
     ) -> "Engine":
         """Load, compile and start. Raises PlanError and ModelError."""
-        return cls(config, model, build(config, model, source, progress), model_sha)
+        return cls(config, model, build(config, model, source, progress), model_sha, guidance=guidance)
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """See `EngineCore.submit`."""
+        """See `EngineCore.submit`. A new grammar is compiled here, which may take a second."""
         self._check(request)
         budget = request.sampling.max_tokens + len(request.prompt_ids)
         most = min(budget, self.info.max_total_tokens)
         sequence = Sequence(request, sink, next(self._arrivals), most)
-        if not self._loop.submit(sequence, most_live=self.info.lanes + self._max_queued):
-            raise Overloaded(
-                f"the queue is full ({self._max_queued} requests wait; --max-queued)", self._retry_after_s()
+        most_live = self.info.lanes + self._max_queued
+        if request.grammar is not None:
+            if self._loop.live >= most_live:  # what would be refused in the end need not be compiled first
+                raise self._full()
+            self._guide(sequence, request.grammar)
+        if not self._loop.submit(sequence, most_live):
+            raise self._full()
+
+    def _guide(self, sequence: Sequence, grammar: str) -> None:
+        """Make the sequence keep to a grammar. Raises InvalidRequest."""
+        if self._grammars is None:
+            raise InvalidRequest("this engine was built without a tokenizer, so it takes no grammar")
+        request = sequence.request
+        guide = self._grammars.guide(grammar, request.resume_ids, request.sampling)
+        if any(token in guide.end_ids for token in request.resume_ids):
+            raise InvalidRequest(
+                "nothing is left to generate: the resumed tokens end what the grammar allows"
             )
+        sequence.follow(guide)
 
     def cancel(self, request_id: str) -> None:
         """See `EngineCore.cancel`."""
@@ -147,11 +169,16 @@ class Engine:
         self._loop.stop()
         if self._leader is not None:
             self._leader.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._compiles.close()
 
-    def _retry_after_s(self) -> float:
-        """A lane's worth of tokens at today's pace: a guess, but one that follows the load."""
-        return min(60.0, max(1.0, 64 * self._counters.step_ms / 1e3))
+    def _full(self) -> Overloaded:
+        # A lane's worth of tokens at today's pace: a guess, but one that follows the load.
+        retry_after_s = min(60.0, max(1.0, 64 * self._counters.step_ms / 1e3))
+        return Overloaded(
+            f"the queue is full ({self._max_queued} requests wait; --max-queued)", retry_after_s
+        )
 
     def _check(self, request: Request) -> None:
         """Raise InvalidRequest for anything this engine can never serve."""

@@ -62,8 +62,8 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     launcher = Launcher(built.programs, built.params)
     under_way: deque[jax.Array] = deque()
 
-    def launch(kind: ProgramKind, size: int, plan: np.ndarray) -> None:
-        under_way.append(launcher.launch(kind, size, plan).result)
+    def launch(kind: ProgramKind, size: int, plan: np.ndarray, mask: np.ndarray | None) -> None:
+        under_way.append(launcher.launch(kind, size, plan, mask).result)
         if len(under_way) > AHEAD:
             under_way.popleft().block_until_ready()
 

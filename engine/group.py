@@ -31,7 +31,7 @@ AHEAD = 8
 Lost = Callable[[str], None]
 """Told, once and on any thread, why the group is broken. Is expected to end the process."""
 
-LaunchCall = Callable[[ProgramKind, int, np.ndarray], object]
+LaunchCall = Callable[[ProgramKind, int, np.ndarray, np.ndarray | None], object]
 
 
 class _Threads(Executor):
@@ -123,9 +123,11 @@ class Leader(xlane_pb2_grpc.GroupServicer):
         if not self._closing:
             self._lost(f"process {request.process_id} on {request.host} is gone, and its devices with it")
 
-    def publish(self, kind: ProgramKind, size: int, plan: np.ndarray) -> None:
+    def publish(self, kind: ProgramKind, size: int, plan: np.ndarray, mask: np.ndarray | None) -> None:
         """Tell all followers. Waits for one that is far behind."""
-        launch = pb.Launch(kind=kind, size=size, plan=plan.astype("<i4", copy=False).tobytes())
+        launch = pb.Launch(
+            kind=kind, size=size, plan=_bytes(plan), mask=b"" if mask is None else _bytes(mask)
+        )
         for process_id, launches in self._queues:
             try:
                 launches.put(launch, timeout=STALL_S)
@@ -193,5 +195,10 @@ class Follower:
         self._running = True
         while (told := self._launches.get()) is not None:
             kind: ProgramKind = "decode" if told.kind == "decode" else "prefill"
-            launch(kind, told.size, np.frombuffer(told.plan, "<i4"))
+            mask = np.frombuffer(told.mask, "<i4") if told.mask else None
+            launch(kind, told.size, np.frombuffer(told.plan, "<i4"), mask)
         self._channel.close()
+
+
+def _bytes(numbers: np.ndarray) -> bytes:
+    return numbers.astype("<i4", copy=False).tobytes()

@@ -11,6 +11,7 @@ import numpy as np
 
 from .batch import DECODE_WIDTH
 from .programs import Programs
+from .sampler import mask_width
 from .state import abstract_kv, abstract_state, zeros_like
 from .turn import ProgramKind
 
@@ -35,14 +36,30 @@ class Launcher:
         self._kv = zeros_like(abstract_kv(b.config, b.shapes, b.dtype, b.placement))
         self._state = zeros_like(abstract_state(b.shapes, b.placement))
         self._decode_plan: tuple[bytes, jax.Array] | None = None
+        self._mask_width = mask_width(b.shapes.vocab)
+        self._segments = b.prefill_segments
+        self._no_mask = {
+            rows: b.placement.put(np.zeros((rows, self._mask_width), np.int32))
+            for rows in {*b.decode_rows, b.prefill_segments}
+        }
+        """By number of rows: what is passed where no row is masked. It lies on the device, so it costs no transfer."""
 
-    def launch(self, kind: ProgramKind, size: int, plan: np.ndarray) -> Made:
-        """Start a program on its packed plan -> what it will make. Returns at once."""
+    def launch(self, kind: ProgramKind, size: int, plan: np.ndarray, mask: np.ndarray | None) -> Made:
+        """Start a program on its packed plan and the masks of its rows (None: of no row) -> what it will make. Returns at
+        once."""
         if kind == "decode":
-            run, placed = self._programs.decode, self._put_decode(plan.reshape(size, DECODE_WIDTH))
+            rows, run, placed = (
+                size,
+                self._programs.decode,
+                self._put_decode(plan.reshape(size, DECODE_WIDTH)),
+            )
         else:
-            run, placed = self._programs.prefill, self._placement.put(plan)
-        self._kv, self._state, made = run(size, self._params, self._kv, self._state, placed)
+            rows, run, placed = self._segments, self._programs.prefill, self._placement.put(plan)
+        if mask is None:
+            masks = self._no_mask[rows]
+        else:
+            masks = self._placement.put(mask.reshape(rows, self._mask_width))
+        self._kv, self._state, made = run(size, self._params, self._kv, self._state, placed, masks)
         return Made(made, None) if kind == "decode" else Made(*made)
 
     def _put_decode(self, plan: np.ndarray) -> jax.Array:

@@ -48,8 +48,9 @@ class EngineCore(Protocol):
         ...
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request and return at once. Its outputs go to `sink`, ending with exactly one last entry: a
-        `StepOutput` with a finish reason or a `RequestError`.
+        """Queue a request and return at once; one with a grammar may take a second, so it does not belong on an event
+        loop's thread. Its outputs go to `sink`, ending with exactly one last entry: a `StepOutput` with a finish reason
+        or a `RequestError`.
 
         Raises at once, and delivers nothing then: InvalidRequest (also for an id that is in the engine now), Overloaded,
         EngineStopped.
@@ -171,6 +172,24 @@ class _LoopSink:
             pass
 
 
+async def _submit(core: EngineCore, request: Request, sink: Sink) -> None:
+    """Submit without holding up the event loop. Whoever gives up meanwhile leaves nothing behind."""
+    if request.grammar is None:
+        core.submit(request, sink)
+        return
+    submitting = asyncio.ensure_future(asyncio.to_thread(core.submit, request, sink))
+    try:
+        await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+
+        def withdraw(done: asyncio.Future[None]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                core.cancel(request.id)
+
+        submitting.add_done_callback(withdraw)
+        raise
+
+
 class LocalClient:
     """An `EngineClient` for a core in this process. Does not own the core: closing the client leaves it running."""
 
@@ -189,7 +208,7 @@ class LocalClient:
         self._streams.open(request.id)
         running = False  # an id that was refused may be another client's, so it must not be cancelled
         try:
-            self._core.submit(request, self._sink)
+            await _submit(self._core, request, self._sink)
             running = True
             async for output in self._streams.read(request.id):
                 running = output.finish_reason is None

@@ -3,6 +3,10 @@
 It runs one turn ahead: turn n+1 is launched before turn n is read, so the device never waits for the host. Submitting
 and cancelling happen on other threads and are only noted there. If the loop fails, every waiter is told and the engine
 counts as dead. Knows no asyncio and no wire.
+
+A sequence with a grammar cannot run ahead: its next token's mask follows from its last token. The mask is computed from
+the moment that token is read, while the device works on the turn just launched, and the sequence is in the turn after
+that one: every second turn beside free sequences, every turn alone.
 """
 
 import heapq
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 STALL_S = 60.0
 """A loop that has work but has not turned for so long is not healthy."""
+LEAST_PATIENCE_S = 0.0005
+"""For masks, at least; at most half a step, in which the device has something to do."""
 
 
 class Loop:
@@ -135,6 +141,7 @@ class Loop:
         while True:
             if not self._intake(block=not behind):
                 return
+            self._await_masks(device_works=bool(behind))
             started = time.perf_counter()
             turn = self._scheduler.plan()
             ahead_s = time.perf_counter()
@@ -144,6 +151,38 @@ class Loop:
             self._count(behind, time.perf_counter() - started, waited)
             behind, behind_s = ahead, ahead_s
             self._turned_s = time.monotonic()
+
+    def _await_masks(self, device_works: bool) -> None:
+        """Let masks become ready, but nobody who has none to wait for wait for them. A sequence that can have none ends."""
+        guided = self._scheduler.guided()
+        masks = [sequence.guide.mask for sequence in guided if sequence.guide is not None]
+        if missing := [mask for mask in masks if not mask.done()]:
+            alone = all(sequence.guide is not None for sequence in self._scheduler.sequences())
+            half_step_s = self._counters.step_ms / 2e3 if device_works else 0.0
+            for mask in missing:
+                mask.add_done_callback(self._notice)
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._has_news() or all(mask.done() for mask in missing),
+                    STALL_S / 4 if alone else max(LEAST_PATIENCE_S, half_step_s),
+                )
+        failed: list[tuple[Sequence, Delivery]] = []
+        for sequence, mask in zip(guided, masks):
+            if mask.done() and (error := mask.exception()) is not None:
+                failed.append(self._end_with(sequence, error))
+        self._emit(failed)
+
+    def _notice(self, mask: object) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    def _end_with(self, sequence: Sequence, error: BaseException) -> tuple[Sequence, Delivery]:
+        """End one sequence with an error."""
+        self._scheduler.drop(sequence)
+        if not isinstance(error, EngineError):
+            logger.error("request %s failed", sequence.request.id, exc_info=error)
+            error = RequestFailed(f"the engine failed at this request: {error!r}")
+        return sequence, RequestError(sequence.request.id, error)
 
     def _stamp(self, turn: Turn) -> None:
         """Note when a sequence first got to work, and beside how many."""
@@ -183,14 +222,11 @@ class Loop:
         self._emit([*ended, *self._overdue()])
         return not (self._stopping and not self._live)
 
+    def _has_news(self) -> bool:
+        return bool(self._arrived or self._cancelled or self._stopping)
+
     def _has_work(self) -> bool:
-        return bool(
-            self._arrived
-            or self._cancelled
-            or self._stopping
-            or self._scheduler.running
-            or self._scheduler.waiting
-        )
+        return bool(self._has_news() or self._scheduler.running or self._scheduler.waiting)
 
     def _overdue(self) -> list[tuple[Sequence, Delivery]]:
         """Drop the sequences whose deadline has passed."""
@@ -202,10 +238,9 @@ class Loop:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             sequence = heapq.heappop(self._deadlines)[2]
             if sequence.phase is not Phase.FINISHED:
-                self._scheduler.drop(sequence)
                 done = len(sequence.tokens) - sequence.prompt_tokens
                 text = f"deadline of {sequence.request.deadline_s} s passed after {done} generated tokens"
-                failed.append((sequence, RequestError(sequence.request.id, DeadlineExceeded(text))))
+                failed.append(self._end_with(sequence, DeadlineExceeded(text)))
         return failed
 
     def _finish(self, launch: Launch, launched_s: float) -> float:
@@ -225,15 +260,14 @@ class Loop:
             sequence.prompt += scored
         outputs: list[tuple[Sequence, Delivery]] = []
         for sequence, token in tokens:
-            if isinstance(token, RequestFailed):
-                if sequence.phase is not Phase.FINISHED:
-                    self._scheduler.drop(sequence)
-                    outputs.append((sequence, RequestError(sequence.request.id, token)))
+            try:
+                output = self._scheduler.absorb(sequence, token)
+            except RequestFailed as error:
+                outputs.append(self._end_with(sequence, error))
                 continue
-            output = self._scheduler.absorb(sequence, token)
             if output is not None:
+                self._counters.decode_tokens += len(output.tokens)
                 outputs.append((sequence, output))
-        self._counters.decode_tokens += len(outputs)
         self._emit(outputs)
         return waited_s
 

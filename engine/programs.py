@@ -22,7 +22,7 @@ from ..sharding.mesh import Placement
 from .batch import DECODE_WIDTH, pack_result, prefill_size, read_decode, read_prefill
 from .prompt_scores import block_rows, prompt_scores
 from .request import ProgramInfo
-from .sampler import IN_PROMPT, SamplingRows, sample
+from .sampler import IN_PROMPT, SamplingRows, mask_width, sample
 from .state import LaneState, Shapes, abstract_kv, abstract_state, described
 from .turn import NO_PAGE
 from .watermark import Watermark
@@ -64,16 +64,21 @@ class Programs:
         """A compiled program by the name its info has, to look into."""
         return self._compiled[name]
 
-    def decode(self, rows: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
-        """One token for each planned lane -> (kv, state, int32[rows, RESULT_WIDTH])."""
-        return self._compiled[f"decode[{rows}]"](params, kv, state, plan)
+    def decode(self, rows: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array, mask: jax.Array):
+        """One token for each planned lane, by a mask int32[rows, mask_width] -> (kv, state, int32[rows, RESULT_WIDTH])."""
+        return self._compiled[f"decode[{rows}]"](params, kv, state, plan, mask)
 
-    def prefill(self, tokens: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array):
-        """A chunk of prompts -> (kv, state, (int32[segments, RESULT_WIDTH], int32[tokens, SCORE_WIDTH]))."""
-        return self._compiled[f"prefill[{tokens}]"](params, kv, state, plan)
+    def prefill(
+        self, tokens: int, params: Params, kv: Kv, state: LaneState, plan: jax.Array, mask: jax.Array
+    ):
+        """A chunk of prompts, with a mask int32[segments, mask_width] -> (kv, state, (int32[segments, RESULT_WIDTH],
+        int32[tokens, SCORE_WIDTH]))."""
+        return self._compiled[f"prefill[{tokens}]"](params, kv, state, plan, mask)
 
 
-def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, packed: jax.Array):
+def decode_step(
+    blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, packed: jax.Array, mask: jax.Array
+):
     """Traced: one token for each lane in the plan."""
     b = blueprint
     # Only the network is split: every device keeps every lane's state by itself, a few numbers.
@@ -96,7 +101,9 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
     hidden, kv = decoder(token, batch, kv, b.kernels, b.placement.constrain, one_token_rows=True)
     logits = decoder.logits(hidden, b.kernels)
     sampling = SamplingRows(*map(rows, state.sampling))
-    sampled = sample(logits, sampling, state.seen, plan.lane, position + 1, token, b.watermark, b.placement)
+    sampled = sample(
+        logits, sampling, state.seen, plan.lane, position + 1, token, b.watermark, b.placement, mask
+    )
     target = jnp.where(active, plan.lane, b.shapes.lanes)
     # A split here would add up whole rows of `seen`.
     target, sampled = b.placement.everywhere((target, sampled))
@@ -108,7 +115,13 @@ def decode_step(blueprint: Blueprint, params: Params, kv: Kv, state: LaneState, 
 
 
 def prefill_step(
-    blueprint: Blueprint, tokens: int, params: Params, kv: Kv, state: LaneState, packed: jax.Array
+    blueprint: Blueprint,
+    tokens: int,
+    params: Params,
+    kv: Kv,
+    state: LaneState,
+    packed: jax.Array,
+    mask: jax.Array,
 ):
     """Traced: the prompt tokens of several lanes; lanes whose prompt ends here get their first token."""
     b = blueprint
@@ -119,7 +132,9 @@ def prefill_step(
     logits = decoder.logits(hidden[plan.end], b.kernels)
     seen = _record_prompt(state.seen, plan, b.shapes.lanes)
     previous = plan.tokens[plan.end]
-    sampled = sample(logits, plan.sampling, seen, plan.lane, plan.length, previous, b.watermark, b.placement)
+    sampled = sample(
+        logits, plan.sampling, seen, plan.lane, plan.length, previous, b.watermark, b.placement, mask
+    )
     finishing, sampled = b.placement.everywhere((jnp.where(plan.last, plan.lane, b.shapes.lanes), sampled))
     state = state._replace(
         seen=seen.at[finishing, sampled.token].add(1, mode="drop"),
@@ -145,9 +160,10 @@ def prefill_step(
 
 
 def _record_prompt(seen: jax.Array, plan: Any, lanes: int) -> jax.Array:
-    """Mark prompt tokens, and count those of an output that is computed again."""
+    """Mark prompt tokens, and count those of an output that is computed again, or was forced and not sampled."""
     seen = seen.at[jnp.where(plan.first, plan.lane, lanes)].set(0, mode="drop")
-    lane = jnp.where(plan.positions >= 0, plan.lane[plan.rows], lanes)
+    # Padding has position -1.
+    lane = jnp.where(plan.positions >= plan.recorded[plan.rows], plan.lane[plan.rows], lanes)
     from_prompt = plan.positions < plan.prompt_tokens[plan.rows]
     # A lane's prompt comes before its output, so `max` never meets a count it could destroy.
     seen = seen.at[jnp.where(from_prompt, lane, lanes), plan.tokens].max(IN_PROMPT, mode="drop")
@@ -178,19 +194,23 @@ def _advance(
 
 def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | None = None) -> Programs:
     """Compile every program, smallest first, a few at a time. `progress(done, total)` is called at first and after each."""
-    jobs: list[tuple[str, Callable[..., Any], int | tuple[int, int]]] = []
+    jobs: list[tuple[str, Callable[..., Any], tuple[int, ...], int]] = []
+    """Name, what to trace, the plan's shape, the mask's rows."""
     for rows in blueprint.decode_rows:
-        jobs.append((f"decode[{rows}]", lambda *a: decode_step(blueprint, *a), (rows, DECODE_WIDTH)))
+        jobs.append((f"decode[{rows}]", lambda *a: decode_step(blueprint, *a), (rows, DECODE_WIDTH), rows))
     for tokens in blueprint.prefill_tokens:
         size = prefill_size(blueprint.prefill_segments, tokens, blueprint.shapes.table_width)
-        jobs.append((f"prefill[{tokens}]", lambda *a, t=tokens: prefill_step(blueprint, t, *a), size))
+        segments = blueprint.prefill_segments
+        jobs.append(
+            (f"prefill[{tokens}]", lambda *a, t=tokens: prefill_step(blueprint, t, *a), (size,), segments)
+        )
     done = 0
     if progress is not None:
         progress(0, len(jobs))
     compiled: dict[str, Any] = {}
     infos: list[ProgramInfo] = []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        lowered = ((name, _lower(blueprint, name, step, size)) for name, step, size in jobs)
+        lowered = ((job[0], _lower(blueprint, *job)) for job in jobs)
         futures = [(name, pool.submit(_compile, name, program)) for name, program in lowered]
         for name, future in futures:
             compiled[name], info = future.result()
@@ -202,15 +222,15 @@ def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | Non
 
 
 def _lower(
-    blueprint: Blueprint, name: str, step: Callable[..., Any], plan_shape: int | tuple[int, int]
+    blueprint: Blueprint, name: str, step: Callable[..., Any], plan_shape: tuple[int, ...], mask_rows: int
 ) -> Any:
     """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
     b = blueprint
     params = abstract_params(b.graph.specs, b.placement)
     kv = abstract_kv(b.config, b.shapes, b.dtype, b.placement)
     state = abstract_state(b.shapes, b.placement)
-    shape = plan_shape if isinstance(plan_shape, tuple) else (plan_shape,)
-    plan = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=b.placement.replicated)
+    mask_shape = (mask_rows, mask_width(b.shapes.vocab))
+    plan, mask = (described(shape, jnp.int32, b.placement.replicated) for shape in (plan_shape, mask_shape))
 
     def named(*args: Any) -> Any:
         return step(*args)
@@ -218,7 +238,7 @@ def _lower(
     named.__name__ = name.replace("[", "_").rstrip("]")
     shardings = jax.tree.map(lambda a: a.sharding, (kv, state))
     jitted = jax.jit(named, donate_argnums=(1, 2), out_shardings=(*shardings, b.placement.replicated))
-    return jitted.lower(params, kv, state, plan)
+    return jitted.lower(params, kv, state, plan, mask)
 
 
 def _compile(name: str, lowered: Any) -> tuple[Any, ProgramInfo]:

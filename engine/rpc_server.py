@@ -64,6 +64,9 @@ class _Connection:
         self._core = core
         self._loop = asyncio.get_running_loop()
         self._running: set[str] = set()
+        self._submitting: dict[str, bool] = {}
+        """Requests whose grammar is compiled on another thread, by id, and whether they were cancelled meanwhile."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._unread: list[Delivery] = []
         self._news = asyncio.Event()
         self._ended = False
@@ -81,6 +84,7 @@ class _Connection:
         for item in batch:
             if isinstance(item, RequestError) or item.finish_reason is not None:
                 self._running.discard(item.request_id)
+                self._submitting.pop(item.request_id, None)
         self._unread += batch
         if len(self._unread) > MAX_UNREAD_ENTRIES:
             logger.error("a connection leaves %d outputs unread and is cut off", len(self._unread))
@@ -96,18 +100,28 @@ class _Connection:
 
     def cancel_all(self) -> None:
         """Free the lanes of all its requests."""
-        for request_id in self._running:
-            self._core.cancel(request_id)
+        for request_id in [*self._running, *self._submitting]:
+            self._cancel(request_id)
         self._running.clear()
+
+    def _cancel(self, request_id: str) -> None:
+        if request_id in self._running:  # never another connection's
+            self._core.cancel(request_id)
+        elif request_id in self._submitting:
+            self._submitting[request_id] = True
 
     async def listen(self, messages: AsyncIterator[pb.ClientMessage]) -> None:
         """Do what the client asks until it has no more to ask."""
         try:
             async for message in messages:
-                if message.WhichOneof("kind") == "submit":
+                if message.WhichOneof("kind") != "submit":
+                    self._cancel(message.cancel.request_id)
+                elif message.submit.HasField("grammar"):
+                    task = asyncio.ensure_future(self._submit_guided(message.submit))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                else:
                     self._submit(message.submit)
-                elif message.cancel.request_id in self._running:  # never another connection's
-                    self._core.cancel(message.cancel.request_id)
         finally:
             self.end()
 
@@ -115,11 +129,29 @@ class _Connection:
         try:
             self._core.submit(codec.decode_request(message), self)
             self._running.add(message.id)
-        except EngineError as error:
-            self._take([RequestError(message.id, error)])
-        except Exception as error:  # a defect met by one request must not end its neighbours
-            logger.exception("request %s could not be submitted", message.id)
-            self._take([RequestError(message.id, RequestFailed(f"the engine could not take it: {error!r}"))])
+        except Exception as error:
+            self._refuse(message.id, error)
+
+    async def _submit_guided(self, message: pb.Request) -> None:
+        """Submit a request whose grammar may have to be compiled first, while others go on."""
+        self._submitting[message.id] = False
+        try:
+            await asyncio.to_thread(lambda: self._core.submit(codec.decode_request(message), self))
+        except Exception as error:
+            self._refuse(message.id, error)
+            return
+        cancelled = self._submitting.pop(message.id, None)
+        if cancelled is None:
+            return  # it has ended by now
+        self._running.add(message.id)
+        if cancelled or self._ended:
+            self._core.cancel(message.id)
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        if not isinstance(error, EngineError):  # a defect met by one request must not end its neighbours
+            logger.error("request %s could not be submitted", request_id, exc_info=error)
+            error = RequestFailed(f"the engine could not take it: {error!r}")
+        self._take([RequestError(request_id, error)])
 
     async def batches(self) -> AsyncIterator[pb.StepBatch]:
         """Yield what comes, a batch a turn while the reader keeps up."""

@@ -4,7 +4,7 @@ Launching returns at once; `Launch.read` waits. Knows arrays and programs; why a
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -15,10 +15,11 @@ from .errors import RequestFailed
 from .launcher import Launcher, Made
 from .programs import Blueprint
 from .request import TokenOutput
+from .sampler import mask_width
 from .sequence import Sequence
 from .turn import NO_PAGE, ProgramKind, Segment, Turn
 
-Publish = Callable[[ProgramKind, int, np.ndarray], None]
+Publish = Callable[[ProgramKind, int, np.ndarray, np.ndarray | None], None]
 """Told of every launch, before it is made."""
 
 
@@ -78,10 +79,10 @@ class Runner:
         count = sum(len(segment.tokens) for segment in turn.segments)
         tokens = next(size for size in b.prefill_tokens if size >= count)
         packed = pack_prefill(turn.segments, b.prefill_segments, tokens, b.shapes.table_width, b.shapes.lanes)
-        made = self._start("prefill", tokens, packed)
         ended = [
             sequence if segment.last else None for segment, sequence in zip(turn.segments, turn.prefilled)
         ]
+        made = self._start("prefill", tokens, packed, self._masks(ended, b.prefill_segments))
         starts = itertools.accumulate((len(segment.tokens) for segment in turn.segments), initial=0)
         scored = tuple(one for one in zip(turn.prefilled, turn.segments, starts) if one[1].targets)
         if scored and made.scores is not None:
@@ -95,11 +96,23 @@ class Runner:
         packed[: len(turn.rows)] = turn.rows
         if (packed[:, 2] == NO_PAGE).all():
             packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
-        return Launch(self._start("decode", rows, packed).result, list(turn.decoded), 0)
+        made = self._start("decode", rows, packed, self._masks(turn.decoded, rows))
+        return Launch(made.result, [*turn.decoded], 0)
 
-    def _start(self, kind: ProgramKind, size: int, packed: np.ndarray) -> Made:
+    def _masks(self, sequences: Iterable[Sequence | None], rows: int) -> np.ndarray | None:
+        """int32[rows, mask_width(V)] for the sequence of each row, see `sampler.exclude`; None if none has a grammar."""
+        masks: np.ndarray | None = None
+        for row, sequence in enumerate(sequences):
+            if sequence is not None and sequence.guide is not None:
+                if masks is None:
+                    masks = np.zeros((rows, mask_width(self._blueprint.shapes.vocab)), np.int32)
+                masks[row, 0] = 1
+                masks[row, 1:] = sequence.guide.mask.result()
+        return masks
+
+    def _start(self, kind: ProgramKind, size: int, packed: np.ndarray, masks: np.ndarray | None) -> Made:
         if self._publish is not None:
-            self._publish(kind, size, packed)
-        made = self._launcher.launch(kind, size, packed)
+            self._publish(kind, size, packed, masks)
+        made = self._launcher.launch(kind, size, packed, masks)
         made.result.copy_to_host_async()
         return made

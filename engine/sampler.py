@@ -1,7 +1,7 @@
 """Logits to tokens, per lane, inside the step: a pure function of arrays. Knows no lane numbers and no requests.
 
-Order: logit bias -> watermark -> repetition, frequency and presence penalty -> no stop id before `min_tokens` -> temperature -> top-k
--> top-p -> min-p -> typical -> Gumbel-max. Biases come first (OpenAI's definition, vLLM's order); what is greedy takes the largest after the penalties.
+Order: logit bias -> watermark -> repetition, frequency and presence penalty -> no stop id before `min_tokens` -> grammar mask ->
+temperature -> top-k -> top-p -> min-p -> typical -> Gumbel-max. Biases come first (OpenAI's definition, vLLM's order); what is greedy takes the largest after the mask.
 No sort: every cut is a threshold found by bisection over the bits of a float (`threshold`). Work that no row asked for
 is skipped by `lax.cond`. The randomness of a token is a function of (request seed, position) alone.
 """
@@ -111,17 +111,23 @@ def sample(
     previous: jax.Array,
     watermark: Watermark,
     layout: Layout = ONE_DEVICE,
+    mask: jax.Array | None = None,
 ) -> Sampled:
     """Choose one token per row.
 
     logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on); B marks a row
-    nobody uses, which gets any token · position int32[R] of the token to be chosen · previous int32[R], the token before.
+    nobody uses, which gets any token · position int32[R] of the token to be chosen · previous int32[R], the token before ·
+    mask int32[R, mask_width(V)], see `exclude`; None masks no row.
     """
     # Each step is pinned: what works by rows must spread neither to its neighbours nor to the weights.
     logits = layout.by_vocab(logits)
     rows = layout.everywhere(_neutral(rows, lanes >= seen.shape[0]))
     context = Context(seen, lanes, position, previous, watermark)
     processed = adjust(logits, rows, context)
+    if mask is not None:
+        masked = (mask[:, 0] != 0).any()
+        processed = layout.by_vocab(processed)
+        processed = jax.lax.cond(masked, lambda x: layout.by_vocab(exclude(x, mask)), lambda x: x, processed)
     random = rows.temperature > 0
     processed = jax.lax.cond(random.any(), lambda x: scale(x, rows.temperature), lambda x: x, processed)
     processed = layout.by_vocab(processed)
@@ -216,6 +222,20 @@ def penalize(logits: jax.Array, rows: SamplingRows, seen: jax.Array) -> jax.Arra
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen > 0, scaled, logits)
     return logits - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0).astype(jnp.float32)
+
+
+def mask_width(vocab: int) -> int:
+    """Columns of a row's mask: whether it is masked, and a bit for each token."""
+    return 1 + -(-vocab // 32)
+
+
+def exclude(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Leave the tokens whose bit is set, in the rows that are masked. mask int32[R, mask_width(V)]: column 0 is not 0
+    where the row is masked; bit n of column 1 + w is token 32 w + n."""
+    count, vocab = logits.shape
+    places = jnp.arange(32, dtype=jnp.int32)[None, None]
+    allowed = (mask[:, 1:, None] >> places & 1).reshape(count, -1)[:, :vocab]
+    return jnp.where((allowed == 1) | (mask[:, :1] == 0), logits, EXCLUDED)
 
 
 def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:

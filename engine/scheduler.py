@@ -3,12 +3,15 @@
 First come, first served within a priority. A sequence is admitted when a lane and the pages of its whole token list are
 free, with a page to spare for each running sequence to grow into. When a running sequence needs a page and none is left,
 the youngest gives its pages back and is computed again later (preemption by recompute), so the oldest always advances.
+A sequence with a grammar samples only when its mask is there; where its grammar forced tokens, they are one more piece of
+prompt.
 Knows no device and no time: the loop calls `plan` once a turn and `absorb` for every token read back.
 """
 
 import heapq
 from dataclasses import dataclass
 
+from .errors import RequestFailed
 from .pages import PageAllocator, pages_for
 from .request import StepOutput, TokenOutput
 from .sequence import Phase, Sequence
@@ -53,6 +56,10 @@ class Scheduler:
         """All that are not finished, running first."""
         return [*self._running, *(sequence for _, sequence in self._waiting)]
 
+    def guided(self) -> list[Sequence]:
+        """Those with a lane that follow a grammar."""
+        return [sequence for sequence in self._running if sequence.guide is not None]
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that was preempted."""
         sequence.phase = Phase.WAITING
@@ -61,27 +68,42 @@ class Scheduler:
     def plan(self) -> Turn:
         """Decide the next turn and book its lanes and pages."""
         turn = Turn()
-        decoding = [s for s in self._running if s.phase is Phase.DECODE]
-        self._grow(decoding)
+        self._grow()
         self._prefill(turn)
         for sequence in self._running:
-            if sequence.phase is Phase.DECODE and sequence.length < sequence.most_tokens:
+            if (
+                sequence.phase is Phase.DECODE
+                and sequence.length < sequence.most_tokens
+                and not sequence.waits
+            ):
                 self._decode(turn, sequence)
         return turn
 
-    def absorb(self, sequence: Sequence, token: TokenOutput | None) -> StepOutput | None:
+    def absorb(self, sequence: Sequence, token: TokenOutput | RequestFailed | None) -> StepOutput | None:
         """Take in one result; None for a lane that had ended on the device. Frees the sequence if it ends.
 
         Raises RuntimeError if the device ended a lane that goes on here: it would wait for its next token for ever.
+        RequestFailed if that is the result, or the sequence's grammar cannot go on.
         """
         if sequence.phase is Phase.FINISHED:
             return None
         if token is None:
             raise RuntimeError(f"request {sequence.request.id} ended on the device but not on the host")
+        if isinstance(token, RequestFailed):
+            raise token
         output = sequence.accept(token)
         if output.finish_reason is not None:
             self.drop(sequence)
+        elif sequence.phase is Phase.DECODE and sequence.guide is not None:
+            self._jump(sequence)
         return output
+
+    def _jump(self, sequence: Sequence) -> None:
+        """Compute tokens that were forced, not sampled, as a piece of prompt. The lane knows all before them, and the
+        newest of those is not in the pool yet."""
+        if sequence.computed < len(sequence.tokens) - 1:
+            sequence.phase = Phase.PREFILL
+            sequence.recorded = sequence.computed + 1
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands; its lane and pages are free at once.
@@ -100,14 +122,14 @@ class Scheduler:
         self._running.remove(sequence)
         heapq.heappush(self._lanes, sequence.lane)
         self.pages.give_back(sequence.pages)
-        sequence.lane, sequence.pages, sequence.computed = -1, [], 0
+        sequence.lane, sequence.pages, sequence.computed, sequence.recorded = -1, [], 0, 0
 
-    def _grow(self, decoding: list[Sequence]) -> None:
-        """Make sure each decoding sequence has the page of its next token; the oldest are served first."""
-        for sequence in decoding:
+    def _grow(self) -> None:
+        """Make sure each running sequence has the pages of its tokens; the oldest are served first."""
+        for sequence in [*self._running]:
             if sequence.length >= sequence.most_tokens:
                 continue
-            while sequence.phase is Phase.DECODE and self._missing(sequence) > 0:
+            while sequence.phase is not Phase.WAITING and self._missing(sequence) > 0:
                 page = self.pages.take(1)
                 if page is not None:
                     sequence.pages += page
@@ -154,10 +176,12 @@ class Scheduler:
         return sequence
 
     def _chunk(self, turn: Turn, sequence: Sequence, budget: int) -> int:
-        """Plan the next piece of a prompt; returns its length in tokens."""
+        """Plan the next piece of a prompt; returns its length in tokens, 0 if the mask it ends with is not there."""
         start = sequence.computed
         tokens = sequence.tokens[start : start + budget]
         last = start + len(tokens) == len(sequence.tokens)
+        if last and sequence.waits:
+            return 0
         turn.segments.append(
             Segment(
                 lane=sequence.lane,
@@ -167,7 +191,8 @@ class Scheduler:
                 prompt_tokens=sequence.prompt_tokens,
                 remaining=sequence.most_tokens - len(sequence.tokens),
                 pages=sequence.pages,
-                sampling=sequence.request.sampling,
+                sampling=sequence.sampling,
+                recorded=sequence.recorded,
                 targets=sequence.take_targets(start, start + len(tokens)),
                 prompt_top=sequence.request.prompt_logprobs or 0,
             )

@@ -1,15 +1,17 @@
 """One running token list on the host: a request, what it generated, and where it stands. Knows no device.
 
 A sequence is WAITING for a lane, or it holds one: in PREFILL until its whole token list is planned, then DECODE. Tokens
-are known to the host a turn after they are planned, so a sequence counts those still in flight.
+are known to the host a turn after they are planned, so a sequence counts those still in flight. One with a grammar has a
+guide, and is planned only when nothing of it is in flight and the mask of its next token is there.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from .grammar import Guide
 from .local import Sink
-from .request import FinishReason, Request, StepOutput, Timing, TokenOutput
+from .request import FinishReason, Request, SamplingParams, StepOutput, Timing, TokenOutput
 
 
 class Phase(Enum):
@@ -38,18 +40,44 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are, or by a launch in flight will be, in the pool."""
+    recorded: int = 0
+    """Tokens that the lane has counted for penalties: all before what is computed again, or anew."""
     in_flight: int = 0
     """Tokens sampled by launches whose result was not read yet."""
     scored: int = 1
     """Tokens of the prompt whose log-probabilities are planned, if they are asked for; the first has none."""
     prompt: list[TokenOutput] = field(default_factory=list)
     """Those read back, until the first output takes them along."""
+    guide: Guide | None = None
+    """Where it stands in its grammar, if it has one."""
+    unsent: list[TokenOutput] = field(default_factory=list)
+    """Tokens that the grammar forced before the first was sampled: they are sent with it."""
     submitted_s: float = field(default_factory=time.monotonic)
     launched_s: float | None = None
     first_token_s: float | None = None
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.resume_ids]
+
+    def follow(self, guide: Guide) -> None:
+        """Keep to a grammar; what it forces at once is computed with the prompt. At least one token is left to sample."""
+        self.guide = guide
+        forced = guide.forced(self.most_tokens - len(self.tokens) - 1, may_end=False)
+        if forced:
+            self.tokens += forced
+            self.unsent = [TokenOutput(token) for token in forced]
+            guide.prepare()
+
+    @property
+    def waits(self) -> bool:
+        """Nothing may be sampled now: its last token is not known, or its next one's mask is not there."""
+        return self.guide is not None and (self.in_flight > 0 or not self.guide.mask.done())
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """What the device is told. A mask sees to the least length itself, lest the two leave no token."""
+        asked = self.request.sampling
+        return asked if self.guide is None or not asked.min_tokens else replace(asked, min_tokens=0)
 
     @property
     def length(self) -> int:
@@ -82,20 +110,35 @@ class Sequence:
         return (*[-1] * (first - 1 - start), *self.tokens[first:stop], *[-1] * (end + 1 - stop))
 
     def accept(self, token: TokenOutput) -> StepOutput:
-        """Take in one token read back; says whether the sequence ends with it."""
+        """Take in one token read back, with those that its grammar forces after it; says whether the sequence ends.
+
+        Raises RequestFailed if the grammar cannot go on.
+        """
         self.in_flight -= 1
         self.tokens.append(token.id)
         now = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = now
-        reason = None
-        if token.id in self.request.sampling.stop_ids:
-            reason = FinishReason.STOP
-        elif len(self.tokens) >= self.most_tokens:
-            reason = FinishReason.LENGTH
+        new, self.unsent = [*self.unsent, token], []
+        reason = self._ending()
+        if self.guide is not None and reason is None:
+            self.guide.follow([token.id])
+            forced = self.guide.forced(self.most_tokens - len(self.tokens))
+            self.tokens += forced
+            new += [TokenOutput(token_id) for token_id in forced]
+            reason = self._ending()
+            if reason is None:
+                self.guide.prepare()
         timing = None if reason is None else self.timing(now)
         prompt, self.prompt = tuple(self.prompt), []
-        return StepOutput(self.request.id, (token,), reason, timing=timing, prompt=prompt)
+        return StepOutput(self.request.id, tuple(new), reason, timing=timing, prompt=prompt)
+
+    def _ending(self) -> FinishReason | None:
+        """Why the sequence ends with its newest token, if it does."""
+        ends = self.request.sampling.stop_ids if self.guide is None else self.guide.end_ids
+        if self.tokens[-1] in ends:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.tokens) >= self.most_tokens else None
 
     def timing(self, now: float) -> Timing:
         """The times so far, as if the sequence ended now."""

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from llguidance import LLTokenizer
 
+from ..models.guidance import guidance_tokenizer
 from ..models.opened import open_model
+from ..models.tokenizer import TextTokenizer
 from ..tpu.runtime import use_compile_cache
 from .build import Progress, build, compile_within, design
 from .config import EngineConfig, programs_folder
@@ -46,10 +49,13 @@ def start(
         if leader is not None:
             leader.gather(decisions(blueprint))
 
+    def guidance() -> LLTokenizer:
+        return guidance_tokenizer(TextTokenizer.from_path(path), opened.config.vocab_size)
+
     try:
         built = build(config, opened.config, opened.source, progress, gather)
         check_all_built(built)
-        engine = Engine(config, opened.config, built, model_sha, leader)
+        engine = Engine(config, opened.config, built, model_sha, leader, guidance)
     except BaseException:
         if leader is not None:
             leader.close()

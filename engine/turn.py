@@ -31,6 +31,8 @@ class Segment(NamedTuple):
     """The token that follows each, where its log-probability is asked for; else -1. Empty if none is."""
     prompt_top: int = 0
     """Alternatives to report with each target."""
+    recorded: int = 0
+    """Tokens before this position were counted for penalties by an earlier launch."""
 
 
 @dataclass(slots=True)

@@ -7,7 +7,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("server", "engine", "models", "sharding", "tpu")
 
 ALLOWED = {
-    "server": {"engine", "models.tokenizer", "models.hub", "models.demo", "models.errors"},
+    "server": {
+        "engine",
+        "models.tokenizer",
+        "models.hub",
+        "models.demo",
+        "models.errors",
+        "models.guidance",
+    },
     "engine": {"models", "sharding", "tpu"},
     "models": {"sharding"},
     "sharding": set[str](),
@@ -19,9 +26,9 @@ NO_JAX = ("jax", "jaxlib", "flax", "optax")
 HOST_FILES = {
     "engine": {
         "__init__", "scheduler", "pages", "request", "errors", "config", "client", "local",
-        "rpc_server", "rpc_client", "replay", "process",
+        "rpc_server", "rpc_client", "replay", "process", "grammar",
     },
-    "models": {"__init__", "tokenizer", "hub", "demo", "errors", "config"},
+    "models": {"__init__", "tokenizer", "hub", "demo", "errors", "config", "guidance"},
 }  # fmt: skip
 """Files that must import where there is no accelerator stack at all. Every file of `server` is one."""
 

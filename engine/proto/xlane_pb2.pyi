@@ -336,11 +336,13 @@ class FollowRequest(_message.Message):
     def __init__(self, process_id: _Optional[int] = ..., host: _Optional[str] = ..., decisions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Launch(_message.Message):
-    __slots__ = ("kind", "size", "plan")
+    __slots__ = ("kind", "size", "plan", "mask")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     kind: str
     size: int
     plan: bytes
-    def __init__(self, kind: _Optional[str] = ..., size: _Optional[int] = ..., plan: _Optional[bytes] = ...) -> None: ...
+    mask: bytes
+    def __init__(self, kind: _Optional[str] = ..., size: _Optional[int] = ..., plan: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...

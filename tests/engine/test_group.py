@@ -58,6 +58,10 @@ def group_of() -> Iterator[Callable[..., Group]]:
         group.leader.close()
 
 
+def plain(numbers: np.ndarray | None) -> list[int] | None:
+    return None if numbers is None else numbers.tolist()
+
+
 def test_followers_get_every_launch_in_order_and_then_the_end(group_of):
     group = group_of(3)
     followers = [group.follower(1), group.follower(2)]
@@ -65,15 +69,19 @@ def test_followers_get_every_launch_in_order_and_then_the_end(group_of):
     made: list[list[tuple]] = [[], []]
     threads = [
         threading.Thread(
-            target=follower.run, args=(lambda *told, said=said: said.append((*told[:2], told[2].tolist())),)
+            target=follower.run,
+            args=(lambda *told, said=said: said.append((*told[:2], *map(plain, told[2:]))),),
         )
         for follower, said in zip(followers, made)
     ]
     for thread in threads:
         thread.start()
-    told = [("decode" if n % 3 else "prefill", n, [n, -1]) for n in range(5 * AHEAD)]
-    for kind, size, plan in told:
-        group.leader.publish(kind, size, np.array(plan, np.int32))
+    told = [
+        ("decode" if n % 3 else "prefill", n, [n, -1], [1, -n] if n % 2 else None) for n in range(5 * AHEAD)
+    ]
+    for kind, size, plan, mask in told:
+        masks = None if mask is None else np.array(mask, np.int32)
+        group.leader.publish(kind, size, np.array(plan, np.int32), masks)
     group.leader.close()
     for thread in threads:
         thread.join(10)

@@ -17,6 +17,7 @@ from xlane.engine import EngineConfig, LogprobsMode, SamplingParams, TokenOutput
 from xlane.engine.batch import pack_prefill, read_result
 from xlane.engine.build import design
 from xlane.engine.programs import Programs, compile_all, param_sharding
+from xlane.engine.sampler import mask_width
 from xlane.engine.state import LaneState, abstract_kv, abstract_state, zeros_like
 from xlane.engine.turn import NO_PAGE, Segment
 from xlane.models.attention import XlaKernels
@@ -83,18 +84,24 @@ class Device:
         remaining = sampling.max_tokens - max(0, end - prompt)
         return Segment(lane, list(tokens), start, last, prompt, remaining, self.pages(lane, end), sampling)
 
-    def prefill(self, *segments: Segment, size: int = 32) -> list[TokenOutput | None]:
+    def prefill(
+        self, *segments: Segment, size: int = 32, masks: dict[int, np.ndarray] | None = None
+    ) -> list[TokenOutput | None]:
         b = self.blueprint
         packed = pack_prefill(list(segments), b.prefill_segments, size, b.shapes.table_width, LANES)
         self.kv, self.state, (result, self.scores) = self.programs.prefill(
-            size, self.params, self.kv, self.state, jnp.array(packed)
+            size, self.params, self.kv, self.state, jnp.array(packed), self.masks(b.prefill_segments, masks)
         )
         rows = np.asarray(result)
         assert not rows[len(segments) :, 0].any()
         return [read_result(row, segment.sampling) for row, segment in zip(rows, segments)]
 
     def decode(
-        self, *lanes: int, size: int = LANES, sampling: SamplingParams = GREEDY
+        self,
+        *lanes: int,
+        size: int = LANES,
+        sampling: SamplingParams = GREEDY,
+        masks: dict[int, np.ndarray] | None = None,
     ) -> list[TokenOutput | None]:
         plan = np.full((size, 3), (LANES, 0, NO_PAGE), np.int32)
         for row, lane in enumerate(lanes):
@@ -102,11 +109,18 @@ class Device:
             page = self.pages(lane, at + 1)[-1] if at % PAGE == 0 else NO_PAGE
             plan[row] = (lane, at // PAGE, page)
         self.kv, self.state, result = self.programs.decode(
-            size, self.params, self.kv, self.state, jnp.array(plan)
+            size, self.params, self.kv, self.state, jnp.array(plan), self.masks(size, masks)
         )
         rows = np.asarray(result)
         assert not rows[len(lanes) :, 0].any()
         return [read_result(row, sampling) for row in rows[: len(lanes)]]
+
+    def masks(self, rows: int, given: dict[int, np.ndarray] | None) -> jax.Array:
+        """Of the rows that have one."""
+        packed = np.zeros((rows, mask_width(VOCAB)), np.int32)
+        for row, mask in (given or {}).items():
+            packed[row] = (1, *mask)
+        return jnp.array(packed)
 
     def snapshot(self) -> Any:
         return jax.tree.map(np.array, (self.kv, self.state))
@@ -181,8 +195,9 @@ def test_no_program_sorts(programs: Programs) -> None:
 def test_a_shape_that_was_not_compiled_is_refused(device: Device) -> None:
     with pytest.raises(KeyError):
         device.decode(0, size=4)
+    plan = jnp.zeros((3, 3), jnp.int32)
     with pytest.raises(TypeError):
-        device.programs.decode(2, device.params, device.kv, device.state, jnp.zeros((3, 3), jnp.int32))
+        device.programs.decode(2, device.params, device.kv, device.state, plan, device.masks(2, None))
 
 
 def test_rows_that_are_inactive_or_padding_write_nothing(device: Device) -> None:

@@ -1,5 +1,6 @@
 """The scheduler's plans: by hand, and against a simulated device under random arrivals, cancels and shortage."""
 
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.support.fake_device import FakeDevice, FakeLaunch, expected_ids
+from tests.support.fake_device import FakeDevice, FakeGuide, FakeLaunch, expected_ids
 from xlane.engine import FinishReason, Request, SamplingParams, StepOutput, TokenOutput
 from xlane.engine.pages import PageAllocator, pages_for
 from xlane.engine.scheduler import Limits, Scheduler
@@ -25,8 +26,16 @@ class NoSink:
 
 
 def sequence(
-    arrival: int, prompt: int | list[int], max_tokens: int = 8, priority: int = 0, resume=(), **sampling
+    arrival: int,
+    prompt: int | list[int],
+    max_tokens: int = 8,
+    priority: int = 0,
+    resume=(),
+    guided: int | None = None,
+    late: list[FakeGuide] | None = None,
+    **sampling,
 ) -> Sequence:
+    """`guided`: with a grammar of so many tokens, whose masks go to `late` to be computed when the test likes."""
     ids = tuple(prompt if isinstance(prompt, list) else range(1, prompt + 1))
     asked = Request(
         id=f"r{arrival}",
@@ -34,8 +43,16 @@ def sequence(
         sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling),
         priority=priority,
         resume_ids=tuple(resume),
+        grammar=None if guided is None else str(guided),
     )
-    return Sequence(asked, NoSink(), arrival, min(MOST, len(ids) + max_tokens))
+    made = Sequence(asked, NoSink(), arrival, min(MOST, len(ids) + max_tokens))
+    if guided is not None:
+        guide = FakeGuide(guided, late)
+        guide.follow(resume)
+        guide.mask = Future()
+        guide.compute()
+        made.follow(guide)  # type: ignore[arg-type]
+    return made
 
 
 def scheduler(pages: int = 32, lanes: int = 2, chunk_tokens: int = 8, chunk_segments: int = 4) -> Scheduler:
@@ -273,6 +290,58 @@ def test_resumed_output_is_no_prompt_and_counts_against_the_budget() -> None:
     assert (segment.tokens, segment.prompt_tokens, segment.remaining) == ([1, 2, 3, 7, 8], 3, 3)
 
 
+def test_a_guided_sequence_does_not_run_ahead_and_free_ones_do() -> None:
+    """One turn is always in flight, as in the loop: the guided one is in every second."""
+    plans = scheduler(lanes=3)
+    plans.add(sequence(0, 3, max_tokens=9))
+    guided = sequence(1, 3, max_tokens=9, guided=20)
+    plans.add(guided)
+    turns = [plans.plan(), plans.plan()]
+    assert isinstance(guided.guide, FakeGuide)
+    for made in (1, 1):
+        for one in (*turns[-2].prefilled, *turns[-2].decoded):
+            plans.absorb(one, TokenOutput(guided.guide.allowed()[0] if one is guided else 50))
+        assert len(guided.tokens) == 3 + made
+        turns.append(plans.plan())
+    assert [decoded(turn) for turn in turns] == [["r0"], ["r0"], ["r0", "r1"], ["r0"]]
+
+
+def test_a_sequence_whose_mask_is_late_waits_alone() -> None:
+    late: list[FakeGuide] = []
+    plans = scheduler(lanes=3)
+    one = sequence(0, 3, guided=20, late=late)
+    plans.add(one)
+    plans.add(sequence(1, 3))
+    first = plans.plan()
+    assert decoded(first) == ["r1"]
+    assert isinstance(one.guide, FakeGuide)
+    plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
+    assert [decoded(plans.plan()) for _ in range(2)] == [["r1"], ["r1"]]
+    late.pop().compute()
+    assert decoded(plans.plan()) == ["r0", "r1"]
+
+
+def test_forced_tokens_are_one_piece_of_prompt_that_counts_none_twice() -> None:
+    plans = scheduler()
+    one = sequence(0, 3, max_tokens=20, guided=20)
+    plans.add(one)
+    plans.plan()
+    assert isinstance(one.guide, FakeGuide)
+    first = plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
+    assert decoded(plans.plan()) == ["r0"]
+    second = plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
+    assert first is not None
+    assert second is not None
+    assert [len(first.tokens), len(second.tokens)] == [1, 4]
+    turn = plans.plan()
+    (segment,) = turn.segments
+    assert turn.rows == []
+    assert segment.tokens == one.tokens[4:8] == [token.id for token in second.tokens]
+    assert (segment.start, segment.recorded, segment.last) == (4, 5, True)
+    assert (segment.prompt_tokens, segment.remaining) == (3, 23 - 8)
+    assert len(segment.pages) == 3  # eight tokens, and the next one
+
+
 class Machine(RuleBasedStateMachine):
     """Random requests over a simulated device, one turn ahead as `loop.Loop` runs it.
 
@@ -294,6 +363,8 @@ class Machine(RuleBasedStateMachine):
         self.outputs: dict[str, list[int]] = {}
         self.reasons: dict[str, FinishReason] = {}
         self.cancelled: set[str] = set()
+        self.late: list[FakeGuide] = []
+        """Guides whose masks were not computed yet."""
 
     @rule(
         prompt=st.lists(st.integers(0, 63), min_size=1, max_size=MOST - 1),
@@ -302,11 +373,22 @@ class Machine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 1]),
         seed=st.integers(0, 3),
         given=st.integers(0, 6),
+        guided=st.none() | st.integers(0, MOST),
     )
     def submit(
-        self, prompt: list[int], max_tokens: int, stop: int | None, priority: int, seed: int, given: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        stop: int | None,
+        priority: int,
+        seed: int,
+        given: int,
+        guided: int | None = None,
     ) -> None:
         options = {"stop_ids": (stop,) if stop is not None else (), "seed": seed, "priority": priority}
+        options |= {"guided": guided, "late": self.late}
+        if guided is not None:
+            options["stop_ids"] = ()  # FakeGuide knows no end but its own
         one = sequence(len(self.all), prompt, max_tokens, **options)
         resume = expected_ids(one.request, MOST)[:-1][:given]  # as after the loss of an engine
         one = sequence(len(self.all), prompt, max_tokens, resume=resume, **options)
@@ -314,11 +396,19 @@ class Machine(RuleBasedStateMachine):
         self.outputs[one.request.id] = list(resume)
         self.plans.add(one)
 
-    @rule(count=st.integers(2, 6), prompt=st.integers(1, 5), seed=st.integers(0, 3))
-    def burst(self, count: int, prompt: int, seed: int) -> None:
+    @rule(count=st.integers(2, 6), prompt=st.integers(1, 5), seed=st.integers(0, 3), guided=st.booleans())
+    def burst(self, count: int, prompt: int, seed: int, guided: bool) -> None:
         """Short prompts with long outputs: all are admitted, and then there are not enough pages."""
         for number in range(count):
-            self.submit([seed, number, *range(prompt - 1)], MOST, None, 0, seed, 0)
+            self.submit(
+                [seed, number, *range(prompt - 1)],
+                MOST,
+                None,
+                0,
+                seed,
+                0,
+                MOST if guided and number % 2 else None,
+            )
 
     @precondition(lambda self: self.all)
     @rule(which=st.integers(0, 10**6))
@@ -328,9 +418,12 @@ class Machine(RuleBasedStateMachine):
             self.cancelled.add(one.request.id)
         self.plans.drop(one)
 
-    @rule(count=st.integers(1, 6))
-    def turn(self, count: int) -> None:
+    @rule(count=st.integers(1, 6), masks=st.integers(0, 3))
+    def turn(self, count: int, masks: int = 8) -> None:
         for _ in range(count):
+            for guide in self.late[:masks]:
+                guide.compute()
+            del self.late[:masks]
             plan = self.plans.plan()
             limits = self.plans.limits
             assert sum(len(segment.tokens) for segment in plan.segments) <= limits.chunk_tokens
@@ -392,7 +485,8 @@ class Machine(RuleBasedStateMachine):
                 assert self.outputs[name] == expected[: len(self.outputs[name])]
             else:
                 assert self.outputs[name] == expected
-                stopped = expected[-1] in one.request.sampling.stop_ids
+                stops = one.request.sampling.stop_ids if one.guide is None else one.guide.end_ids
+                stopped = expected[-1] in stops
                 assert self.reasons[name] is (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 

@@ -5,10 +5,14 @@ from what is read back *through the lane's page table*. A wrong page, a lane sha
 Knows no jax; a launch runs when it is made and is read when the reader pleases, as on a real device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from xlane.engine import Request, TokenOutput
+from xlane.engine.grammar import bits
 from xlane.engine.sequence import Sequence
 from xlane.engine.turn import NO_PAGE, Segment, Turn
 
@@ -28,11 +32,63 @@ def next_token(context: list[int], seed: int) -> int:
 def expected_ids(request: Request, most_tokens: int) -> list[int]:
     """The whole output of an undisturbed run, resumed tokens included."""
     context, sampling = list(request.prompt_ids), request.sampling
+    guide = None if request.grammar is None else FakeGuide(int(request.grammar))
     while len(context) < min(most_tokens, len(request.prompt_ids) + sampling.max_tokens):
-        context.append(next_token(context, sampling.seed))
-        if context[-1] in sampling.stop_ids:
+        token = next_token(context, sampling.seed)
+        if guide is not None:
+            token = guide.allowed()[token % len(guide.allowed())]
+            guide.follow([token])
+        context.append(token)
+        if token in sampling.stop_ids or (guide is not None and token in guide.end_ids):
             break
     return context[len(request.prompt_ids) :]
+
+
+class FakeGuide:
+    """Looks like `grammar.Guide`. Of each five tokens two are chosen among a third of the vocabulary and three are forced;
+    after `length` tokens there is nothing but the end. Masks are ready at once, or when the test says `compute`."""
+
+    END = VOCAB - 1
+    end_ids = frozenset({END})
+
+    def __init__(self, length: int, late: list["FakeGuide"] | None = None) -> None:
+        self._length, self._late = length, late
+        self._tokens: list[int] = []
+        self.mask: Future[np.ndarray] = Future()
+        self.compute()
+
+    def allowed(self) -> list[int]:
+        """The tokens that may be next."""
+        at = len(self._tokens)
+        if at >= self._length:
+            return [self.END]
+        if at % 5 >= 2:
+            return [(7 * at) % self.END]
+        return [token for token in range(self.END) if token % 3 == at % 3]
+
+    def follow(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            assert token in self.allowed()
+            self._tokens.append(token)
+
+    def forced(self, most: int, *, may_end: bool = True) -> list[int]:
+        made: list[int] = []
+        while len(made) < most and len(allowed := self.allowed()) == 1:
+            if allowed == [self.END]:
+                return [*made, self.END] if may_end else made
+            self.follow(allowed)
+            made += allowed
+        return made
+
+    def prepare(self) -> None:
+        self.mask = Future()
+        if self._late is None:
+            self.compute()
+        else:
+            self._late.append(self)
+
+    def compute(self) -> None:
+        self.mask.set_result(bits(self.allowed(), VOCAB))
 
 
 @dataclass
@@ -46,6 +102,8 @@ class Lane:
     active: bool = False
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    counted: list[int] = field(default_factory=list)
+    """Tokens recorded for penalties, in order; what is recorded twice would be in it twice."""
 
 
 @dataclass
@@ -81,7 +139,7 @@ class FakeDevice:
         self.turns += 1
         launches = []
         if turn.segments:
-            made = [self._segment(segment) for segment in turn.segments]
+            made = [self._segment(*one) for one in zip(turn.segments, turn.prefilled)]
             ended = [
                 (sequence, token)
                 for segment, sequence, token in zip(turn.segments, turn.prefilled, made)
@@ -94,38 +152,49 @@ class FakeDevice:
             ]
             launches.append(FakeLaunch(ended, count, self.before_read, prompts))
         if turn.rows:
-            results = [(sequence, self._row(*row)) for row, sequence in zip(turn.rows, turn.decoded)]
+            results = [
+                (sequence, self._row(sequence, *row)) for row, sequence in zip(turn.rows, turn.decoded)
+            ]
             launches.append(FakeLaunch(results, 0, self.before_read))
         return launches
 
-    def _segment(self, segment: Segment) -> TokenOutput | None:
+    def _segment(self, segment: Segment, sequence: Sequence) -> TokenOutput | None:
         lane = self.lanes[segment.lane]
+        if segment.start == 0:
+            lane.counted = []
+        lane.counted += segment.tokens[max(0, segment.recorded - segment.start) :]
         lane.table = [*segment.pages, *[0] * (len(lane.table) - len(segment.pages))]
         lane.stop_ids, lane.seed = segment.sampling.stop_ids, segment.sampling.seed
         lane.active, lane.position = False, segment.start
         for token in segment.tokens:
             self._write(lane, token)
         lane.remaining = segment.remaining
-        return self._sample(lane) if segment.last else None
+        assert lane.counted == sequence.tokens[: lane.position]
+        return self._sample(lane, sequence) if segment.last else None
 
-    def _row(self, number: int, page_index: int, page: int) -> TokenOutput | None:
+    def _row(self, sequence: Sequence, number: int, page_index: int, page: int) -> TokenOutput | None:
         lane = self.lanes[number]
         if page != NO_PAGE:
             lane.table[page_index] = page
         if not lane.active:
             return None
         self._write(lane, lane.token)
-        return self._sample(lane)
+        return self._sample(lane, sequence)
 
     def _write(self, lane: Lane, token: int) -> None:
         page = lane.table[lane.position // self.page_tokens]
         self.pool[page][lane.position % self.page_tokens] = token
         lane.position += 1
 
-    def _sample(self, lane: Lane) -> TokenOutput:
+    def _sample(self, lane: Lane, sequence: Sequence) -> TokenOutput:
         width = self.page_tokens
         context = [self.pool[lane.table[at // width]][at % width] for at in range(lane.position)]
         lane.token = next_token(context, lane.seed)
+        if sequence.guide is not None:
+            mask = sequence.guide.mask.result(0)
+            allowed = [token for token in range(VOCAB) if mask[token // 32] >> (token % 32) & 1]
+            lane.token = allowed[lane.token % len(allowed)]
+        lane.counted.append(lane.token)
         lane.remaining -= 1
         lane.active = lane.remaining > 0 and lane.token not in lane.stop_ids
         return TokenOutput(lane.token)

@@ -1,0 +1,207 @@
+"""Grammars (llguidance's): compiled once, then one `Guide` a sequence, which says what its next token may be.
+
+Compiling and the first mask are the submitting thread's work; later masks are computed by a few threads of their own,
+while the device works, so that nobody's step waits for somebody's grammar. Bounds keep a grammar from taking more than
+a second or two; one that breaks them is refused here, or fails its own request later. Knows bits and token ids; no text
+but the grammars', and no device.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
+
+from ..models.errors import ModelError
+from .errors import InvalidRequest, RequestFailed
+from .request import SamplingParams
+
+MAX_GRAMMAR_BYTES = 1 << 18
+"""Longest grammar taken."""
+KEPT_GRAMMARS = 64
+"""Compiled grammars that are remembered, the last used ones."""
+COMPILING = 2
+"""Grammars compiled at once; other threads wait, and leave cores to the device's host."""
+MASK_THREADS = 4
+JUMP_TOKENS = 4
+"""Forced tokens from which they are appended at once. Their keys and values cost one prefill launch, which is about as
+much as a few decode steps; fewer are sampled one by one, where the mask leaves nothing else. The last ones of an output
+cost nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all guides of a model share."""
+
+    tokenizer: LLTokenizer
+    vocab: int
+    """Tokens of the model; the tokenizer may know fewer, or more."""
+    inside: np.ndarray
+    """int32[ceil(V / 32)]: those of the model, as bits."""
+    pool: ThreadPoolExecutor
+
+
+class Grammars:
+    """Compiles the grammars of one model. Any thread may ask."""
+
+    def __init__(self, tokenizer: Callable[[], LLTokenizer], vocab: int) -> None:
+        """`tokenizer` is called once, at the first grammar; `vocab` is the model's vocabulary size."""
+        self._load = tokenizer
+        self._loading = threading.Lock()
+        self._loaded: Shared | ModelError | None = None
+        self._vocab = vocab
+        self._compiling = threading.BoundedSemaphore(COMPILING)
+        self._known: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="masks")
+
+    def guide(self, grammar: str, resumed: Sequence[int], sampling: SamplingParams) -> "Guide":
+        """A sequence's guide, past the tokens it has generated before; its first mask is there. May take a second.
+
+        Raises InvalidRequest for a grammar that is wrong or too large, in llguidance's words, or a model without one.
+        """
+        shared = self._shared()
+        guide = Guide(self._compiled(grammar, shared.tokenizer).deep_copy(), shared, sampling)
+        try:
+            guide.follow(resumed)
+            guide.mask.set_result(guide.compute())
+        except RequestFailed as error:
+            raise InvalidRequest(str(error)) from None
+        return guide
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _shared(self) -> Shared:
+        with self._loading:
+            if self._loaded is None:
+                try:
+                    inside = bits(range(self._vocab), self._vocab)
+                    self._loaded = Shared(self._load(), self._vocab, inside, self._pool)
+                except ModelError as error:
+                    self._loaded = error
+        if isinstance(self._loaded, ModelError):
+            raise InvalidRequest(f"this model takes no grammar: {self._loaded}")
+        return self._loaded
+
+    def _compiled(self, grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
+        found = self._recall(grammar)
+        if found is not None:
+            return found
+        if (size := len(grammar.encode(errors="replace"))) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"the grammar has {size} bytes; at most {MAX_GRAMMAR_BYTES} are taken")
+        with self._compiling:
+            matcher = self._recall(grammar)  # another thread may have compiled the same one meanwhile
+            if matcher is None:
+                matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise InvalidRequest(f"the grammar cannot be used: {_why(matcher)}")
+        with self._lock:
+            self._known[grammar] = matcher
+            while len(self._known) > KEPT_GRAMMARS:
+                self._known.popitem(last=False)
+        return matcher
+
+    def _recall(self, grammar: str) -> LLMatcher | None:
+        with self._lock:
+            if grammar in self._known:
+                self._known.move_to_end(grammar)
+            return self._known.get(grammar)
+
+
+def _limits() -> LLParserLimits:
+    """llguidance's own bounds but for the size (its work grows with the square of it: this is a second or two), and
+    messages without its insides."""
+    return LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
+
+
+class Guide:
+    """One sequence's way through its grammar. Used by one thread at a time: whoever holds the sequence, or, until
+    `mask` is done, the thread that computes it."""
+
+    def __init__(self, matcher: LLMatcher, shared: Shared, sampling: SamplingParams) -> None:
+        ends, self._shared, self._matcher = shared.tokenizer.eos_tokens, shared, matcher
+        self._min_tokens = sampling.min_tokens
+        self._ignores_end = not sampling.stop_ids
+        # Each token of a request that wants log-probabilities needs its own forward pass.
+        self._jumps = not sampling.logprobs
+        self._taken = 0
+        """Tokens generated so far."""
+        self.end_ids = frozenset(ends) | frozenset(sampling.stop_ids)
+        """Tokens that end the output: those of the grammar's own end, and the request's."""
+        self._end_id = next((token for token in sampling.stop_ids if token in ends), ends[0])
+        self._ends = bits((token for token in self.end_ids if token < shared.vocab), shared.vocab)
+        self.mask: Future[np.ndarray] = Future()
+        """int32[ceil(V / 32)]: the tokens that may be next, as bits, V those of the model. Fails with RequestFailed."""
+
+    def follow(self, tokens: Iterable[int]) -> None:
+        """Go on with these tokens. Raises RequestFailed if the grammar does not allow them."""
+        for token in tokens:
+            if not self._matcher.consume_token(token):
+                raise self._failed(f"token {token} does not follow the grammar")
+            self._taken += 1
+
+    def forced(self, most: int, *, may_end: bool = True) -> list[int]:
+        """The tokens that must be next, at most so many, if that is worth a jump; the guide goes on with them.
+
+        With `may_end` they may include the one that ends the output: as the last of them, where the grammar allows no
+        other.
+        """
+        if not self._jumps or most <= 0:
+            return []
+        trial, tokens = self._matcher.deep_copy(), self._matcher.compute_ff_tokens()[:most]
+        tokens = tokens[
+            : next((i for i, token in enumerate(tokens) if not self._appends(token)), len(tokens))
+        ]
+        if not trial.consume_tokens(tokens):
+            return []
+        full = len(tokens) == most
+        ended = may_end and trial.is_stopped() and not full
+        if len(tokens) < JUMP_TOKENS and not ended and not (may_end and full):
+            return []
+        self._matcher = trial
+        self._taken += len(tokens)
+        return [*tokens, self._end_id] if ended else tokens
+
+    def _appends(self, token: int) -> bool:
+        """May it be appended unseen? What ends the output is sampled, or appended last."""
+        return token < self._shared.vocab and token not in self.end_ids
+
+    def prepare(self) -> None:
+        """Begin to compute the mask of the next token."""
+        self.mask = self._shared.pool.submit(self.compute)
+
+    def compute(self) -> np.ndarray:
+        """The mask of the next token. Raises RequestFailed if there is none."""
+        words = np.zeros((1, (self._shared.tokenizer.vocab_size + 31) // 32), np.int32)
+        fill_next_token_bitmask(self._matcher, words)
+        if self._matcher.is_error():
+            raise self._failed("the grammar cannot go on")
+        mask = words[0, : self._shared.inside.size] & self._shared.inside
+        if self._ignores_end or self._taken < self._min_tokens:
+            # Where nothing else may follow, the grammar's end stays the output's.
+            going_on = mask & ~self._ends
+            mask = going_on if going_on.any() else mask
+        if not mask.any():
+            raise RequestFailed("the grammar cannot go on: no token of this model fits")
+        return mask
+
+    def _failed(self, what: str) -> RequestFailed:
+        return RequestFailed(f"{what}: {_why(self._matcher)}")
+
+
+def _why(matcher: LLMatcher) -> str:
+    """llguidance's words, without its mark that they are short."""
+    return matcher.get_error().partition("\n<non-verbose/>")[0]
+
+
+def bits(ids: Iterable[int], vocab: int) -> np.ndarray:
+    """Token ids -> int32[ceil(vocab / 32)], the lowest bit first, as llguidance writes masks."""
+    flags = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    flags[list(ids)] = 1
+    return np.packbits(flags, bitorder="little").view(np.int32)
