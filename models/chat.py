@@ -26,6 +26,11 @@ class ChatTemplates:
         """The template of a chat without tools."""
         return self.templates.get(DEFAULT)
 
+    @property
+    def with_tools(self) -> str | None:
+        """The template of a chat with tools."""
+        return self.templates.get(TOOL_USE, self.default)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -77,6 +77,11 @@ class TextTokenizer:
         """The template of a chat without tools, if the model has one."""
         return self._chat.default
 
+    @property
+    def tool_template(self) -> str | None:
+        """The template of a chat with tools, if the model has one."""
+        return self._chat.with_tools
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Other threads run meanwhile."""
         # encode() holds the interpreter lock, encode_batch() does not.

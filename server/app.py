@@ -38,6 +38,7 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
         permits=Permits(config.max_concurrent_requests),
         metrics=Metrics(),
         workers=TextWorkers(config.validation_workers),
+        grammars=Grammars(config.max_grammar_bytes),
     )
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
 
@@ -45,6 +46,7 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         front.workers.close()
+        front.grammars.close()
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 

@@ -10,6 +10,7 @@ from ..engine import EngineClient, EngineInfo
 from .errors import NotReady
 from .reasoning import Markers, find_markers
 from .text import TextTokenizer
+from .tool_formats import ToolFormat, find_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Serving:
     info: EngineInfo
     markers: Markers | None
     """How the model marks its thinking, if it thinks."""
+    tool_format: ToolFormat
+    """How it writes calls of tools."""
 
 
 class Backend:
@@ -39,7 +42,9 @@ class Backend:
 
     def ready(self, engine: EngineClient, tokenizer: TextTokenizer, info: EngineInfo) -> None:
         """From now on requests are served."""
-        self._serving = Serving(engine, tokenizer, info, find_markers(tokenizer))
+        self._serving = Serving(
+            engine, tokenizer, info, find_markers(tokenizer), find_format(tokenizer)
+        )
         self._reason = ""
 
     def down(self, reason: str) -> None:

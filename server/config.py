@@ -27,6 +27,11 @@ class ServerConfig:
     reasoning_parser: str = "auto"
     """`auto` parts the thinking of a model that thinks from its answers; `none` leaves it in their text."""
 
+    disable_grammar_support: bool = False
+    """Refuse requests that a grammar is needed for: JSON schemas, regular expressions, calls that have to be made."""
+    max_grammar_bytes: int = 500_000
+    """Largest grammar of a request, the schemas of its tools included, UTF-8 bytes."""
+
     payload_limit: int = 2_000_000
     """Largest request body, bytes."""
     header_limit: int = 32_768

@@ -157,6 +157,14 @@ HTTP = (
         "`auto` parts a model's thinking (<think> … </think>) from its answers; `none` leaves it in the text.",
         choices=("auto", "none")
     ),
+    _tgi(
+        "disable-grammar-support", "server.disable_grammar_support",
+        "Refuse requests that need a grammar: JSON schemas, regular expressions, calls that have to be made.", "bool"
+    ),
+    _own(
+        "max-grammar-bytes", "server.max_grammar_bytes",
+        "Largest grammar of a request, the schemas of its tools included.", "int", at_least=1
+    ),
     _tgi("payload-limit", "server.payload_limit", "Largest request body, bytes.", "int", at_least=1),
     _tgi(
         "max-concurrent-requests", "server.max_concurrent_requests", "Most sequences in flight, waiting ones included.",
@@ -259,7 +267,6 @@ _NO_MEANING = {
     "prometheus-port": "/metrics is on the main port",
     "master-addr": "the engine's processes find each other by themselves",
     "master-port": "the engine's processes find each other by themselves",
-    "disable-grammar-support": "there are no grammars to switch off",
     "ngrok-authtoken": "there is no tunnel",
     "ngrok-edge": "there is no tunnel",
     "usage-stats": "nothing is sent anywhere",
@@ -278,7 +285,6 @@ _REFUSED = {
 _BOOLEAN = {
     "trust-remote-code",
     "disable-custom-kernels",
-    "disable-grammar-support",
     "ngrok",
 }
 _HARMLESS = {"speculate": ("0",)}

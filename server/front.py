@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from .backend import Backend, Serving
 from .config import ServerConfig
 from .errors import Busy
+from .grammars import Grammars
 from .metrics import Metrics
 from .reasoning import Markers
 from .text import TextWorkers
@@ -47,6 +48,7 @@ class Front:
     permits: Permits
     metrics: Metrics
     workers: TextWorkers
+    grammars: Grammars
 
     @property
     def model_name(self) -> str:

@@ -34,6 +34,11 @@ class TextTokenizer(Protocol):
         """The template `apply_chat` follows when there are no tools."""
         ...
 
+    @property
+    def tool_template(self) -> str | None:
+        """The one it follows when there are."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Sequence[tuple[int, int, int]]:
@@ -60,6 +65,13 @@ class TextTokenizer(Protocol):
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str: ...
+
+
+def special_id(tokenizer: TextTokenizer, text: str) -> int | None:
+    """The control token that is this text, if there is one."""
+    ids = tokenizer.encode(text, False)
+    known = len(ids) == 1 and tokenizer.is_special(ids[0]) and tokenizer.token_text(ids[0]) == text
+    return ids[0] if known else None
 
 
 class TextWorkers:

@@ -30,6 +30,7 @@ class ByteTokenizer:
     eos_ids: tuple[int, ...] = (EOS, END_OF_TURN)
     vocab_size = VOCAB_SIZE
     chat_template: str | None = None
+    tool_template: str | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())

@@ -1,0 +1,128 @@
+"""A `Form`, tools to call and room to think → one text that llguidance understands. Knows grammars; no request, no engine.
+
+What a client gives is kept in a grammar of its own, which the first refers to by name, so that no rule of one can meet a rule
+of another. JSON may be written compactly or indented, but white space is bounded and an object that lists its properties
+gets no others: a small model would go on with either for ever.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llguidance
+import orjson
+
+from .errors import Invalid
+from .forms import Form
+
+WHITESPACE = r"[ ]|\n[ ]{0,24}"
+"""What may stand between two tokens of JSON."""
+MAX_LINKS = 500
+"""Most rules or `$ref`s of a request: llguidance follows a chain of some thousands until the stack, and the process, ends."""
+_COMPOSED = ("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
+_ALTERNATIVES = ("anyOf", "oneOf", "$ref")
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_OPENS = ("additionalProperties", "patternProperties", *_ALTERNATIVES)
+
+Part = Mapping[str, Any]
+"""One of llguidance's grammars: `{"json_schema": …}` or `{"lark_grammar": …}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Rules and what they refer to."""
+
+    rules: str
+    """In Lark, the first is `start`."""
+    parts: Mapping[str, Part]
+    """By the name that `@name` refers to."""
+
+    def text(self) -> str:
+        """As llguidance reads it."""
+        named = [{"name": name, **part} for name, part in self.parts.items()]
+        return orjson.dumps({"grammars": [{"name": "answer", "lark_grammar": self.rules}, *named]}).decode()
+
+
+def part_of(form: Form) -> Part:
+    """The grammar of a form. Raises Invalid."""
+    match form.kind:
+        case "json":
+            return schema_part(form.value, form.param)
+        case "regex":
+            return lark_part(_lark_regex(form.value))
+        case "choice":
+            return lark_part("start: " + " | ".join(literal(text) for text in form.value))
+        case "grammar":
+            return lark_part(_lark_of(form))
+
+
+def schema_part(schema: Any, param: str) -> Part:
+    """The grammar of all JSON that a schema allows. Raises Invalid."""
+    try:
+        text = orjson.dumps(schema)
+    except TypeError as error:
+        raise Invalid(f"`{param}` is not valid: {error}", param=param) from None
+    _check_links(text.count(b'"$ref"'), "`$ref`s", param)
+    if not isinstance(schema, Mapping):
+        return {"json_schema": schema}
+    composed = any(b'"%s"' % word.encode() in text for word in _COMPOSED)
+    closed = schema if composed else _closed(schema)
+    return {"json_schema": {**closed, "x-guidance": {"whitespace_pattern": WHITESPACE, "coerce_one_of": True}}}
+
+
+def lark_part(rules: str) -> Part:
+    """A grammar in Lark."""
+    return {"lark_grammar": rules}
+
+
+def literal(text: str) -> str:
+    """A text, as Lark writes it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def one_of(rules: Sequence[str]) -> str:
+    """Rules of which one is chosen."""
+    return rules[0] if len(rules) == 1 else f"({' | '.join(rules)})"
+
+
+def _lark_regex(regex: str) -> str:
+    return json.loads(llguidance.LLMatcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"]
+
+
+def _lark_of(form: Form) -> str:
+    """Lark, or what llama.cpp writes (GBNF)."""
+    _check_links(form.value.count(":"), "rules", form.param)
+    try:
+        return llguidance.grammar_from("grammar", form.value)
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"`{form.param}` is not valid: {error}", param=form.param) from None
+
+
+def _check_links(count: int, what: str, param: str) -> None:
+    if count > MAX_LINKS:
+        raise Invalid(f"`{param}` may have at most {MAX_LINKS} {what}. Given: {count}", param=param)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with its objects closed that list their properties and say nothing of others.
+
+    What matches it matches the schema. Where keywords have to hold together, a closed one could leave nothing to match;
+    such an object stays as it is, and schemas that compose (`allOf` …) are not brought here.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, Mapping):
+            found[key] = {name: _closed(inner) for name, inner in value.items()}
+        elif key in ("items", "additionalProperties"):
+            found[key] = _closed(value)
+        elif key in ("anyOf", "oneOf", "prefixItems") and isinstance(value, Sequence):
+            mixed = key != "prefixItems" and "properties" in schema
+            found[key] = value if mixed else [_closed(inner) for inner in value]
+        else:
+            found[key] = value
+    if "properties" in schema and not any(key in schema for key in _OPENS):
+        found["additionalProperties"] = False
+    return found
