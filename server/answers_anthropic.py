@@ -1,5 +1,7 @@
 """What Anthropic's routes answer, as types: for the API's description and for tests. The routes build plain values."""
 
+from typing import Any
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -9,12 +11,15 @@ class _Answer(msgspec.Struct, kw_only=True):
 
 
 class AnswerBlock(_Answer, kw_only=True):
-    """A `text`, or the `thinking` before it."""
+    """A `text`, the `thinking` before it, or a call of a tool (`tool_use`)."""
 
     type: str
     text: str | UnsetType = UNSET
     thinking: str | UnsetType = UNSET
     signature: str | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    input: dict[str, Any] | UnsetType = UNSET
 
 
 class ThinkingTokens(_Answer, kw_only=True):
@@ -59,6 +64,7 @@ class MessageDelta(_Answer, kw_only=True):
     text: str | UnsetType = UNSET
     thinking: str | UnsetType = UNSET
     signature: str | UnsetType = UNSET
+    partial_json: str | UnsetType = UNSET
     stop_reason: str | UnsetType = UNSET
     stop_sequence: str | UnsetType | None = UNSET
 

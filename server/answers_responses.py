@@ -20,15 +20,18 @@ class OutputPart(_Answer, kw_only=True):
 
 
 class OutputItem(_Answer, kw_only=True):
-    """A `message`, or the `reasoning` before it."""
+    """A `message`, the `reasoning` before it, or a `function_call`."""
 
     id: str
     type: str
     status: str
-    content: list[OutputPart]
+    content: list[OutputPart] | UnsetType = UNSET
     role: str | UnsetType = UNSET
     summary: list[OutputPart] | UnsetType = UNSET
     encrypted_content: UnsetType | None = UNSET
+    call_id: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
 
 
 class InputTokensDetails(_Answer, kw_only=True):
@@ -99,7 +102,7 @@ class ModelResponse(_Answer, kw_only=True):
     store: bool
     temperature: float
     text: dict[str, Any]
-    tool_choice: str
+    tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
@@ -119,5 +122,7 @@ class ResponseEvent(_Answer, kw_only=True):
     item: OutputItem | UnsetType = UNSET
     part: OutputPart | UnsetType = UNSET
     delta: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
     logprobs: list[dict[str, Any]] | UnsetType = UNSET

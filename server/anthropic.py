@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from .anthropic_events import MessageEvents, failure
 from .anthropic_input import conversation_of, shows_thinking
-from .anthropic_shapes import block, ending_of, message, usage_of
+from .anthropic_shapes import block, ending_of, message, usage_of, whole_call
 from .body import read_body
 from .converse import conversation_ids, converse
 from .front import Front, front_of
 from .headers import Clock
 from .openai_run import Finished, Job, complete, stream
 from .openai_shapes import answer_headers
+from .reader import Call
 from .schema_anthropic import CountBody, MessagesBody
 from .stream import unless_gone
 from .validate_anthropic import check_count, check_messages
@@ -60,8 +61,11 @@ def _answer(body: MessagesBody, finished: Finished) -> dict[str, Any]:
     content: list[dict[str, Any]] = []
     if answer.reasoning and shows_thinking(body):
         content.append(block("thinking", answer.reasoning))
-    if answer.text or not content:
-        content.append(block("text", answer.text))
+    content += [
+        whole_call(piece) if isinstance(piece, Call) else block("text", piece) for piece in answer.parts
+    ]
+    if not content:
+        content.append(block("text", ""))
     done = answer.done
     usage = usage_of(job, done.cached_tokens, done.tokens, answer.reasoning_tokens)
-    return {**message(job, content, usage), **ending_of(job, body, done)}
+    return {**message(job, content, usage), **ending_of(job, body, done, len(answer.calls))}

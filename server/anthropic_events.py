@@ -5,15 +5,16 @@ reason and the usage, and `message_stop`. Silences are broken by `ping`, but not
 Knows no HTTP.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from .anthropic_input import shows_thinking
-from .anthropic_shapes import Kind, block, ending_of, message, usage_of
+from .anthropic_shapes import Kind, block, call_block, ending_of, message, usage_of
 from .errors import problem_of
 from .generate import Done, Progress
 from .openai_run import Emitter, Job
 from .schema_anthropic import MessagesBody
 from .stream import typed_event
+from .tool_parser import CallArguments, CallStart
 
 PING = typed_event({"type": "ping"})
 
@@ -24,10 +25,10 @@ class MessageEvents(Emitter):
     def __init__(self, job: Job, body: MessagesBody) -> None:
         self._job = job
         self._body = body
-        self._splitter = job.splitters()[0]
+        self._reader = job.readers()[0]
         self._thinking = shows_thinking(body)
         self._started = False
-        self._open: Kind | None = None
+        self._open: Kind | Literal["tool_use"] | None = None
         self._index = -1
         self._done: Done | None = None
 
@@ -35,21 +36,27 @@ class MessageEvents(Emitter):
         """The events of one progress."""
         events = [self._start(progress.cached_tokens)]
         self._done = progress.done
-        reasoning, text = self._splitter.of(progress)
+        reasoning, pieces = self._reader.of(progress)
         if reasoning and self._thinking:
             events += self._write("thinking", reasoning)
-        if text:
-            events += self._write("text", text)
+        for piece in pieces:
+            match piece:
+                case str():
+                    events += self._write("text", piece)
+                case CallStart():
+                    events += [*self._close(), *self._begin("tool_use", call_block(piece.id, piece.name, {}))]
+                case CallArguments():
+                    events.append(self._delta({"type": "input_json_delta", "partial_json": piece.text}))
         return b"".join(events)
 
     def end(self) -> bytes:
         """The end of the last block and of the message."""
         assert self._done is not None, "all sequences have ended"
         done = self._done
-        usage = usage_of(self._job, done.cached_tokens, done.tokens, self._splitter.reasoning_tokens)
-        events = [] if self._index >= 0 else self._begin("text")
+        usage = usage_of(self._job, done.cached_tokens, done.tokens, self._reader.reasoning_tokens)
+        events = [] if self._index >= 0 else self._begin("text", block("text", ""))
         events += self._close()
-        delta = ending_of(self._job, self._body, done)
+        delta = ending_of(self._job, self._body, done, self._reader.calls)
         events.append(typed_event({"type": "message_delta", "delta": delta, "usage": usage}))
         events.append(typed_event({"type": "message_stop"}))
         return b"".join(events)
@@ -70,13 +77,13 @@ class MessageEvents(Emitter):
         return typed_event({"type": "message_start", "message": start})
 
     def _write(self, kind: Kind, text: str) -> list[bytes]:
-        events = [] if self._open == kind else [*self._close(), *self._begin(kind)]
+        events = [] if self._open == kind else [*self._close(), *self._begin(kind, block(kind, ""))]
         return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
 
-    def _begin(self, kind: Kind) -> list[bytes]:
+    def _begin(self, kind: Kind | Literal["tool_use"], empty: dict[str, Any]) -> list[bytes]:
         self._open = kind
         self._index += 1
-        start = {"type": "content_block_start", "index": self._index, "content_block": block(kind, "")}
+        start = {"type": "content_block_start", "index": self._index, "content_block": empty}
         return [typed_event(start)]
 
     def _close(self) -> list[bytes]:

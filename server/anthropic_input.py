@@ -7,6 +7,7 @@ from .chat import Conversation
 from .errors import Invalid, Unsupported
 from .schema_anthropic import Block, CountBody, Turn
 from .schema_openai import Message
+from .tools import message_tools
 
 ROLES = ("user", "assistant", "system")
 BILLING = "x-anthropic-billing-header"
@@ -20,8 +21,10 @@ def conversation_of(body: CountBody) -> Conversation:
         messages.append(Message("system", system))
     if not body.messages:
         raise Invalid("`messages` must not be empty", param="messages")
-    messages += [_message(f"messages[{i}]", turn) for i, turn in enumerate(body.messages)]
-    return Conversation(messages, template_kwargs=_switches(body))
+    for i, turn in enumerate(body.messages):
+        messages += _messages(f"messages[{i}]", turn)
+    tools = message_tools(body.tools, body.tool_choice)
+    return Conversation(messages, template_kwargs=_switches(body), tools=tools)
 
 
 def shows_thinking(body: CountBody) -> bool:
@@ -36,20 +39,48 @@ def _system(system: str | Sequence[Block] | None) -> str:
     return "\n".join(_text(f"system[{i}]", block) for i, block in enumerate(blocks))
 
 
-def _message(place: str, turn: Turn) -> Message:
+def _messages(place: str, turn: Turn) -> list[Message]:
+    """A turn as messages: results of tools are messages of their own."""
     if turn.role not in ROLES:
         raise Invalid(f"`{place}.role` must be one of {', '.join(ROLES)}", param=f"{place}.role")
     if isinstance(turn.content, str):
-        return Message(turn.role, turn.content)
+        return [Message(turn.role, turn.content)]
     texts: list[str] = []
     thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[Message] = []
     for i, block in enumerate(turn.content):
+        where = f"{place}.content[{i}]"
         if block.type == "thinking":
             thoughts.append(block.thinking or "")
+        elif block.type == "tool_use" and turn.role == "assistant":
+            calls.append(_call(where, block))
+        elif block.type == "tool_result" and turn.role == "user":
+            results.append(_result(where, block))
         # What is redacted was not thought here.
         elif block.type != "redacted_thinking":
-            texts.append(_text(f"{place}.content[{i}]", block))
-    return Message(turn.role, "".join(texts), reasoning_content="".join(thoughts) or None)
+            texts.append(_text(where, block))
+    if results and not texts:
+        return results
+    thought = "".join(thoughts) or None
+    return [*results, Message(turn.role, "".join(texts), tool_calls=calls or None, reasoning_content=thought)]
+
+
+def _call(place: str, block: Block) -> dict[str, Any]:
+    if not block.id or not block.name or not isinstance(block.input, dict):
+        raise Invalid(f"`{place}` needs an `id`, a `name`, and an object as `input`", param=place)
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
+
+
+def _result(place: str, block: Block) -> Message:
+    if not block.tool_use_id:
+        raise Invalid(f"`{place}.tool_use_id` is missing", param=f"{place}.tool_use_id")
+    content = block.content or ""
+    if not isinstance(content, str):
+        content = "".join(_text(f"{place}.content[{i}]", part) for i, part in enumerate(content))
+    # No template has a place for it.
+    failed = "Error: " if block.is_error else ""
+    return Message("tool", failed + content, tool_call_id=block.tool_use_id)
 
 
 def _text(place: str, block: Block) -> str:

@@ -1,10 +1,12 @@
 """The values Anthropic's answers are made of: the message, its blocks, usage, why it ended. Knows no HTTP."""
 
+import json
 import os
 from typing import Any, Literal
 
 from .generate import Done, Ending
 from .openai_run import Job
+from .reader import Call, calls_tools
 from .schema_anthropic import MessagesBody
 
 Kind = Literal["thinking", "text"]
@@ -13,6 +15,20 @@ Kind = Literal["thinking", "text"]
 def block(kind: Kind, text: str) -> dict[str, Any]:
     """One block of an answer. Thoughts are not signed: nobody has to prove here that they are the model's."""
     return {"type": "text", "text": text} if kind == "text" else {"type": kind, kind: text, "signature": ""}
+
+
+def call_block(identity: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call of a tool."""
+    return {"type": "tool_use", "id": identity, "name": name, "input": arguments}
+
+
+def whole_call(call: Call) -> dict[str, Any]:
+    """A call with its arguments, which are an object here; what was cut off before its end is none."""
+    try:
+        arguments = json.loads(call.arguments, strict=False)
+    except (ValueError, RecursionError):
+        arguments = {}
+    return call_block(call.id, call.name, arguments)
 
 
 def message(job: Job, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
@@ -44,10 +60,12 @@ def usage_of(
     return usage
 
 
-def ending_of(job: Job, body: MessagesBody, done: Done) -> dict[str, Any]:
+def ending_of(job: Job, body: MessagesBody, done: Done, calls: int) -> dict[str, Any]:
     """Why it ended."""
     reason = "end_turn"
-    if done.ending is Ending.STOP:
+    if calls_tools(done, calls):
+        reason = "tool_use"
+    elif done.ending is Ending.STOP:
         reason = "stop_sequence"
     elif done.ending is Ending.LENGTH:
         cut = job.prompts[0].max_tokens < body.max_tokens

@@ -19,6 +19,7 @@ from .backend import Backend
 from .config import ServerConfig
 from .errors import ServerError, error_response
 from .front import Front, Permits
+from .grammars import Grammars
 from .metrics import Metrics
 from .middleware import BodyLimit, RequestIds, TidyPaths
 from .openai_chat import chat_completions

@@ -10,7 +10,7 @@ from ..engine import EngineClient, EngineInfo
 from .errors import NotReady
 from .reasoning import Markers, find_markers
 from .text import TextTokenizer
-from .tool_formats import ToolFormat, find_format
+from .tool_formats import ToolFormat, find_format, kept_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class Serving:
     """How the model marks its thinking, if it thinks."""
     tool_format: ToolFormat
     """How it writes calls of tools."""
+    tool_ids: frozenset[int]
+    """Control tokens that it writes them with."""
 
 
 class Backend:
@@ -42,9 +44,9 @@ class Backend:
 
     def ready(self, engine: EngineClient, tokenizer: TextTokenizer, info: EngineInfo) -> None:
         """From now on requests are served."""
-        self._serving = Serving(
-            engine, tokenizer, info, find_markers(tokenizer), find_format(tokenizer)
-        )
+        form = find_format(tokenizer)
+        marks = kept_ids(form, tokenizer)
+        self._serving = Serving(engine, tokenizer, info, find_markers(tokenizer), form, marks)
         self._reason = ""
 
     def down(self, reason: str) -> None:

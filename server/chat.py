@@ -10,6 +10,8 @@ from .backend import Serving
 from .errors import Invalid, TemplateFailed
 from .front import Front
 from .schema_openai import ChatBody, ContentPart, Message
+from .tool_prompt import fitted, tools_of, with_prompt
+from .tools import ToolUse, chat_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 RESERVED = (
@@ -31,6 +33,10 @@ class Conversation:
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolUse | None = None
+    """What may be called."""
+    tool_prompt: str | None = None
+    """What the last message ends with, if tools may be called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ def conversation_of(body: ChatBody) -> Conversation:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs,
+        tools=chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        tool_prompt=body.tool_prompt,
     )
 
 
@@ -62,10 +70,15 @@ async def render(front: Front, serving: Serving, conversation: Conversation) -> 
     if not messages:
         raise Invalid(f"`{place}` must not be empty", param=place)
     resume, add_prompt = _ending(conversation, messages[-1]["role"])
+    form, use = serving.tool_format, conversation.tools
+    messages = fitted(messages, form, use)
+    if use is not None and conversation.tool_prompt:
+        messages = with_prompt(messages, conversation.tool_prompt)
 
     def apply() -> str:
         return serving.tokenizer.apply_chat(
             messages,
+            tools_of(use) if use is not None and form.told else None,
             add_generation_prompt=add_prompt,
             continue_final_message=resume,
             **conversation.template_kwargs,
@@ -119,7 +132,9 @@ def _message(place: str, message: Message) -> dict[str, Any]:
         raise Invalid(f"`{place}.content` must not be null", param=f"{place}.content")
     rendered: dict[str, Any] = {"role": role, "content": text_of(f"{place}.content", message.content)}
     if message.tool_calls:
-        rendered["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+        rendered["tool_calls"] = [
+            _tool_call(f"{place}.tool_calls[{i}]", call) for i, call in enumerate(message.tool_calls)
+        ]
     for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             rendered[name] = value
@@ -143,13 +158,17 @@ def text_of(place: str, content: str | Sequence[ContentPart] | None) -> str:
     return "".join(texts)
 
 
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Clients send arguments as JSON text; templates want the object."""
+def _tool_call(place: str, call: dict[str, Any]) -> dict[str, Any]:
+    """Clients send arguments as JSON text; templates want the object. Raises Invalid."""
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Invalid(f"`{place}.function` must be an object with a `name`", param=f"{place}.function")
+    # TGI has two names for them.
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            pass  # what a model wrote wrongly is told as it wrote it
+    named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    return {**call, "type": "function", "function": named}

@@ -1,8 +1,11 @@
 """A conversation with checked parameters → a job of one prompt: what every chat API does. Knows no bodies."""
 
+from dataclasses import replace
+
 from .backend import Serving
 from .chat import Conversation, render
 from .front import Front
+from .guide import grammar_of
 from .headers import Clock
 from .openai_run import Job, Prompt, plan
 from .prompts import openai_ids
@@ -45,4 +48,7 @@ async def converse(
         max_tokens = min(max_tokens, max(1, room_left(len(prompt.ids), serving.info)))
     max_tokens = check_length(len(prompt.ids), max_tokens, serving.info, conversation.place, wanted)
     prompt = Prompt(prompt.text, prompt.ids, max_tokens, prompt.thinking)
-    return plan(front, serving, [prompt], checked, clock, front.markers(serving))
+    tools = conversation.tools
+    grammar = await grammar_of(front, serving, checked.form, tools, opened=prompt.thinking)
+    checked = replace(checked, grammar=grammar)
+    return plan(front, serving, [prompt], checked, clock, front.markers(serving), tools)

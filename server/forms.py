@@ -63,7 +63,9 @@ def response_format(value: Any) -> Form | None:
         inner = value.get("json_schema")
         if not isinstance(inner, Mapping) or "schema" not in inner:
             raise Invalid(f"`{param}.json_schema.schema` is missing", param=f"{param}.json_schema.schema")
-        return Form("json", _schema(inner["schema"], f"{param}.json_schema.schema"), f"{param}.json_schema.schema")
+        return Form(
+            "json", _schema(inner["schema"], f"{param}.json_schema.schema"), f"{param}.json_schema.schema"
+        )
     return _plain(kind, value, param)
 
 
@@ -104,7 +106,8 @@ def _plain(kind: str, value: Mapping[str, Any], param: str) -> Form | None:
     if kind == "json_object":
         return Form("json", _schema(value.get("schema") or ANY_OBJECT, f"{param}.schema"), param)
     raise Unsupported(
-        f"`{param}.type` must be text, json_object or json_schema. Given: {kind[:50]!r}", param=f"{param}.type"
+        f"`{param}.type` must be text, json_object or json_schema. Given: {kind[:50]!r}",
+        param=f"{param}.type",
     )
 
 
@@ -128,9 +131,7 @@ def _structured(value: Any) -> Form | None:
     return _KINDS_OF[name](inner, f"{param}.{name}")
 
 
-def _guided(
-    body: ChatBody | CompletionBody, name: str, make: Callable[[Any, str], Form]
-) -> Form | None:
+def _guided(body: ChatBody | CompletionBody, name: str, make: Callable[[Any, str], Form]) -> Form | None:
     value = getattr(body, name)
     return None if value is None else make(value, name)
 

@@ -20,7 +20,15 @@ WHITESPACE = r"[ ]|\n[ ]{0,24}"
 """What may stand between two tokens of JSON."""
 MAX_LINKS = 500
 """Most rules or `$ref`s of a request: llguidance follows a chain of some thousands until the stack, and the process, ends."""
-_COMPOSED = ("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
+_COMPOSED = (
+    "allOf",
+    "if",
+    "not",
+    "dependentSchemas",
+    "unevaluatedProperties",
+    "unevaluatedItems",
+    "$dynamicRef",
+)
 _ALTERNATIVES = ("anyOf", "oneOf", "$ref")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _OPENS = ("additionalProperties", "patternProperties", *_ALTERNATIVES)
@@ -68,7 +76,9 @@ def schema_part(schema: Any, param: str) -> Part:
         return {"json_schema": schema}
     composed = any(b'"%s"' % word.encode() in text for word in _COMPOSED)
     closed = schema if composed else _closed(schema)
-    return {"json_schema": {**closed, "x-guidance": {"whitespace_pattern": WHITESPACE, "coerce_one_of": True}}}
+    return {
+        "json_schema": {**closed, "x-guidance": {"whitespace_pattern": WHITESPACE, "coerce_one_of": True}}
+    }
 
 
 def lark_part(rules: str) -> Part:

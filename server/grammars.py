@@ -79,4 +79,8 @@ class Grammars:
 def _refusal(param: str, messages: list[str]) -> str:
     why = "; ".join(messages)
     # TGI's sentence, under the name that TGI has for it.
-    return f"grammar is not valid: {why}" if param.partition(".")[0] == "grammar" else f"`{param}` is not valid: {why}"
+    return (
+        f"grammar is not valid: {why}"
+        if param.partition(".")[0] == "grammar"
+        else f"`{param}` is not valid: {why}"
+    )

@@ -68,4 +68,3 @@ def _thinking(markers: Markers | None, tokenizer: TextTokenizer, *, opened: bool
         r"THOUGHT: /(.|\n)*/",
         r"GAP: /[ \n]{1,4}/",
     ]
-

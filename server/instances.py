@@ -83,4 +83,7 @@ def _answer(job: native.Job | openai_chat.Job, result: _Result) -> str | dict[st
     if isinstance(job, native.Job):
         answer = native.answer_of(job, result.tokens, result.ends)
         return answer if job.details else answer["generated_text"]
-    return answer_of(job.splitters()[0], result.tokens[0], result.ends[0]).text
+    (done,) = result.ends
+    answer = answer_of(job.readers()[0], result.tokens[0], done)
+    # A prediction is a text; what calls tools is told as the model wrote it.
+    return done.text if answer.calls else answer.text

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -15,6 +15,7 @@ from .detokenize import Detokenizer
 from .errors import problem_of
 from .front import Front, front_of
 from .generate import Done, Progress, Run, TextToken, collect, run_one
+from .guide import grammar_of
 from .headers import Clock, full_headers, stream_headers
 from .prompt_scores import prompt_tokens
 from .prompts import native_ids
@@ -75,6 +76,7 @@ async def prepare(front: Front, body: GenerateBody, clock: Clock, *, streaming: 
     checked = check_parameters(parameters, front.config, serving.tokenizer.eos_ids, streaming=streaming)
     ids = await native_ids(front, serving, body.inputs, parameters.truncate)
     max_tokens = check_length(len(ids), parameters.max_new_tokens, serving.info)
+    checked = replace(checked, grammar=await grammar_of(front, serving, checked.form))
     runs = [
         Run(request, Detokenizer(serving.tokenizer, ids, checked.stops, include_stop=checked.include_stop))
         for request in requests_of(checked, ids, max_tokens)

@@ -83,7 +83,14 @@ def _answer(body: ChatBody, finished: Finished, clock: Clock) -> Response:
 
 
 def _choice(body: ChatBody, job: Job, answer: Answer, index: int) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    calls = answer.calls
+    content = answer.text or None if calls else answer.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
     if job.markers is not None and body.include_reasoning is not False:
         # Clients look for it under one name or the other.
         message["reasoning"] = message["reasoning_content"] = answer.reasoning or None
@@ -91,5 +98,5 @@ def _choice(body: ChatBody, job: Job, answer: Answer, index: int) -> dict[str, A
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(job.serving.tokenizer, answer.tokens) if body.logprobs else None,
-        "finish_reason": answer.done.ending.openai,
+        "finish_reason": answer.finish_reason,
     }

@@ -1,7 +1,7 @@
 """OpenAI's stream: progress in text → chunks, for chat and completions alike. One small JSON value is encoded per chunk;
 all that stays the same in a stream is encoded once. Knows shapes and bytes; no HTTP.
 
-Order per choice: thinking, texts, then one chunk with `finish_reason` alone; after the last choice the usage, then
+Order per choice: thinking, texts and calls of tools, then one chunk with `finish_reason` alone; after the last choice the usage, then
 `[DONE]`.
 """
 
@@ -17,9 +17,11 @@ from .generate import Progress, TextToken
 from .openai_run import Emitter, Job
 from .openai_shapes import fingerprint, usage
 from .prompt_scores import moved, prompt_tokens
-from .reasoning import Splitter, visible
+from .reader import Reader, openai_finish
+from .reasoning import visible
 from .schema_openai import StreamOptions
 from .stream import DONE, event
+from .tool_parser import CallArguments, CallStart
 
 ID = ""
 """TGI's ids are empty, and its clients have seen nothing else."""
@@ -33,13 +35,13 @@ Logprobs = Callable[[Iterable[TextToken]], dict[str, Any]]
 
 @dataclass(slots=True)
 class _Choice:
-    splitter: Splitter
+    reader: Reader
     thinking: list[bytes]
     head: bytes
     middle: bytes
     tail: bytes
     said: bool = False
-    """Whether a text was sent."""
+    """Whether a text or a call was sent."""
     pending: list[TextToken] = field(default_factory=list)
     """Tokens whose log-probabilities are not sent yet, because their text is not."""
     echo: str | None = None
@@ -74,7 +76,7 @@ class Chunks(Emitter):
             "model": job.model,
             "system_fingerprint": fingerprint(job.serving),
         }
-        self._choices = [self._prepared(index, splitter) for index, splitter in enumerate(job.splitters())]
+        self._choices = [self._prepared(index, reader) for index, reader in enumerate(job.readers())]
         self._tokens = 0
         self._cached: dict[int, int] = {}
         """Prompt -> its tokens that were found in the cache by the first of its sequences, which fills it for the others."""
@@ -87,7 +89,7 @@ class Chunks(Emitter):
             self._cached[progress.choice] = progress.cached_tokens
         if self._logprobs is not None:
             choice.pending += progress.tokens
-        reasoning, text = choice.splitter.of(progress)
+        reasoning, pieces = choice.reader.of(progress)
         chunks: list[bytes] = []
         if choice.echo is not None:
             chunks += self._texts(choice, choice.echo, self._echoed(progress))
@@ -95,11 +97,15 @@ class Chunks(Emitter):
         if reasoning and self._reasoning:
             chunks += [orjson.dumps(reasoning).join(choice.thinking), self._so_far(), _CLOSE]
         # A choice without any text still says so once, in the place where clients look for it.
-        if text or (progress.done is not None and not choice.said):
+        for piece in pieces or ([""] if progress.done is not None and not choice.said else []):
             choice.said = True
-            chunks += self._texts(choice, text, self._scores(choice))
+            if isinstance(piece, str):
+                chunks += self._texts(choice, piece, self._scores(choice))
+            else:
+                chunks.append(self._call(choice, progress.choice, piece))
         if progress.done is not None:
-            chunks.append(self._last(progress.choice, progress.done.ending.openai))
+            reason = openai_finish(progress.done, choice.reader.calls)
+            chunks.append(self._last(progress.choice, reason))
         return b"".join(chunks)
 
     def end(self) -> bytes:
@@ -118,8 +124,19 @@ class Chunks(Emitter):
             choice.head, orjson.dumps(text), choice.middle, scores, choice.tail, self._so_far(), _CLOSE
         )  # fmt: skip
 
+    def _call(self, choice: _Choice, index: int, piece: CallStart | CallArguments) -> bytes:
+        """A chunk with a call: its id and name first, then the pieces of its arguments."""
+        if isinstance(piece, CallStart):
+            function = {"name": piece.name, "arguments": ""}
+            call = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+        else:
+            call = {"index": piece.index, "function": {"arguments": piece.text}}
+        delta = {"delta": {"role": "assistant", "tool_calls": [call]}}
+        head, tail = self._chunk(index, delta, _LOGPROBS).split(orjson.dumps(_LOGPROBS))
+        return b"".join([head, self._scores(choice), tail, self._so_far(), _CLOSE])
+
     def _used(self) -> dict[str, Any]:
-        reasoning = sum(choice.splitter.reasoning_tokens for choice in self._choices)
+        reasoning = sum(choice.reader.reasoning_tokens for choice in self._choices)
         return usage(self._job, self._tokens, sum(self._cached.values()), reasoning)
 
     def _so_far(self) -> bytes:
@@ -135,7 +152,7 @@ class Chunks(Emitter):
     def _scores(self, choice: _Choice) -> bytes:
         if self._logprobs is None:
             return b"null"
-        span = choice.splitter.span
+        span = choice.reader.span
         ready = visible(choice.pending, span)
         choice.pending = [token for token in choice.pending if token.start >= span[1]]
         return orjson.dumps(self._logprobs(moved(ready, choice.behind)))
@@ -146,7 +163,7 @@ class Chunks(Emitter):
         choice = {"index": index, **text, "logprobs": None, "finish_reason": reason}
         return event({**self._frame, "choices": [choice], "usage": self._used() if self._usages else None})
 
-    def _prepared(self, index: int, splitter: Splitter) -> _Choice:
+    def _prepared(self, index: int, reader: Reader) -> _Choice:
         """A chunk's JSON with the values that change cut out of it; the usage, which comes last, at the end."""
         text: dict[str, Any] = {"text": _TEXT}
         if self._chat:
@@ -158,7 +175,7 @@ class Chunks(Emitter):
         delta = {"delta": {"role": "assistant", **thought, "tool_calls": None}}
         thinking = self._chunk(index, delta, None).split(orjson.dumps(_TEXT))
         echo = self._job.prompt_of(index).echo
-        return _Choice(splitter, thinking, head, middle, tail, echo=echo, behind=len(echo or ""))
+        return _Choice(reader, thinking, head, middle, tail, echo=echo, behind=len(echo or ""))
 
     def _chunk(self, index: int, text: dict[str, Any], logprobs: str | None) -> bytes:
         choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": None}

@@ -1,6 +1,7 @@
 """`POST /v1/completions`: prompts as text or token ids, several at once. Rules and running are elsewhere."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -11,6 +12,7 @@ from .backend import Serving
 from .body import read_body
 from .errors import Invalid
 from .front import Front, front_of
+from .guide import grammar_of
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, Prompt, complete, plan, stream
@@ -69,6 +71,7 @@ async def _prepare(front: Front, body: CompletionBody, prompts: list[str | list[
     check_model(body.model, front.model_name, serving.info)
     checked = check_completion(body, front.config, serving.info, serving.tokenizer.eos_ids)
     ready = [await _prompt(front, serving, body, prompt, checked.max_tokens) for prompt in prompts]
+    checked = replace(checked, grammar=await grammar_of(front, serving, checked.form))
     return plan(front, serving, ready, checked, clock)
 
 

@@ -10,8 +10,11 @@ from .detokenize import Detokenizer
 from .front import Front
 from .generate import Done, Progress, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
+from .reader import Call, Reader, openai_finish, whole
 from .reasoning import Markers, Splitter, visible
 from .stream import KEEP_ALIVE, EventStream
+from .tool_parser import ToolParser
+from .tools import ToolUse
 from .validate import Checked, requests_of
 
 
@@ -41,6 +44,7 @@ class Job:
     checked: Checked
     runs: list[Run]
     markers: Markers | None
+    tools: ToolUse | None = None
 
     @property
     def text(self) -> str:
@@ -56,13 +60,18 @@ class Job:
         """The prompt of one of the sequences."""
         return self.prompts[choice // self.checked.choices]
 
-    def splitters(self) -> list[Splitter]:
-        """What tells thinking from answer, for each sequence."""
+    def readers(self) -> list[Reader]:
+        """What parts thinking, text and calls, for each sequence."""
         return [
-            Splitter(self.markers, opened=prompt.thinking)
+            Reader(Splitter(self.markers, opened=prompt.thinking), self._parser())
             for prompt in self.prompts
             for _ in range(self.checked.choices)
         ]
+
+    def _parser(self) -> ToolParser | None:
+        if self.tools is None:
+            return None
+        return ToolParser(self.serving.tool_format, frozenset(tool.name for tool in self.tools.allowed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +79,27 @@ class Answer:
     """One sequence at its end."""
 
     reasoning: str
-    text: str
+    parts: list[str | Call]
+    """The answer in order."""
     tokens: list[TextToken]
-    """Those that make up `text`."""
+    """Those that make it up."""
     done: Done
     reasoning_tokens: int
+
+    @property
+    def text(self) -> str:
+        """All of it that is text."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[Call]:
+        """All of it that is calls."""
+        return [part for part in self.parts if isinstance(part, Call)]
+
+    @property
+    def finish_reason(self) -> str:
+        """Why it ended, in OpenAI's words."""
+        return openai_finish(self.done, len(self.calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +137,12 @@ def plan(
     checked: Checked,
     clock: Clock,
     markers: Markers | None = None,
+    tools: ToolUse | None = None,
 ) -> Job:
-    """A job of checked prompts; counts it. With `markers` the answers' thinking is split off."""
+    """A job of checked prompts; counts it. With `markers` the answers' thinking is split off, with `tools` their calls."""
     kept = markers.special_ids if markers else frozenset[int]()
+    if tools is not None:
+        kept |= serving.tool_ids
     runs = [
         Run(
             request,
@@ -137,7 +165,7 @@ def plan(
     front.metrics.validation_duration.observe(clock.submitted())
     # Not `front.model_name`: a server that is asked to stop meanwhile still answers what it has begun.
     model = front.config.served_model_name or serving.info.model_id
-    return Job(serving, model, prompts, checked, runs, markers)
+    return Job(serving, model, prompts, checked, runs, markers, tools)
 
 
 async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine[Any, Any, Job]]) -> Finished:
@@ -145,14 +173,13 @@ async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine
     with front.metrics.request(), front.permits.take(sequences):
         job = await prepare()
         tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
-        splitters = job.splitters()
-        return Finished(job, [answer_of(*parts) for parts in zip(splitters, tokens, ends, strict=True)])
+        return Finished(job, [answer_of(*parts) for parts in zip(job.readers(), tokens, ends, strict=True)])
 
 
-def answer_of(splitter: Splitter, tokens: Sequence[TextToken], done: Done) -> Answer:
-    """A sequence that has ended, its thinking split off."""
-    reasoning, text = splitter.of(Progress(0, tuple(tokens), done.text, done))
-    return Answer(reasoning, text, visible(tokens, splitter.span), done, splitter.reasoning_tokens)
+def answer_of(reader: Reader, tokens: Sequence[TextToken], done: Done) -> Answer:
+    """A sequence that has ended, with its thinking and its calls parted."""
+    reasoning, pieces = reader.of(Progress(0, tuple(tokens), done.text, done))
+    return Answer(reasoning, whole(pieces), visible(tokens, reader.span), done, reader.reasoning_tokens)
 
 
 def stream(

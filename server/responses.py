@@ -15,12 +15,16 @@ from .headers import Clock
 from .openai_chunks import failure
 from .openai_run import Answer, Finished, Job, complete, stream
 from .openai_shapes import answer_headers
+from .reader import Call
 from .responses_events import ResponseEvents
 from .responses_input import conversation_of
-from .responses_shapes import Envelope, Kind, item, item_id, part, status_of
+from .responses_shapes import CALL_PREFIX, Envelope, Kind, call_item, item, item_id, new_id, part, status_of
 from .schema_responses import ResponsesBody
 from .stream import unless_gone
 from .validate_openai import check_model, check_responses
+
+_NOTHING: list[tuple[Kind, str] | Call] = [("message", "")]
+"""An answer that says nothing has a message that says so."""
 
 
 async def responses(request: HttpRequest) -> Response:
@@ -51,13 +55,20 @@ def _answer(body: ResponsesBody, finished: Finished) -> dict[str, Any]:
 
 def _output(answer: Answer, *, reasoning: bool) -> list[dict[str, Any]]:
     """The same items that a stream of this answer ends with."""
-    texts: list[tuple[Kind, str]] = []
+    said: list[tuple[Kind, str] | Call] = []
     if reasoning and answer.reasoning:
-        texts.append(("reasoning", answer.reasoning))
-    if answer.text or not texts:
-        texts.append(("message", answer.text))
-    last = len(texts) - 1
+        said.append(("reasoning", answer.reasoning))
+    for piece in answer.parts:
+        said.append(("message", piece) if isinstance(piece, str) else piece)
+    last = len(said or _NOTHING) - 1
     return [
-        item(kind, item_id(kind), status_of(answer.done) if i == last else "completed", [part(kind, text)])
-        for i, (kind, text) in enumerate(texts)
+        _item(piece, status_of(answer.done) if i == last else "completed")
+        for i, piece in enumerate(said or _NOTHING)
     ]
+
+
+def _item(said: tuple[Kind, str] | Call, status: str) -> dict[str, Any]:
+    if isinstance(said, Call):
+        return call_item(new_id(CALL_PREFIX), status, said.id, said.name, said.arguments)
+    kind, text = said
+    return item(kind, item_id(kind), status, [part(kind, text)])

@@ -1,6 +1,6 @@
 """The stream of a response: progress in text → named, numbered events in the order that OpenAI's clients insist on.
 
-`response.created`, `response.in_progress`; for each item `…output_item.added`, its deltas, what they add up to, and
+`response.created`, `response.in_progress`; for each item (thinking, a message, a call) `…output_item.added`, its deltas, what they add up to, and
 `…output_item.done`; then `response.completed`, `response.incomplete` or `response.failed`. Knows no HTTP.
 """
 
@@ -10,9 +10,10 @@ from typing import Any
 from .errors import problem_of
 from .generate import Done, Progress
 from .openai_run import Emitter, Job
-from .responses_shapes import Envelope, Kind, item, item_id, part, status_of
+from .responses_shapes import CALL_PREFIX, Envelope, Kind, call_item, item, item_id, new_id, part, status_of
 from .schema_responses import ResponsesBody
 from .stream import typed_event
+from .tool_parser import CallArguments, CallStart
 
 _TEXT = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
 
@@ -31,16 +32,35 @@ class _Open:
         return {"item_id": self.id, "output_index": self.index, "content_index": 0}
 
 
+@dataclass(slots=True)
+class _OpenCall:
+    """The call that is being written."""
+
+    index: int
+    id: str
+    call_id: str
+    name: str
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"item_id": self.id, "output_index": self.index}
+
+    def item(self, status: str) -> dict[str, Any]:
+        """The call as far as it came."""
+        return call_item(self.id, status, self.call_id, self.name, "".join(self.texts))
+
+
 class ResponseEvents(Emitter):
     """Makes the events of one stream."""
 
     def __init__(self, job: Job, body: ResponsesBody) -> None:
         self._envelope = Envelope(job, body)
-        self._splitter = job.splitters()[0]
+        self._reader = job.readers()[0]
         self._reasoning = body.include_reasoning is not False
         self._number = 0
         self._output: list[dict[str, Any]] = []
-        self._open: _Open | None = None
+        self._open: _Open | _OpenCall | None = None
         self._done: Done | None = None
 
     def of(self, progress: Progress) -> bytes:
@@ -52,11 +72,14 @@ class ResponseEvents(Emitter):
                 self._event("response.in_progress", response=self._envelope.running()),
             ]
         self._done = progress.done
-        reasoning, text = self._splitter.of(progress)
+        reasoning, pieces = self._reader.of(progress)
         if reasoning and self._reasoning:
             events += self._write("reasoning", reasoning)
-        if text:
-            events += self._write("message", text)
+        for piece in pieces:
+            if isinstance(piece, str):
+                events += self._write("message", piece)
+            else:
+                events += self._call(piece)
         return b"".join(events)
 
     def end(self) -> bytes:
@@ -67,7 +90,7 @@ class ResponseEvents(Emitter):
             events += self._begin("message")
         status = status_of(self._done)
         events += self._close(status)
-        response = self._envelope.finished(self._done, self._output, self._splitter.reasoning_tokens)
+        response = self._envelope.finished(self._done, self._output, self._reader.reasoning_tokens)
         events.append(self._event(f"response.{status}", response=response))
         return b"".join(events)
 
@@ -81,13 +104,33 @@ class ResponseEvents(Emitter):
 
     def _write(self, kind: Kind, text: str) -> list[bytes]:
         events: list[bytes] = []
-        if self._open is None or self._open.kind != kind:
-            if self._open is not None:
+        current = self._open
+        if not isinstance(current, _Open) or current.kind != kind:
+            if current is not None:
                 events += self._close("completed")
             events += self._begin(kind)
-        current = self._current()
+            current = self._open
+        assert isinstance(current, _Open), "a text is open"
         current.texts.append(text)
         return [*events, self._event(f"{_TEXT[kind]}.delta", **current.place, delta=text, **_logprobs(kind))]
+
+    def _call(self, piece: CallStart | CallArguments) -> list[bytes]:
+        events: list[bytes] = []
+        if isinstance(piece, CallStart):
+            if self._open is not None:
+                events += self._close("completed")
+            opened = _OpenCall(len(self._output), new_id(CALL_PREFIX), piece.id, piece.name)
+            self._open = opened
+            added = opened.item("in_progress")
+            return [
+                *events,
+                self._event("response.output_item.added", output_index=opened.index, item=added),
+            ]
+        current = self._open
+        assert isinstance(current, _OpenCall), "arguments follow a start"
+        current.texts.append(piece.text)
+        kind = "response.function_call_arguments.delta"
+        return [self._event(kind, **current.place, delta=piece.text)]
 
     def _begin(self, kind: Kind) -> list[bytes]:
         self._open = opened = _Open(kind, len(self._output), item_id(kind))
@@ -99,7 +142,10 @@ class ResponseEvents(Emitter):
 
     def _close(self, status: str) -> list[bytes]:
         """The item's text as a whole, and the item."""
-        closing, self._open = self._current(), None
+        closing, self._open = self._open, None
+        assert closing is not None, "an item is open"
+        if isinstance(closing, _OpenCall):
+            return self._close_call(closing, status)
         kind, place, text = closing.kind, closing.place, "".join(closing.texts)
         events = [self._event(f"{_TEXT[kind]}.done", **place, text=text, **_logprobs(kind))]
         if kind == "message":
@@ -108,9 +154,14 @@ class ResponseEvents(Emitter):
         self._output.append(done)
         return [*events, self._event("response.output_item.done", output_index=closing.index, item=done)]
 
-    def _current(self) -> _Open:
-        assert self._open is not None, "an item is open"
-        return self._open
+    def _close_call(self, closing: _OpenCall, status: str) -> list[bytes]:
+        done = closing.item(status)
+        self._output.append(done)
+        told = {"name": closing.name, "arguments": done["arguments"]}
+        return [
+            self._event("response.function_call_arguments.done", **closing.place, **told),
+            self._event("response.output_item.done", output_index=closing.index, item=done),
+        ]
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1

@@ -1,9 +1,16 @@
 """The `input` of a response → a conversation. Knows the items of the Responses API; no template, no ids."""
 
+from typing import TypeVar
+
+import msgspec
+
 from .chat import Conversation, text_of
 from .errors import Invalid, Unsupported
 from .schema_openai import ContentPart, Message
 from .schema_responses import Item, ResponsesBody
+from .tools import response_tools
+
+T = TypeVar("T")
 
 ROLES = ("user", "assistant", "system", "developer")
 
@@ -22,7 +29,8 @@ def conversation_of(body: ResponsesBody) -> Conversation:
     effort = body.reasoning.effort if body.reasoning else None
     kwargs = {} if effort is None else {"reasoning_effort": effort}
     # Unlike in a chat, a last message of the assistant is not one to go on with.
-    return Conversation(messages, "input", add_generation_prompt=True, template_kwargs=kwargs)
+    tools = response_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    return Conversation(messages, "input", add_generation_prompt=True, template_kwargs=kwargs, tools=tools)
 
 
 def _messages(items: list[Item]) -> list[Message]:
@@ -31,18 +39,30 @@ def _messages(items: list[Item]) -> list[Message]:
     for i, item in enumerate(items):
         if item.type == "reasoning":
             thought += _thought(item)
-        else:
-            message = _message(f"input[{i}]", item)
-            if message.role == "assistant" and thought:
-                message = Message(message.role, message.content, reasoning_content=thought)
-            messages.append(message)
-            thought = ""
+            continue
+        message = _message(f"input[{i}]", item)
+        if message.role == "assistant" and thought:
+            message = msgspec.structs.replace(message, reasoning_content=thought)
+        # A text and the calls behind it are one message to a template.
+        if item.type == "function_call" and messages and messages[-1].role == "assistant" and not thought:
+            before = messages.pop()
+            calls = [*(before.tool_calls or ()), *(message.tool_calls or ())]
+            message = msgspec.structs.replace(before, tool_calls=calls)
+        messages.append(message)
+        thought = ""
     if not messages:
         raise Invalid("`input` has no message", param="input")
     return messages
 
 
 def _message(place: str, item: Item) -> Message:
+    if item.type == "function_call":
+        function = {"name": _needed(place, "name", item.name), "arguments": item.arguments or ""}
+        call = {"id": _needed(place, "call_id", item.call_id), "type": "function", "function": function}
+        return Message("assistant", tool_calls=[call])
+    if item.type == "function_call_output":
+        text = text_of(f"{place}.output", _needed(place, "output", item.output))
+        return Message("tool", text, tool_call_id=_needed(place, "call_id", item.call_id))
     if item.type not in (None, "message"):
         raise Unsupported(
             f"`{place}` is of type {item.type[:50]!r}, which this server cannot take", param=f"{place}.type"
@@ -52,6 +72,12 @@ def _message(place: str, item: Item) -> Message:
     if item.content is None:
         raise Invalid(f"`{place}.content` must not be null", param=f"{place}.content")
     return Message(item.role, text_of(f"{place}.content", item.content))
+
+
+def _needed(place: str, name: str, value: T | None) -> T:
+    if value is None:
+        raise Invalid(f"`{place}.{name}` is missing", param=f"{place}.{name}")
+    return value
 
 
 def _thought(item: Item) -> str:

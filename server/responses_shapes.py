@@ -10,6 +10,8 @@ from .schema_responses import ResponsesBody
 
 Kind = Literal["reasoning", "message"]
 _PREFIX = {"reasoning": "rs_", "message": "msg_"}
+CALL_PREFIX = "fc_"
+_TOOL = {"type": "function", "description": None, "parameters": None, "strict": False}
 
 
 def new_id(prefix: str) -> str:
@@ -37,6 +39,18 @@ def item(kind: Kind, identity: str, status: str, parts: list[dict[str, Any]]) ->
     return {**start, "role": "assistant", "content": parts}
 
 
+def call_item(identity: str, status: str, call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call of a tool, which is an item of its own."""
+    return {
+        "id": identity,
+        "type": "function_call",
+        "status": status,
+        "call_id": call_id,
+        "name": name,
+        "arguments": arguments,
+    }
+
+
 class Envelope:
     """One response, at whatever stage it is."""
 
@@ -58,9 +72,9 @@ class Envelope:
             "service_tier": "default",
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(body)},
             "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
-            "tools": [],
+            "tools": [{**_TOOL, **tool} for tool in body.tools or ()],
             "top_logprobs": 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
@@ -102,6 +116,12 @@ class Envelope:
             "output": output,
             "usage": None,
         }
+
+
+def _format(body: ResponsesBody) -> dict[str, Any]:
+    """What was asked for, as clients read it back."""
+    given = body.text.format if body.text is not None else None
+    return {"type": "text"} if given is None else {**given, "strict": given.get("strict")}
 
 
 def status_of(done: Done) -> Literal["completed", "incomplete"]:

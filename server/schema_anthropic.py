@@ -17,6 +17,14 @@ class Block(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
     thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: Any = None
+    """Of a tool's call."""
+    tool_use_id: str | None = None
+    content: "str | list[Block] | None" = None
+    is_error: bool | None = None
+    """Of its result."""
 
 
 class Turn(msgspec.Struct, frozen=True):

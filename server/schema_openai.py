@@ -2,7 +2,7 @@
 
 Fields this server has no effect for yet stand here as `Any`, so that `unsupported.py` can refuse them by name. Fields
 that never change an answer (`user`, `store`, `metadata`, `service_tier`, `prompt_cache_key`, `safety_identifier`,
-`parallel_tool_calls`, `verbosity`, `prediction`, …) are not named and so ignored, as their definition allows.
+`verbosity`, `prediction`, …) are not named and so ignored, as their definition allows.
 """
 
 from typing import Any
@@ -104,6 +104,8 @@ class ChatBody(_Completing, frozen=True, kw_only=True):
     chat_template: Any = None
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    tool_prompt: str | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None

@@ -19,6 +19,12 @@ class Item(msgspec.Struct, frozen=True):
     content: str | list[ContentPart] | None = None
     summary: list[ContentPart] | None = None
     """Of reasoning."""
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    """Of a function call."""
+    output: str | list[ContentPart] | None = None
+    """Of a function, as an answer to a call."""
 
 
 class Reasoning(msgspec.Struct, frozen=True):

@@ -57,10 +57,19 @@ LLAMA = ToolFormat(
 )
 """Llama 3."""
 MISTRAL = ToolFormat(
-    syntax="json", marks=("[TOOL_CALLS]",), opening=("[TOOL_CALLS]", "["), between=(", ",), closing=("]",), short_ids=True
+    syntax="json",
+    marks=("[TOOL_CALLS]",),
+    opening=("[TOOL_CALLS]", "["),
+    between=(", ",),
+    closing=("]",),
+    short_ids=True,
 )
 MISTRAL_NAMED = ToolFormat(
-    syntax="named", marks=("[TOOL_CALLS]",), opening=("[TOOL_CALLS]",), between=("[TOOL_CALLS]",), short_ids=True
+    syntax="named",
+    marks=("[TOOL_CALLS]",),
+    opening=("[TOOL_CALLS]",),
+    between=("[TOOL_CALLS]",),
+    short_ids=True,
 )
 """Mistral since its tokenizer's version 11."""
 PYTHON = ToolFormat(syntax="python", bare="[", opening=("[",), between=(", ",), closing=("]",))
@@ -177,4 +186,3 @@ def marked(tokenizer: TextTokenizer, text: str) -> str:
     """A text as Lark writes it, or the control token that it is."""
     number = special_id(tokenizer, text)
     return literal(text) if number is None else f"<[{number}]>"
-

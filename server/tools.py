@@ -89,7 +89,9 @@ def _use(tools: Sequence[Tool], choice: _Choice, parallel: bool) -> ToolUse | No
     if choice.names is not None:
         missing = next((name for name in choice.names if name not in by_name), None)
         if missing is not None:
-            raise Invalid(f"`tool_choice` names {missing[:128]!r}, which is not in `tools`", param="tool_choice")
+            raise Invalid(
+                f"`tool_choice` names {missing[:128]!r}, which is not in `tools`", param="tool_choice"
+            )
     if choice.mode == "none" or (choice.mode == "auto" and not tools):
         return None
     if not tools:
@@ -118,7 +120,8 @@ def _chat_choice(choice: Any, *, nested: bool) -> _Choice:
         )
     allowed = choice.get("allowed_tools") if nested else choice
     place = "tool_choice.allowed_tools" if nested else "tool_choice"
-    mode = allowed.get("mode") if isinstance(allowed, Mapping) else None
+    allowed = _object(allowed, place)
+    mode = allowed.get("mode")
     if mode not in ("auto", "required"):
         raise Invalid(f"`{place}.mode` must be auto or required", param=f"{place}.mode")
     tools = [_object(tool, f"{place}.tools") for tool in _list(allowed.get("tools"), f"{place}.tools")]
@@ -132,19 +135,25 @@ def _function(tool: Any, place: str, *, nested: bool) -> Tool:
     tool = _object(tool, place)
     kind = tool.get("type", "function")
     if kind != "function":
-        raise Unsupported(f"`{place}` is of type {str(kind)[:50]!r}; this server takes functions", param=f"{place}.type")
+        raise Unsupported(
+            f"`{place}` is of type {str(kind)[:50]!r}; this server takes functions", param=f"{place}.type"
+        )
     function, place = (tool.get("function"), f"{place}.function") if nested else (tool, place)
     function = _object(function, place)
     given = function.get("parameters")
     # TGI's other name for it.
-    return _tool(function, given if given is not None else function.get("arguments"), f"{place}.parameters", place)
+    return _tool(
+        function, given if given is not None else function.get("arguments"), f"{place}.parameters", place
+    )
 
 
 def _anthropic(tool: Any, place: str) -> Tool:
     tool = _object(tool, place)
     kind = tool.get("type") or "custom"
     if kind != "custom":
-        raise Unsupported(f"`{place}` is of type {str(kind)[:50]!r}; this server takes your own", param=f"{place}.type")
+        raise Unsupported(
+            f"`{place}` is of type {str(kind)[:50]!r}; this server takes your own", param=f"{place}.type"
+        )
     return _tool(tool, tool.get("input_schema"), f"{place}.input_schema", place)
 
 

@@ -25,10 +25,6 @@ def _one(value: Any) -> bool:
     return value == 1
 
 
-def _plain_text(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("type") == "text"
-
-
 def _no_tools(value: Any) -> bool:
     return value in ("none", "auto")
 
@@ -47,17 +43,10 @@ def _disabled(value: Any) -> bool:
 
 
 TGI: dict[str, Callable[[Any], bool]] = {
-    "grammar": _never,
     "adapter_id": _never,
 }
 
 SHARED: dict[str, Callable[[Any], bool]] = {
-    "response_format": _plain_text,
-    "structured_outputs": _empty,
-    "guided_json": _never,
-    "guided_regex": _never,
-    "guided_choice": _never,
-    "guided_grammar": _never,
     # What vLLM's users may send; their neutral values are what happens anyway.
     "use_beam_search": _empty,
     "length_penalty": _one,
@@ -93,14 +82,12 @@ RESPONSES: dict[str, Callable[[Any], bool]] = {
     "conversation": _never,
     "prompt": _never,
     "background": _empty,
-    "text.format": _plain_text,
     "include": _not_wanted,
     "top_logprobs": _empty,
     "truncation": _disabled,
 }
 
 MESSAGES: dict[str, Callable[[Any], bool]] = {
-    "output_config.format": _plain_text,
     "mcp_servers": _empty,
     "container": _never,
 }
@@ -114,13 +101,3 @@ def refuse(body: object, table: Mapping[str, Callable[[Any], bool]]) -> None:
             value = None if value is None else getattr(value, step)
         if value is not None and not asks_nothing(value):
             raise Unsupported(f"`{name}` is not supported by this server", param=name)
-
-
-def refuse_tools(tools: Any, tool_choice: Any) -> None:
-    """Raises Unsupported if a tool may have to be called. With `tool_choice: "none"` none may, whatever is offered."""
-    if tools and tool_choice != "none":
-        raise Unsupported(
-            '`tools` is not supported by this server; send `tool_choice: "none"`', param="tools"
-        )
-    if tool_choice is not None and not _no_tools(tool_choice):
-        raise Unsupported("`tool_choice` is not supported by this server", param="tool_choice")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..engine import MAX_PROMPT_LOGPROBS, EngineInfo, Request, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid
+from .forms import Form
 
 MAX_SEED = 2**64 - 1
 GREEDY_BELOW = 1e-5
@@ -31,6 +32,10 @@ class Checked:
     stops: tuple[str, ...] = ()
     include_stop: bool
     """Whether the answer keeps the stop string that ended it, as TGI's does and OpenAI's does not."""
+    form: Form | None = None
+    """What the answer has to match."""
+    grammar: str | None = None
+    """The same and all else that has to be kept, for the engine."""
     prompt_logprobs: int | None = None
     """Alternatives to report for each token of the prompt; None scores no prompt."""
     choices: int = 1
@@ -111,6 +116,7 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             id=os.urandom(16).hex(),
             prompt_ids=ids,
             sampling=base if choice == 0 else replace(base, seed=derive_seed(base.seed, choice)),
+            grammar=checked.grammar,
             prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)

@@ -3,8 +3,9 @@
 from ..engine import EngineInfo
 from .config import ServerConfig
 from .errors import Invalid
+from .forms import text_format
 from .schema_anthropic import CountBody, MessagesBody
-from .unsupported import MESSAGES, refuse, refuse_tools
+from .unsupported import MESSAGES, refuse
 from .validate import Checked
 from .validate_openai import between, sampling_of, stops_of
 
@@ -14,8 +15,6 @@ THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 def check_count(body: CountBody) -> None:
     """What a prompt cannot be made of. Raises Invalid, Unsupported."""
     refuse(body, MESSAGES)
-    choice = body.tool_choice.get("type") if isinstance(body.tool_choice, dict) else body.tool_choice
-    refuse_tools(body.tools, choice)
     if body.thinking is not None and body.thinking.type not in THINKING:
         raise Invalid(f"`thinking.type` must be one of {', '.join(THINKING)}", param="thinking.type")
 
@@ -30,4 +29,5 @@ def check_messages(
         max_tokens=between("max_tokens", body.max_tokens, 1, None),
         stops=stops_of(body.stop_sequences, config, "stop_sequences"),
         include_stop=False,
+        form=text_format(body.output_config.format if body.output_config else None, "output_config.format"),
     )

@@ -5,9 +5,10 @@ from typing import TypeVar
 from ..engine import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, EngineInfo, LogprobsMode, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid, NoSuchModel, TooLong
+from .forms import form_of, text_format
 from .schema_openai import ChatBody, CompletionBody, Sampling
 from .schema_responses import ResponsesBody
-from .unsupported import CHAT, COMPLETION, RESPONSES, refuse, refuse_tools
+from .unsupported import CHAT, COMPLETION, RESPONSES, refuse
 from .validate import (
     GREEDY_BELOW,
     MAX_SEED,
@@ -30,7 +31,6 @@ MAX_BIAS = 100.0
 def check_chat(body: ChatBody, config: ServerConfig, info: EngineInfo, eos_ids: tuple[int, ...]) -> Checked:
     """Chat parameters → `Checked`. Raises Invalid, Unsupported."""
     refuse(body, CHAT)
-    refuse_tools(body.tools, body.tool_choice)
     top = between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if top is not None and not body.logprobs:
         raise Invalid("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
@@ -82,11 +82,11 @@ def check_completion(
 def check_responses(body: ResponsesBody, info: EngineInfo, eos_ids: tuple[int, ...]) -> Checked:
     """A response's parameters → `Checked`. Raises Invalid, Unsupported."""
     refuse(body, RESPONSES)
-    refuse_tools(body.tools, body.tool_choice)
     return Checked(
         sampling=sampling_of(body, info, eos_ids),
         max_tokens=between("max_output_tokens", body.max_output_tokens, 1, None),
         include_stop=False,
+        form=text_format(body.text.format if body.text else None, "text.format"),
     )
 
 
@@ -154,6 +154,7 @@ def _checked(
         max_tokens=max_tokens,
         stops=stops_of(body.stop, config),
         include_stop=bool(body.include_stop_str_in_output),
+        form=form_of(body),
         prompt_logprobs=prompt_logprobs,
         choices=choices,
         keep=keep,

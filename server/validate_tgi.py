@@ -7,6 +7,7 @@ on, `frequency_penalty` is OpenAI's (TGI's depends on the other rows of the batc
 from ..engine import EngineInfo, LogprobsMode, SamplingParams
 from .config import ServerConfig
 from .errors import Invalid
+from .forms import tgi_form
 from .schema_tgi import GenerateParameters
 from .unsupported import TGI, refuse
 from .validate import (
@@ -60,6 +61,7 @@ def check_parameters(
         ),
         max_tokens=parameters.max_new_tokens,
         stops=stops,
+        form=tgi_form(parameters.grammar),
         include_stop=True,
         prompt_logprobs=0 if parameters.decoder_input_details else None,
         choices=choices,

@@ -163,7 +163,14 @@ def test_any_arguments_come_out_as_they_went_in(arguments: dict[str, Any], ascii
 
 def test_hostile_answers_take_linear_time():
     for form in FORMATS.values():
-        for text in ("<tool_call>" * 4_000, "[" * 20_000, "{" * 20_000, "[f(" * 7_000, " " * 50_000, "<" * 20_000):
+        for text in (
+            "<tool_call>" * 4_000,
+            "[" * 20_000,
+            "{" * 20_000,
+            "[f(" * 7_000,
+            " " * 50_000,
+            "<" * 20_000,
+        ):
             parse(form, [text[i : i + 4] for i in range(0, len(text), 4)])
 
 
