@@ -283,7 +283,8 @@ def _python_arguments(text: str) -> str | None:
             value = _plain(keyword.value)
             found |= value if keyword.arg is None else {keyword.arg: value}
         return json.dumps(found, allow_nan=False)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    # Python 3.11 has a SystemError for some trees that are too deep.
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, SystemError):
         return None
 
 

@@ -3,7 +3,7 @@
 from ..engine import EngineInfo
 from .config import ServerConfig
 from .errors import Invalid
-from .forms import text_format
+from .forms import Form, text_format
 from .schema_anthropic import CountBody, MessagesBody
 from .unsupported import MESSAGES, refuse
 from .validate import Checked
@@ -12,22 +12,24 @@ from .validate_openai import between, sampling_of, stops_of
 THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 
 
-def check_count(body: CountBody) -> None:
-    """What a prompt cannot be made of. Raises Invalid, Unsupported."""
+def check_count(body: CountBody) -> Form | None:
+    """What a prompt cannot be made of; the form that its answer is asked for in. Raises Invalid, Unsupported."""
     refuse(body, MESSAGES)
     if body.thinking is not None and body.thinking.type not in THINKING:
         raise Invalid(f"`thinking.type` must be one of {', '.join(THINKING)}", param="thinking.type")
+    config = body.output_config
+    return text_format(config.format if config else None, "output_config.format")
 
 
 def check_messages(
     body: MessagesBody, config: ServerConfig, info: EngineInfo, eos_ids: tuple[int, ...]
 ) -> Checked:
     """A message's parameters → `Checked`. Raises Invalid, Unsupported."""
-    check_count(body)
+    form = check_count(body)
     return Checked(
         sampling=sampling_of(body, info, eos_ids),
         max_tokens=between("max_tokens", body.max_tokens, 1, None),
         stops=stops_of(body.stop_sequences, config, "stop_sequences"),
         include_stop=False,
-        form=text_format(body.output_config.format if body.output_config else None, "output_config.format"),
+        form=form,
     )

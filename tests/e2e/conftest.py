@@ -16,7 +16,7 @@ from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
 from ..support.byte_tokenizer import ByteTokenizer
-from ..support.fake_engine import FakeEngine
+from ..support.fake_engine import FakeEngine, fake_info
 from ..support.live_server import live_server
 
 READY_S = 240
@@ -26,7 +26,7 @@ READY_S = 240
 @pytest.fixture(scope="session")
 def fake_server_url() -> Iterator[str]:
     """The real front over the engine that says the alphabet."""
-    engine, backend = FakeEngine(), Backend()
+    engine, backend = FakeEngine(fake_info(20_000, 16_000), obeys=True), Backend()
     backend.ready(engine, ByteTokenizer(), engine.info_value)
     with live_server(backend, ServerConfig(cors_allow_origins=("*",))) as server:
         yield server.url

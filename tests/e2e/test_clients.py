@@ -1,6 +1,8 @@
 """The clients people use, unchanged, against whatever `server_url` is: nothing here depends on what the model says."""
 
 import asyncio
+import functools
+import json
 from typing import Any
 
 import httpx
@@ -13,6 +15,35 @@ MESSAGES: Any = [
     {"role": "user", "content": "Say hello."},
 ]
 PROMPT = "The alphabet begins with a"
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Oslo", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 7},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOL: dict[str, Any] = {"name": "weather", "description": "Tells the weather.", "parameters": WEATHER}
+CHAT_TOOL: dict[str, Any] = {"type": "function", "function": TOOL}
+
+
+@functools.cache
+def weather_model() -> Any:
+    """The arguments of the tool, as pydantic's."""
+    from typing import Literal
+
+    from pydantic import BaseModel, Field
+
+    class Weather(BaseModel):
+        city: Literal["Oslo", "Rome"]
+        days: int = Field(ge=1, le=7)
+
+    return Weather
+
+
+def check_weather(arguments: dict[str, Any]) -> bool:
+    return arguments["city"] in ("Oslo", "Rome") and 1 <= arguments["days"] <= 7 and len(arguments) == 2
 
 
 class TestOpenAI:
@@ -114,6 +145,54 @@ class TestOpenAI:
         assert len(texts) == 5
         assert len(set(texts)) == 1
 
+    def test_parse_gives_what_was_asked_for(self, client: Any, model: str):
+        weather = weather_model()
+        answer = client.chat.completions.parse(
+            model=model, messages=MESSAGES, response_format=weather, max_tokens=200, temperature=0
+        )
+        parsed = answer.choices[0].message.parsed
+        assert isinstance(parsed, weather)
+        assert answer.choices[0].finish_reason == "stop"
+        with client.chat.completions.stream(
+            model=model, messages=MESSAGES, response_format=weather, max_tokens=200, temperature=0
+        ) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == parsed
+
+    def test_tools(self, client: Any, model: str):
+        import openai
+
+        tool = openai.pydantic_function_tool(weather_model(), name="weather")
+        fields: dict[str, Any] = {"model": model, "max_tokens": 200, "temperature": 0, "tools": [tool]}
+        answer = client.chat.completions.parse(**fields, messages=MESSAGES, tool_choice="required")
+        choice = answer.choices[0]
+        assert choice.finish_reason == "tool_calls"
+        call = choice.message.tool_calls[0]
+        assert isinstance(call.function.parsed_arguments, weather_model())
+        result = {"role": "tool", "tool_call_id": call.id, "content": "Rain."}
+        more = client.chat.completions.create(**fields, messages=[*MESSAGES, choice.message, result])
+        assert more.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+    def test_tools_streamed(self, client: Any, model: str):
+        fields: dict[str, Any] = {"model": model, "max_tokens": 200, "temperature": 0, "messages": MESSAGES}
+        choice = {"type": "function", "function": {"name": "weather"}}
+        with client.chat.completions.stream(**fields, tools=[CHAT_TOOL], tool_choice=choice) as stream:
+            events = list(stream)
+            final = stream.get_final_completion()
+        [done] = [event for event in events if event.type == "tool_calls.function.arguments.done"]
+        assert check_weather(json.loads(done.arguments))
+        [call] = final.choices[0].message.tool_calls
+        assert call.function.arguments == done.arguments
+        assert final.choices[0].finish_reason == "tool_calls"
+
+    def test_what_cannot_be_a_schema_is_the_clients_own_error(self, client: Any, model: str):
+        import openai
+
+        schema = {"type": "array", "uniqueItems": True}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as refused:
+            client.chat.completions.create(model=model, messages=MESSAGES, response_format=form)
+        assert refused.value.param == "response_format.json_schema.schema"
+
 
 class TestOpenAIResponses:
     @pytest.fixture
@@ -174,6 +253,33 @@ class TestOpenAIResponses:
 
         assert len(asyncio.run(ask())) == 1
 
+    def test_parse_gives_what_was_asked_for(self, client: Any, model: str):
+        weather = weather_model()
+        fields = {"model": model, "input": "Will it rain?", "max_output_tokens": 200, "temperature": 0}
+        answer = client.responses.parse(**fields, text_format=weather)
+        assert isinstance(answer.output_parsed, weather)
+        with client.responses.stream(**fields, text_format=weather) as stream:
+            assert stream.get_final_response().output_parsed == answer.output_parsed
+
+    def test_tools(self, client: Any, model: str):
+        fields: dict[str, Any] = {
+            "model": model, "max_output_tokens": 200, "temperature": 0, "tools": [{"type": "function", **TOOL}],
+        }  # fmt: skip
+        items: list[Any] = [{"role": "user", "content": "Will it rain?"}]
+        answer = client.responses.create(**fields, input=items, tool_choice="required")
+        [call, *_] = answer.output
+        assert call.type == "function_call"
+        assert check_weather(json.loads(call.arguments))
+        items += [
+            *answer.output,
+            {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."},
+        ]
+        assert client.responses.create(**fields, input=items).output
+        with client.responses.stream(**fields, input="Will it rain?", tool_choice="required") as stream:
+            kinds = [event.type for event in stream]
+            assert stream.get_final_response().output[0].arguments == call.arguments
+        assert "response.function_call_arguments.done" in kinds
+
 
 class TestAnthropic:
     @pytest.fixture
@@ -229,8 +335,8 @@ class TestAnthropic:
         with pytest.raises(anthropic.NotFoundError) as missing:
             client.messages.create(**{**fields, "model": "no-such-model"})
         assert missing.value.request_id
-        with pytest.raises(anthropic.BadRequestError, match="tools"):
-            client.messages.create(**fields, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+        with pytest.raises(anthropic.BadRequestError, match="web_search"):
+            client.messages.create(**fields, tools=[{"type": "web_search_20250305", "name": "web_search"}])
 
     def test_async(self, server_url: str, fields: dict[str, Any]):
         from anthropic import AsyncAnthropic
@@ -243,6 +349,25 @@ class TestAnthropic:
                     return texts | {await stream.get_final_text()}
 
         assert len(asyncio.run(ask())) == 1
+
+    def test_tools(self, client: Any, fields: dict[str, Any]):
+        tool = {"name": "weather", "description": "Tells the weather.", "input_schema": WEATHER}
+        fields = {**fields, "tools": [tool], "max_tokens": 200}
+        answer = client.messages.create(**fields, tool_choice={"type": "any"})
+        assert answer.stop_reason == "tool_use"
+        [call, *_] = answer.content
+        assert (call.type, call.name) == ("tool_use", "weather")
+        assert check_weather(call.input)
+        with client.messages.stream(**fields, tool_choice={"type": "tool", "name": "weather"}) as stream:
+            assert stream.get_final_message().content[0].input == call.input
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "Rain."}
+        turns = [{"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+        assert client.messages.create(**{**fields, "messages": [*fields["messages"], *turns]}).content
+
+    def test_a_form_is_kept(self, client: Any, fields: dict[str, Any]):
+        form = {"format": {"type": "json_schema", "schema": WEATHER}}
+        answer = client.messages.create(**{**fields, "max_tokens": 200}, output_config=form)
+        assert check_weather(json.loads(answer.content[-1].text))
 
 
 def test_both_apis_give_the_same_greedy_text(server_url: str):

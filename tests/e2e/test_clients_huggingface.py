@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .test_clients import MESSAGES, PROMPT
+from .test_clients import CHAT_TOOL, MESSAGES, PROMPT, WEATHER, check_weather
 
 pytestmark = pytest.mark.clients
 
@@ -73,6 +73,18 @@ class TestHuggingFaceHub:
         text = "".join(p.choices[0].delta.content or "" for p in pieces)
         assert text == answer.choices[0].message.content
         assert pieces[-1].choices[0].finish_reason == answer.choices[0].finish_reason
+
+    def test_grammars_and_tools(self, client: Any, at_root: Any):
+        fields = {"max_new_tokens": 200, "return_full_text": False}
+        text = at_root.text_generation(PROMPT, **fields, grammar={"type": "json", "value": WEATHER})
+        assert check_weather(json.loads(text))
+        answer = client.chat_completion(MESSAGES, max_tokens=200, tools=[CHAT_TOOL], tool_choice="required")
+        [call, *_] = answer.choices[0].message.tool_calls
+        assert call.function.name == "weather"
+        assert check_weather(json.loads(call.function.arguments))
+        form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+        answer = client.chat_completion(MESSAGES, max_tokens=200, response_format=form)
+        assert check_weather(json.loads(answer.choices[0].message.content))
 
 
 class TestTextGeneration:

@@ -42,6 +42,7 @@ WORKS: dict[str, tuple[str, str, Any]] = {
     "env": ("true", "run.show_env", True),
     "max-client-batch-size": ("5", "server.max_client_batch_size", 5),
     "enable-prefill-logprobs": ("false", "server.prompt_logprobs", False),
+    "disable-grammar-support": ("true", "server.disable_grammar_support", True),
     "payload-limit": ("1000", "server.payload_limit", 1000),
     "graceful-termination-timeout": ("30", "server.graceful_termination_timeout_s", 30.0),
 }
@@ -51,7 +52,7 @@ NOTED = {
     "trust-remote-code": "true", "waiting-served-ratio": "0.3", "max-waiting-tokens": "20", "cuda-graphs": "1,2",
     "max-batch-total-tokens": "16000", "disable-custom-kernels": "true", "prometheus-port": "9000",
     "master-addr": "localhost", "master-port": "29500",
-    "disable-grammar-support": "true", "ngrok-authtoken": "t", "ngrok-edge": "e", "usage-stats": "on",
+    "ngrok-authtoken": "t", "ngrok-edge": "e", "usage-stats": "on",
 }  # fmt: skip
 """Taken, and told that it has no meaning here: no answer differs for want of it."""
 

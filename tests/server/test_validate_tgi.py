@@ -52,7 +52,6 @@ def test_refusals(parameters: dict[str, Any], sentence: str):
 @pytest.mark.parametrize(
     "parameters",
     [
-        {"grammar": {"type": "regex", "value": "a"}},
         {"adapter_id": "x"},
     ],
 )

@@ -25,7 +25,8 @@ from xlane.engine import (
 )
 
 from .arithmetic import choose, prompt_outputs
-from .byte_tokenizer import VOCAB_SIZE
+from .byte_tokenizer import EOS, VOCAB_SIZE
+from .obedient import obedient_ids
 
 LETTERS = range(ord("a"), ord("z") + 1)
 
@@ -70,6 +71,8 @@ class FakeEngine:
     info_value: EngineInfo = field(default_factory=fake_info)
     reply: str | None = None
     """Generate this text, then end of sequence."""
+    obeys: bool = False
+    """Whether a request's grammar is followed instead, as `obedient.py` says."""
     first_delay_s: float = 0.0
     delay_s: float = 0.0
     """Before each later step."""
@@ -130,6 +133,9 @@ class FakeEngine:
 
     def _ids(self, request: Request, step: int) -> tuple[list[int], FinishReason]:
         sampling, vocab = request.sampling, self.info_value.vocab_size
+        if self.obeys and request.grammar is not None:
+            ids = obedient_ids(request.grammar, sampling.max_tokens)
+            return ids, FinishReason.STOP if ids[-1] == EOS else FinishReason.LENGTH
         reply = None if self.reply is None else self.reply.encode()
         ids: list[int] = []
         token = request.prompt_ids[-1]
