@@ -7,7 +7,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from .byte_tokenizer import BOS, EOS, SPECIAL
 
-PREFERRED = b'"}]1,:e.-abcdfghijklmnopqrstuvwxyz)([{<0 \n'
+PREFERRED = b'"}]1,:' + bytes(range(33, 256)) + b" \n"
 
 
 class _Bytes:
