@@ -13,7 +13,7 @@ from .grammar import Part, literal, one_of, schema_part
 from .text import TextTokenizer, special_id
 from .tools import Tool, ToolUse
 
-MAX_CALLS = 16
+MAX_CALLS = 8
 """Most calls of one answer that a grammar has to hold; a small model would not end by itself."""
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 

@@ -163,7 +163,9 @@ class TestOpenAI:
 
         tool = openai.pydantic_function_tool(weather_model(), name="weather")
         fields: dict[str, Any] = {"model": model, "max_tokens": 200, "temperature": 0, "tools": [tool]}
-        answer = client.chat.completions.parse(**fields, messages=MESSAGES, tool_choice="required")
+        # A small model would go on calling.
+        once = {"tool_choice": "required", "parallel_tool_calls": False}
+        answer = client.chat.completions.parse(**fields, messages=MESSAGES, **once)
         choice = answer.choices[0]
         assert choice.finish_reason == "tool_calls"
         call = choice.message.tool_calls[0]
@@ -266,7 +268,8 @@ class TestOpenAIResponses:
             "model": model, "max_output_tokens": 200, "temperature": 0, "tools": [{"type": "function", **TOOL}],
         }  # fmt: skip
         items: list[Any] = [{"role": "user", "content": "Will it rain?"}]
-        answer = client.responses.create(**fields, input=items, tool_choice="required")
+        once = {"tool_choice": "required", "parallel_tool_calls": False}
+        answer = client.responses.create(**fields, input=items, **once)
         [call, *_] = answer.output
         assert call.type == "function_call"
         assert check_weather(json.loads(call.arguments))
@@ -275,7 +278,7 @@ class TestOpenAIResponses:
             {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."},
         ]
         assert client.responses.create(**fields, input=items).output
-        with client.responses.stream(**fields, input="Will it rain?", tool_choice="required") as stream:
+        with client.responses.stream(**fields, input="Will it rain?", **once) as stream:
             kinds = [event.type for event in stream]
             assert stream.get_final_response().output[0].arguments == call.arguments
         assert "response.function_call_arguments.done" in kinds
@@ -353,7 +356,8 @@ class TestAnthropic:
     def test_tools(self, client: Any, fields: dict[str, Any]):
         tool = {"name": "weather", "description": "Tells the weather.", "input_schema": WEATHER}
         fields = {**fields, "tools": [tool], "max_tokens": 200}
-        answer = client.messages.create(**fields, tool_choice={"type": "any"})
+        once = {"type": "any", "disable_parallel_tool_use": True}
+        answer = client.messages.create(**fields, tool_choice=once)
         assert answer.stop_reason == "tool_use"
         [call, *_] = answer.content
         assert (call.type, call.name) == ("tool_use", "weather")
