@@ -85,7 +85,12 @@ def test_langchain(demo: Served, served: str, method: str):
 def test_a_tool_that_must_be_called_is_called(client: Any, served: str):
     tool = {"type": "function", "function": {"name": "tell_mood", "parameters": Mood.model_json_schema()}}
     answer = client.chat.completions.create(
-        model=served, messages=MESSAGES, tools=[tool], tool_choice="required", **LIMITS
+        model=served,
+        messages=MESSAGES,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        **LIMITS,
     )
     (call,) = answer.choices[0].message.tool_calls
     assert answer.choices[0].finish_reason == "tool_calls"
