@@ -149,7 +149,7 @@ def test_a_schema_is_kept_whatever_the_seed(engine_of) -> None:
         {"min_p": 0.9, "typical_p": 0.2},
         {"repetition_penalty": 3.0, "frequency_penalty": 2.0, "presence_penalty": -2.0},
         {"stop_ids": ()},
-        {"min_tokens": 200},
+        {"min_tokens": 120},
         {"logprobs": True, "top_logprobs": 5},
     ],
     ids=str,

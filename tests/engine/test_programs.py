@@ -327,3 +327,39 @@ def test_a_lane_ends_on_the_device_with_its_budget_or_a_stop_token(device: Devic
     again += device.decode(1) + device.decode(1)
     kept = tokens_of(made)[: 1 + (tokens_of(made)[0] not in stopping.stop_ids)]
     assert tokens_of(again) == kept
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4])
+def test_forced_tokens_count_as_if_they_had_been_sampled(
+    programs: Programs, params: tuple[jax.Array, ...], cut: int
+) -> None:
+    """One lane samples every token, a mask leaving one; the other samples two, and is given the rest as prompt in chunks."""
+    prompt, forced = PROMPT[:9], [7, 7, 3, 18]
+
+    def only(token: int) -> dict[int, np.ndarray]:
+        return {0: np.array([1 << token], np.int32)}
+
+    def begun() -> Device:
+        device = Device(programs, params)
+        start = device.segment(0, prompt, 0, last=True, prompt=9, sampling=PENALISED)
+        (one,) = device.prefill(start, masks=only(5))
+        (two,) = device.decode(0, size=1, sampling=PENALISED, masks=only(11))
+        assert tokens_of([one, two]) == [5, 11]
+        return device
+
+    stepwise, jumping = begun(), begun()
+    for token in forced:
+        assert tokens_of(stepwise.decode(0, size=1, sampling=PENALISED, masks=only(token))) == [token]
+    expected = stepwise.decode(0, size=1, sampling=PENALISED)
+    pieces, at, got = [11, *forced], 10, []
+    for part in (pieces[:cut], pieces[cut:]):
+        if part:
+            last = at + len(part) == 15
+            segment = jumping.segment(0, part, at, last=last, prompt=9, sampling=PENALISED)
+            got = jumping.prefill(segment._replace(recorded=11), size=16)
+            at += len(part)
+    assert tokens_of(got) == tokens_of(expected)
+    np.testing.assert_array_equal(jumping.state.seen[0], stepwise.state.seen[0])
+    np.testing.assert_array_equal(
+        jumping.state.seen[0], reference.seen(VOCAB, prompt, [5, 11, *forced, *tokens_of(got)])
+    )

@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance.numpy import apply_token_bitmask_inplace
 from scipy.stats import chisquare
 
 from tests.support import reference
 from xlane.engine import SamplingParams
 from xlane.engine import sampler as engine_sampler
 from xlane.engine.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
-from xlane.engine.sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
+from xlane.engine.sampler import (
+    LOGPROBS_PROCESSED,
+    LOGPROBS_RAW,
+    Sampled,
+    SamplingRows,
+    exclude,
+    mask_width,
+)
 from xlane.engine.state import MAX_STOP_IDS
 from xlane.engine.watermark import Watermark
 
@@ -431,3 +439,17 @@ def test_a_greedy_batch_pays_for_nothing_else() -> None:
     always = [line for line in entry.splitlines() if line.startswith("    %")]
     assert sum("stablehlo.case" in line for line in always) == 5
     assert not [line for line in always if re.search("exponential|log|divide|threefry|while|uniform", line)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 15), st.sampled_from([VOCAB, 32, 33]))
+def test_masks_exclude_what_llguidance_itself_excludes(seed: int, masked: int, vocab: int) -> None:
+    """Bit by bit as its own NumPy kernel, in the rows that are masked; the others keep every bit."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(4, vocab)).astype(np.float32)
+    words = rng.integers(-(2**31), 2**31, (4, mask_width(vocab) - 1)).astype(np.int32)
+    flags = np.array([[masked >> row & 1] for row in range(4)], np.int32)
+    ours = np.asarray(exclude(jnp.array(logits), jnp.array(np.concatenate([flags, words], axis=1))))
+    expected = logits.copy()
+    apply_token_bitmask_inplace(expected, words)
+    np.testing.assert_array_equal(ours, np.where(flags == 1, expected, logits))

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import socket
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from xlane.engine import (
     rpc_client,
     rpc_server,
 )
-from xlane.engine.local import EngineCore, LocalClient
+from xlane.engine.local import EngineCore, LocalClient, Sink
 from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 from xlane.engine.rpc_server import RpcServer
@@ -455,3 +456,40 @@ async def test_a_lost_connection_ends_streams_and_is_made_anew(served: Served, t
 
 def test_the_vocabulary_of_the_fake_holds_its_special_tokens():
     assert FAIL_TOKEN < VOCAB_SIZE
+
+
+class SlowCore(FakeCore):
+    """Takes a grammar when `compiled` is set, as if that had to be compiled for so long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled, self.cancelled = threading.Event(), list[str]()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        if request.grammar is not None:
+            assert self.compiled.wait(20)
+        super().submit(request, sink)
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        super().cancel(request_id)
+
+
+@pytest.mark.parametrize("kind", ["local", "unix"])
+async def test_a_grammar_that_takes_long_holds_up_no_other_request_and_may_be_cancelled(
+    kind: str, tmp_path: Path
+):
+    core = SlowCore()
+    async with connect(kind, core, tmp_path) as client:
+        guided = [replace(make_request(max_tokens=500), grammar="slow") for _ in range(2)]
+        taken, left = (asyncio.ensure_future(collect(client, one)) for one in guided)
+        await asyncio.sleep(0.05)
+        free = make_request()
+        assert ids_of(await collect(client, free)) == expected_ids(free)
+        left.cancel()
+        await asyncio.sleep(0.05)
+        assert not taken.done()
+        core.compiled.set()
+        assert ids_of(await taken) == expected_ids(guided[0])
+        await until(lambda: guided[1].id in core.cancelled and core.stats().lanes_active == 0)
+    core.stop()
