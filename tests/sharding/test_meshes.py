@@ -100,8 +100,11 @@ def test_a_split_model_adds_up_twice_a_layer_and_gathers_nothing(programs_of, ki
         # The embedding's rows; then the likeliest token: its logit, its id.
         rest = sorted(one.elements for one in always if one not in in_layers)
         assert rest == ([4, 4, tokens * config.hidden_size] if kind == SPLIT_VOCAB else [])
-        # What is looked for in dozens of passes is looked for in whole rows.
-        assert [one for one in found if "/while/" in one.where] == []
+        # What is looked for in dozens of passes is looked for in whole rows. Only a scored prompt, which has a pass a
+        # block of tokens, brings the rows together in each.
+        passes = [one for one in found if "/while/" in one.where]
+        assert passes == [] if name.startswith("decode") else 1 <= len(passes) <= 2
+        assert all(one.where.count("/while/") == 1 for one in passes)
 
 
 @pytest.mark.parametrize(("data", "model"), [(1, 1), (1, 2), (1, 4), (2, 2)])
