@@ -1,6 +1,7 @@
 """The scheduler's plans: by hand, and against a simulated device under random arrivals, cancels and shortage."""
 
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,8 +36,9 @@ def sequence(
     late: list[FakeGuide] | None = None,
     **sampling,
 ) -> Sequence:
-    """`guided`: with a grammar of so many tokens, whose masks go to `late` to be computed when the test likes."""
-    ids = tuple(prompt if isinstance(prompt, list) else range(1, prompt + 1))
+    """A prompt given by its length begins like no other arrival's. `guided`: with a grammar of so many tokens, whose
+    masks go to `late` to be computed when the test likes."""
+    ids = tuple(prompt if isinstance(prompt, list) else [arrival + 1, *range(2, prompt + 1)])
     asked = Request(
         id=f"r{arrival}",
         prompt_ids=ids,
@@ -206,10 +208,11 @@ def test_the_youngest_gives_way_and_is_computed_again_with_its_output() -> None:
     assert old.phase is Phase.DECODE
     assert young.in_flight == 0  # the loop reads the turn before: what was on its way is kept
     known = len(young.tokens)
-    assert known > 4
+    assert known == 13
     plans.drop(old)
     again = plans.plan()
-    assert segments(again) == [("r1", 0, min(8, known), known <= 8)]
+    # Of its three full pages the last went to the older one; the others are still there.
+    assert segments(again) == [("r1", 8, 5, True)]
     assert again.segments[0].prompt_tokens == 4
     assert again.segments[0].remaining == young.most_tokens - known
 
@@ -224,7 +227,9 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     assert segments(plans.plan()) == []
     for token in (50, 51):
         plans.absorb(one, TokenOutput(token))
-    assert [segment.tokens for segment in plans.plan().segments] == [[1, 2, 3, 4, 50, 51]]
+    turn = plans.plan()
+    assert segments(turn) == [("r0", 4, 2, True)]
+    assert [segment.tokens for segment in turn.segments] == [[50, 51]]
 
 
 def test_a_sequence_preempted_while_its_last_token_is_in_flight_ends_without_a_lane() -> None:
@@ -262,6 +267,71 @@ def test_a_lane_that_ends_on_the_device_alone_is_an_error_and_no_hang() -> None:
     plans.plan()
     with pytest.raises(RuntimeError, match="r0 ended on the device but not on the host"):
         plans.absorb(one, None)
+
+
+def test_who_begins_alike_computes_only_the_rest() -> None:
+    plans = scheduler(lanes=4, chunk_tokens=32)
+    begin = list(range(10, 20))
+    one = sequence(0, [*begin, 1, 2], max_tokens=3)
+    plans.add(one)
+    first = plans.plan()
+    assert segments(first) == [("r0", 0, 12, True)]
+    two, three = sequence(1, [*begin, 3]), sequence(2, [*begin, 1, 2])
+    plans.add(two)
+    plans.add(three)
+    second = plans.plan()
+    # Two full pages of four are shared; the third differs. Of a prompt that is known whole, the last page is computed.
+    assert segments(second) == [("r1", 8, 3, True), ("r2", 8, 4, True)]
+    assert two.pages[:2] == three.pages[:2] == one.pages[:2]
+    assert len({two.pages[2], three.pages[2], one.pages[2]}) == 3
+    outputs = [*read(plans, first), *read(plans, second)]
+    firsts = {o.request_id: o.cached_tokens for o in reversed(outputs) if o is not None}
+    assert firsts == {"r0": 0, "r1": 8, "r2": 8}
+
+
+def test_what_was_generated_is_found_too() -> None:
+    plans = scheduler(chunk_tokens=32)
+    one = sequence(0, 4, max_tokens=6)
+    plans.add(one)
+    while plans.sequences():
+        read(plans, plans.plan())
+    assert len(one.tokens) == 10
+    plans.add(sequence(1, [*one.tokens, 7]))
+    assert segments(plans.plan()) == [("r1", 8, 3, True)], "as the next turn of a conversation"
+
+
+def test_one_launch_serves_many_that_begin_alike_and_come_at_once() -> None:
+    plans = scheduler(lanes=4, chunk_tokens=16)
+    for number in range(3):
+        plans.add(sequence(number, [*range(10, 18), number]))
+    assert segments(plans.plan()) == [("r0", 0, 9, True), ("r1", 8, 1, True), ("r2", 8, 1, True)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cache_salt": "other"}, {"prompt_logprobs": 0}, {"sampling": {"repetition_penalty": 1.1}}]
+)
+def test_who_must_not_share_computes_everything(changes: dict[str, Any]) -> None:
+    plans = scheduler(lanes=2, chunk_tokens=32)
+    plans.add(sequence(0, list(range(12))))
+    plans.plan()
+    sampling = changes.pop("sampling", {})
+    one = sequence(1, list(range(12)), **sampling)
+    one.request = replace(one.request, **changes)
+    plans.add(one)
+    assert segments(plans.plan()) == [("r1", 0, 12, True)]
+
+
+def test_shared_pages_are_taken_for_new_ones_only_when_nobody_holds_them() -> None:
+    plans = scheduler(pages=4, lanes=2, chunk_tokens=32)
+    one = sequence(0, 8, max_tokens=1)
+    plans.add(one)
+    read(plans, plans.plan())
+    assert (plans.pages.free, plans.pages.remembered) == (4, 2)
+    plans.add(sequence(1, [40] * 13, max_tokens=1))  # needs all four
+    read(plans, plans.plan())
+    assert plans.pages.evictions == 2
+    plans.add(sequence(2, 8, max_tokens=1))
+    assert segments(plans.plan()) == [("r2", 0, 8, True)]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
@@ -386,7 +456,7 @@ class Machine(RuleBasedStateMachine):
         guided: int | None = None,
     ) -> None:
         options = {"stop_ids": (stop,) if stop is not None else (), "seed": seed, "priority": priority}
-        options |= {"guided": guided, "late": self.late}
+        options |= {"guided": guided, "late": self.late, "repetition_penalty": 1.5 if seed == 3 else 1.0}
         if guided is not None:
             options["stop_ids"] = ()  # FakeGuide knows no end but its own
         one = sequence(len(self.all), prompt, max_tokens, **options)
@@ -409,6 +479,17 @@ class Machine(RuleBasedStateMachine):
                 0,
                 MOST if guided and number % 2 else None,
             )
+
+    @precondition(lambda self: self.all)
+    @rule(
+        which=st.integers(0, 10**6),
+        kept=st.integers(1, MOST - 2),
+        new=st.lists(st.integers(0, 63), max_size=3),
+    )
+    def follow_up(self, which: int, kept: int, new: list[int]) -> None:
+        """A prompt that begins as another sequence does or did."""
+        one = self.all[which % len(self.all)]
+        self.submit([*one.tokens[:kept], *new][: MOST - 1], MOST, None, 0, one.request.sampling.seed, 0)
 
     @precondition(lambda self: self.all)
     @rule(which=st.integers(0, 10**6))
@@ -460,8 +541,9 @@ class Machine(RuleBasedStateMachine):
         unfinished = [one for one in self.all if one.phase is not Phase.FINISHED]
         running = [one for one in unfinished if one.phase is not Phase.WAITING]
         assert sorted(map(id, unfinished)) == sorted(map(id, self.plans.sequences()))
-        held = [page for one in self.all for page in one.pages]
-        assert len(held) == len(set(held)) == self.plans.pages.total - self.plans.pages.free
+        held = {page for one in self.all for page in one.pages}
+        assert len(held) == self.plans.pages.total - self.plans.pages.free
+        assert all(len(one.pages) == len(set(one.pages)) for one in self.all)
         lanes = [one.lane for one in running]
         assert len(lanes) == len(set(lanes)) <= self.plans.limits.lanes
         assert all(one.lane == -1 and not one.pages for one in self.all if one not in running)
