@@ -215,6 +215,9 @@ class EngineStats:
     lanes_active: int
     queued: int
     pages_free: int
+    """Pages that no request holds, the remembered ones included."""
+    pages_remembered: int
+    """Pages that a prompt which begins alike can share."""
     pages_total: int
     steps: int
     """Decode launches since start."""

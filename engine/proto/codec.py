@@ -100,6 +100,7 @@ _SAME_STATS = (
     "lanes_active",
     "queued",
     "pages_free",
+    "pages_remembered",
     "pages_total",
     "steps",
     "prefill_tokens",

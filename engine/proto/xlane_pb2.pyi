@@ -259,7 +259,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "gap_ms", "prefill", "decode", "prefill_rows", "joins")
+    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "gap_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered")
     LANES_ACTIVE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +275,7 @@ class EngineStats(_message.Message):
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ROWS_FIELD_NUMBER: _ClassVar[int]
     JOINS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_REMEMBERED_FIELD_NUMBER: _ClassVar[int]
     lanes_active: int
     queued: int
     pages_free: int
@@ -290,7 +291,8 @@ class EngineStats(_message.Message):
     decode: LaunchStats
     prefill_rows: Histogram
     joins: int
-    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., gap_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ...) -> None: ...
+    pages_remembered: int
+    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., gap_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("counts", "sum")
