@@ -135,6 +135,7 @@ class Engine:
             lanes_active=self._scheduler.running,
             queued=max(0, self._loop.live - self._scheduler.running),
             pages_free=self._pages.free,
+            pages_remembered=self._pages.remembered,
             pages_total=self._pages.total,
             steps=self._counters.steps,
             prefill_tokens=self._counters.prefill_tokens,

@@ -97,6 +97,8 @@ class Request:
     grammar: str | None = None
     """What the output must match, as llguidance writes it (`LLMatcher.grammar_from_json_schema` and its like); None leaves
     it free."""
+    cache_salt: str = ""
+    """Only requests of the same salt share what the prefix cache holds."""
     prompt_logprobs: int | None = None
     """Report the prompt's own log-probabilities with this many alternatives a token, 0 … MAX_TOP_LOGPROBS; None does not."""
 
@@ -213,6 +215,9 @@ class EngineStats:
     lanes_active: int
     queued: int
     pages_free: int
+    """Pages that no request holds, the remembered ones included."""
+    pages_remembered: int
+    """Pages that a prompt which begins alike can share."""
     pages_total: int
     steps: int
     """Decode launches since start."""

@@ -5,6 +5,7 @@ free, with a page to spare for each running sequence to grow into. When a runnin
 the youngest gives its pages back and is computed again later (preemption by recompute), so the oldest always advances.
 A sequence with a grammar samples only when its mask is there; where its grammar forced tokens, they are one more piece of
 prompt.
+A sequence that begins like an earlier one shares the pages of what they share, and computes the rest alone.
 Knows no device and no time: the loop calls `plan` once a turn and `absorb` for every token read back.
 """
 
@@ -12,7 +13,7 @@ import heapq
 from dataclasses import dataclass
 
 from .errors import RequestFailed
-from .pages import PageAllocator, pages_for
+from .pages import PageAllocator, chain, pages_for
 from .request import StepOutput, TokenOutput
 from .sequence import Phase, Sequence
 from .turn import NO_PAGE, Segment, Turn
@@ -90,8 +91,10 @@ class Scheduler:
         if token is None:
             raise RuntimeError(f"request {sequence.request.id} ended on the device but not on the host")
         if isinstance(token, RequestFailed):
+            self.pages.disown(sequence.pages)  # what made no sense here shall begin nobody else's
             raise token
         output = sequence.accept(token)
+        self._remember(sequence)
         if output.finish_reason is not None:
             self.drop(sequence)
         elif sequence.phase is Phase.DECODE and sequence.guide is not None:
@@ -122,7 +125,8 @@ class Scheduler:
         self._running.remove(sequence)
         heapq.heappush(self._lanes, sequence.lane)
         self.pages.give_back(sequence.pages)
-        sequence.lane, sequence.pages, sequence.computed, sequence.recorded = -1, [], 0, 0
+        sequence.lane, sequence.pages = -1, []
+        sequence.computed = sequence.recorded = sequence.remembered = 0
 
     def _grow(self) -> None:
         """Make sure each running sequence has the pages of its tokens; the oldest are served first."""
@@ -163,17 +167,39 @@ class Scheduler:
         sequence = self._waiting[0][1]
         if sequence.in_flight > 0:
             return None  # preempted this moment; its last tokens are still to be read
-        needed = pages_for(len(sequence.tokens), self.limits.page_tokens)
+        found = self._known(sequence)
+        needed = pages_for(len(sequence.tokens), self.limits.page_tokens) - len(found)
         reserve = len(self._running) + 1 if self._running else 0
-        if needed + reserve > self.pages.free:
+        if needed + reserve > self.pages.free - self.pages.idle(found):
             return None
         heapq.heappop(self._waiting)
-        sequence.pages = self.pages.take(needed) or []
+        self.pages.share(found)
+        sequence.pages = [*found, *(self.pages.take(needed) or [])]
+        sequence.begin(len(found) * self.limits.page_tokens)
         sequence.lane = heapq.heappop(self._lanes)
         sequence.phase = Phase.PREFILL
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.order)
         return sequence
+
+    def _known(self, sequence: Sequence) -> list[int]:
+        """Pages that hold its beginning already. Its last token is always computed: the next one comes of it."""
+        if not sequence.reuses:
+            return []
+        width = self.limits.page_tokens
+        chain(sequence.tokens, width, sequence.keys, sequence.salt)
+        return self.pages.find(sequence.keys[: (len(sequence.tokens) - 1) // width])
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Let others find the pages that it has filled. Launches run in order, so what is launched counts as written."""
+        width = self.limits.page_tokens
+        full = min(sequence.computed, len(sequence.tokens)) // width
+        if full <= sequence.remembered or not sequence.pages:
+            return
+        chain(sequence.tokens, width, sequence.keys, sequence.salt)
+        for index in range(sequence.remembered, full):
+            self.pages.remember(sequence.pages[index], sequence.keys[index])
+        sequence.remembered = full
 
     def _chunk(self, turn: Turn, sequence: Sequence, budget: int) -> int:
         """Plan the next piece of a prompt; returns its length in tokens, 0 if the mask it ends with is not there."""
@@ -199,6 +225,7 @@ class Scheduler:
         )
         turn.prefilled.append(sequence)
         sequence.computed += len(tokens)
+        self._remember(sequence)
         if last:
             sequence.phase = Phase.DECODE
             sequence.in_flight += 1

@@ -5,6 +5,7 @@ are known to the host a turn after they are planned, so a sequence counts those 
 guide, and is planned only when nothing of it is in flight and the mask of its next token is there.
 """
 
+import hashlib
 import time
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -52,6 +53,12 @@ class Sequence:
     """Where it stands in its grammar, if it has one."""
     unsent: list[TokenOutput] = field(default_factory=list)
     """Tokens that the grammar forced before the first was sampled: they are sent with it."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of its first pages, see `pages.chain`."""
+    remembered: int = 0
+    """Pages that others may find."""
+    cached_tokens: int | None = None
+    """Prompt tokens that were found when it was first admitted."""
     submitted_s: float = field(default_factory=time.monotonic)
     launched_s: float | None = None
     first_token_s: float | None = None
@@ -109,6 +116,29 @@ class Sequence:
         self.scored = stop
         return (*[-1] * (first - 1 - start), *self.tokens[first:stop], *[-1] * (end + 1 - stop))
 
+    @property
+    def salt(self) -> bytes:
+        """Only requests of the same salt share pages."""
+        return hashlib.blake2b(self.request.cache_salt.encode(), digest_size=16).digest()
+
+    @property
+    def counts(self) -> bool:
+        """Whether penalties look at its tokens, so that its lane must be told of each."""
+        s = self.request.sampling
+        return s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it may begin with pages that another has filled: penalties and a prompt's own log-probabilities come of
+        computing every token."""
+        return not self.counts and self.request.prompt_logprobs is None
+
+    def begin(self, found_tokens: int) -> None:
+        """Start with so many tokens in the pool already."""
+        self.computed = found_tokens
+        if self.cached_tokens is None:
+            self.cached_tokens = min(found_tokens, self.prompt_tokens)
+
     def accept(self, token: TokenOutput) -> StepOutput:
         """Take in one token read back, with those that its grammar forces after it; says whether the sequence ends.
 
@@ -117,7 +147,8 @@ class Sequence:
         self.in_flight -= 1
         self.tokens.append(token.id)
         now = time.monotonic()
-        if self.first_token_s is None:
+        first = self.first_token_s is None
+        if first:
             self.first_token_s = now
         new, self.unsent = [*self.unsent, token], []
         reason = self._ending()
@@ -131,7 +162,8 @@ class Sequence:
                 self.guide.prepare()
         timing = None if reason is None else self.timing(now)
         prompt, self.prompt = tuple(self.prompt), []
-        return StepOutput(self.request.id, tuple(new), reason, timing=timing, prompt=prompt)
+        cached = (self.cached_tokens or 0) if first else 0
+        return StepOutput(self.request.id, tuple(new), reason, cached, timing, prompt)
 
     def _ending(self) -> FinishReason | None:
         """Why the sequence ends with its newest token, if it does."""

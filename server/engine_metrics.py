@@ -57,6 +57,7 @@ def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Itera
         "tgi_batch_current_max_tokens": ("Tokens of KV pages in use", held),
         "xlane_lanes_active": ("Sequences in a lane", stats.lanes_active),
         "xlane_pages_free": ("Free KV pages", stats.pages_free),
+        "xlane_pages_remembered": ("KV pages that prompts which begin alike share", stats.pages_remembered),
         "xlane_pages_total": ("All KV pages", stats.pages_total),
         "xlane_step_seconds": ("Median device time of the last decode steps", stats.step_ms / 1e3),
         "xlane_gap_seconds": ("Median host time between launches", stats.gap_ms / 1e3),

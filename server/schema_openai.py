@@ -38,6 +38,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: dict[int, float] | None = None
+    cache_salt: str | None = None
 
 
 class _Completing(Sampling, frozen=True, kw_only=True):

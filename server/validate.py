@@ -38,6 +38,8 @@ class Checked:
     """The same and all else that has to be kept, for the engine."""
     prompt_logprobs: int | None = None
     """Alternatives to report for each token of the prompt; None scores no prompt."""
+    cache_salt: str = ""
+    """Only requests of the same salt share what the prefix cache holds."""
     choices: int = 1
     """Sequences to run per prompt."""
     keep: int = 1
@@ -117,6 +119,7 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             prompt_ids=ids,
             sampling=base if choice == 0 else replace(base, seed=derive_seed(base.seed, choice)),
             grammar=checked.grammar,
+            cache_salt=checked.cache_salt,
             prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)

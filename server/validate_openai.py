@@ -25,6 +25,7 @@ ANY_MODEL = ("", "tgi", "dummy")
 """Names clients send when they mean "whatever is served"."""
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
+MAX_SALT_CHARS = 512
 MAX_BIAS = 100.0
 
 
@@ -86,6 +87,7 @@ def check_responses(body: ResponsesBody, info: EngineInfo, eos_ids: tuple[int, .
         sampling=sampling_of(body, info, eos_ids),
         max_tokens=between("max_output_tokens", body.max_output_tokens, 1, None),
         include_stop=False,
+        cache_salt=salt_of(body),
         form=text_format(body.text.format if body.text else None, "text.format"),
     )
 
@@ -155,6 +157,7 @@ def _checked(
         stops=stops_of(body.stop, config),
         include_stop=bool(body.include_stop_str_in_output),
         form=form_of(body),
+        cache_salt=salt_of(body),
         prompt_logprobs=prompt_logprobs,
         choices=choices,
         keep=keep,
@@ -202,6 +205,14 @@ def sampling_of(
         min_tokens=between("min_tokens", body.min_tokens, 0, None) or 0,
         logit_bias=_logit_bias(body.logit_bias or {}, info),
     )
+
+
+def salt_of(body: Sampling) -> str:
+    """What keeps a request's part of the prefix cache apart. Raises Invalid."""
+    salt = body.cache_salt or ""
+    if len(salt) > MAX_SALT_CHARS:
+        raise Invalid(f"`cache_salt` takes at most {MAX_SALT_CHARS} characters", param="cache_salt")
+    return salt
 
 
 def _seed(seed: int | None) -> int:

@@ -100,6 +100,7 @@ _SAME_STATS = (
     "lanes_active",
     "queued",
     "pages_free",
+    "pages_remembered",
     "pages_total",
     "steps",
     "prefill_tokens",
@@ -136,6 +137,7 @@ def encode_request(request: Request) -> pb.Request:
             priority=request.priority,
             deadline_s=request.deadline_s,
             grammar=request.grammar,
+            cache_salt=request.cache_salt,
             prompt_logprobs=request.prompt_logprobs,
         )
     except (TypeError, ValueError) as error:
@@ -158,6 +160,7 @@ def decode_request(message: pb.Request) -> Request:
         priority=message.priority,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         grammar=message.grammar if message.HasField("grammar") else None,
+        cache_salt=message.cache_salt,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 

@@ -101,7 +101,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., logprobs_mode: _Optional[_Union[LogprobsMode, str]] = ..., min_tokens: _Optional[int] = ..., bias_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ..., watermark: bool = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "prompt_ids", "sampling", "resume_ids", "priority", "deadline_s", "grammar", "prompt_logprobs")
+    __slots__ = ("id", "prompt_ids", "sampling", "resume_ids", "priority", "deadline_s", "grammar", "prompt_logprobs", "cache_salt")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class Request(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -118,7 +119,8 @@ class Request(_message.Message):
     deadline_s: float
     grammar: str
     prompt_logprobs: int
-    def __init__(self, id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., grammar: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., grammar: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class StepBatch(_message.Message):
     __slots__ = ("outputs", "errors")
@@ -257,7 +259,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "gap_ms", "prefill", "decode", "prefill_rows", "joins")
+    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "gap_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered")
     LANES_ACTIVE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +275,7 @@ class EngineStats(_message.Message):
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ROWS_FIELD_NUMBER: _ClassVar[int]
     JOINS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_REMEMBERED_FIELD_NUMBER: _ClassVar[int]
     lanes_active: int
     queued: int
     pages_free: int
@@ -288,7 +291,8 @@ class EngineStats(_message.Message):
     decode: LaunchStats
     prefill_rows: Histogram
     joins: int
-    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., gap_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ...) -> None: ...
+    pages_remembered: int
+    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., gap_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("counts", "sum")

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -333,3 +334,24 @@ def test_a_model_that_gives_nan_fails_its_request_and_no_other(models, tmp_path,
     asyncio.run(main())
     assert engine.stats().pages_free == engine.info.pages
     engine.stop()
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_prompts_that_begin_alike_share_pages_and_nothing_changes(engine_of, models, kernels: str) -> None:
+    engine = engine_of(kernels=kernels, kv_bytes=400 * 2 * 2 * 2 * 4 * 16 * 4)
+    path = tiny_model("llama-gqa-tied", models)
+    begin = np.random.default_rng(99).integers(3, 131, 30).tolist()
+    prompts = [[*begin, *end] for end in ([], [5], [7, 8, 9], [5, 6])]
+    (first,) = run(engine, request(prompts[0], max_tokens=8))
+    later = run(engine, *(request(prompt, max_tokens=8) for prompt in prompts[1:]))
+    salted = request(prompts[1], max_tokens=8)
+    (apart,) = run(engine, replace(salted, cache_salt="mine"))
+    (follow_up,) = run(engine, request([*prompts[0], *ids(first), 40], max_tokens=8))
+    cached = [output[0].cached_tokens for output in (first, *later, apart, follow_up)]
+    # Pages of 4: 28 tokens are whole pages; of prompt and answer, whose last token was never computed, 36.
+    assert cached == [0, 28, 28, 28, 0, 36]
+    for prompt, output in zip((*prompts, prompts[1]), (first, *later, apart)):
+        assert ids(output) == hf_greedy(path, prompt, 8)
+    assert ids(follow_up) == hf_greedy(path, [*prompts[0], *ids(first), 40], 8)
+    assert engine.stats().pages_free == engine.stats().pages_total
+    assert engine.stats().pages_remembered > 9

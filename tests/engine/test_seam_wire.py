@@ -70,6 +70,7 @@ REQUEST = Request(
     deadline_s=0.0,
     grammar='start: "é"',
     prompt_logprobs=0,
+    cache_salt="ü",
 )
 TOKEN = TokenOutput(7, -1.5, ((7, -1.5), (8, -2.25)))
 

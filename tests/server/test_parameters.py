@@ -53,6 +53,15 @@ def test_sampling(rig: Rig, path: str, name: str, value: Any, field: str, expect
     assert getattr(sent(rig, path, {**BODIES[path], name: value}).sampling, field) == expected
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_a_salt_keeps_a_prompt_apart(rig: Rig, path: str):
+    assert sent(rig, path, BODIES[path]).cache_salt == ""
+    assert sent(rig, path, {**BODIES[path], "cache_salt": "mine"}).cache_salt == "mine"
+    refused = rig.post(path, **BODIES[path], cache_salt="x" * 513)
+    assert refused.status_code == 400
+    assert "cache_salt" in refused.text
+
+
 NATIVE = [
     ("temperature", 0.5, "temperature", 0.5),
     ("top_p", 0.5, "top_p", 0.5),

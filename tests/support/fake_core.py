@@ -156,6 +156,7 @@ class FakeCore:
                 lanes_active=min(running, self._lanes),
                 queued=max(0, running - self._lanes),
                 pages_free=0,
+                pages_remembered=0,
                 pages_total=0,
                 steps=self._steps,
                 prefill_tokens=self._prefill_tokens,

@@ -168,6 +168,7 @@ class FakeEngine:
             lanes_active=self.active,
             queued=0,
             pages_free=60,
+            pages_remembered=6,
             pages_total=64,
             steps=7,
             prefill_tokens=11,
