@@ -70,13 +70,13 @@ class Bare:
             )
             size = next(size for size in b.prefill_tokens if size >= PROMPT)
             plan = pack_prefill([segment], b.prefill_segments, size, b.shapes.table_width, b.shapes.lanes)
-            np.asarray(self._launcher.launch("prefill", size, plan))
+            np.asarray(self._launcher.launch("prefill", size, plan, None).result)
         size = next(size for size in b.decode_rows if size >= rows)
         plan = np.full((size, DECODE_WIDTH), (b.shapes.lanes, 0, NO_PAGE), np.int32)
         plan[:rows, 0] = range(rows)
         behind, moments = None, []
         for _ in range(OUTPUT - 1):
-            ahead = self._launcher.launch("decode", size, plan)
+            ahead = self._launcher.launch("decode", size, plan, None).result
             if behind is not None:
                 np.asarray(behind)
                 moments.append(time.perf_counter())
