@@ -355,3 +355,15 @@ def test_prompts_that_begin_alike_share_pages_and_nothing_changes(engine_of, mod
     assert ids(follow_up) == hf_greedy(path, [*prompts[0], *ids(first), 40], 8)
     assert engine.stats().pages_free == engine.stats().pages_total
     assert engine.stats().pages_remembered > 9
+
+
+@pytest.mark.parametrize("kernels", ["xla", "native"])
+def test_prompts_that_begin_alike_share_pages_within_one_launch(engine_of, models, kernels: str) -> None:
+    engine, path = engine_of(kernels=kernels), tiny_model("llama-gqa-tied", models)
+    begin = np.random.default_rng(98).integers(3, 131, 12).tolist()
+    prompts = [[*begin, end] for end in (5, 6, 7, 8)]
+    outputs = run(engine, *(request(prompt, max_tokens=8) for prompt in prompts))
+    # 13 tokens, then three times one: a launch of 32 takes all four, and whoever came first computes the beginning.
+    assert [output[0].cached_tokens for output in outputs] == [0, 12, 12, 12]
+    for prompt, output in zip(prompts, outputs):
+        assert ids(output) == hf_greedy(path, prompt, 8)
