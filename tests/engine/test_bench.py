@@ -66,3 +66,11 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings = measure_ceilings("cpu", "float32")
     assert ceilings.matmul_gflop_per_s == 2 * 2048**3 / 0.5 / 1e9
     assert ceilings.read_gb_per_s == 4 * 2**27 / 0.5 / 1e9
+
+
+def test_a_second_run_finds_nothing_of_the_first_in_the_prefix_cache(quick: None, tmp_path: Path) -> None:
+    engine = start.start(config(), untrained_model(tmp_path, num_hidden_layers=1))
+    for run in (1, 2):
+        bench.measure(engine, Ceilings(10.0, 100.0), 1, 6, 7)
+        assert engine.stats().prefill_tokens == 6 * run
+    engine.stop()
