@@ -1,6 +1,7 @@
 """What loading takes from the host, in bytes: one copy of the weights (on CPU the device's own) and a few parameters."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ jax.block_until_ready(params)
 most = max(spec.nbytes for spec in graph.specs)
 print(json.dumps({"taken": held("VmHWM") - before, "weights": sum(p.nbytes for p in params), "most": most}))
 """
+
+
+PROMPT_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""glibc gives freed blocks back at once: else what its arenas keep for later, which varies by 40 MB, is counted, too."""
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +108,11 @@ def test_the_host_never_holds_a_second_copy(checkpoint: Path, form: str, devices
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | PROMPT_MALLOC,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout)
     assert seen["weights"] > 200e6
     beside = seen["taken"] - seen["weights"]
-    # Four in flight, each read and, on the way, cut or packed; and some for threads and the compiler.
-    assert beside < 8 * seen["most"] + 40e6 < 0.6 * seen["weights"], seen
+    # Four in flight, each read and, on the way, cut or packed.
+    assert beside < 8 * seen["most"] < 0.3 * seen["weights"], seen
