@@ -1,12 +1,14 @@
 """Logits to tokens, per lane, inside the step: a pure function of arrays. Knows no lane numbers and no requests.
 
-Order: logit bias -> watermark -> repetition, frequency and presence penalty -> no stop id before `min_tokens` -> grammar mask ->
-temperature -> top-k -> top-p -> min-p -> typical -> Gumbel-max. Biases come first (OpenAI's definition, vLLM's order); what is greedy takes the largest after the mask.
+Order: logit bias -> watermark -> repetition, frequency and presence penalty -> no stop id before `min_tokens` ->
+grammar mask -> temperature -> top-k -> top-p -> min-p -> typical -> Gumbel-max. Biases come first (OpenAI's definition,
+vLLM's order); what is greedy takes the largest after the mask.
 No sort: every cut is a threshold found by bisection over the bits of a float (`threshold`). Work that no row asked for
 is skipped by `lax.cond`. The randomness of a token is a function of (request seed, position) alone.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -58,14 +60,14 @@ class Sampled(NamedTuple):
 
     token: jax.Array
     """int32[R]"""
+    broken: jax.Array
+    """bool[R]: the logits held a NaN; the token means nothing."""
     logprob: jax.Array
     """float32[R]; 0 where not asked for."""
     top_ids: jax.Array
     """int32[R, MAX_TOP_LOGPROBS]; meaningful up to each row's `top_n`."""
     top_logprobs: jax.Array
     """float32[R, MAX_TOP_LOGPROBS]"""
-    broken: jax.Array
-    """bool[R]: the logits held a NaN; the token means nothing."""
 
 
 class Layout(Protocol):
@@ -122,12 +124,20 @@ def sample(
     # Each step is pinned: what works by rows must spread neither to its neighbours nor to the weights.
     logits = layout.by_vocab(logits)
     rows = layout.everywhere(_neutral(rows, lanes >= seen.shape[0]))
-    context = Context(seen, lanes, position, previous, watermark)
-    processed = adjust(logits, rows, context)
-    if mask is not None:
-        masked = (mask[:, 0] != 0).any()
-        processed = layout.by_vocab(processed)
-        processed = jax.lax.cond(masked, lambda x: layout.by_vocab(exclude(x, mask)), lambda x: x, processed)
+    context = Context(seen, lanes, position, previous, watermark, mask)
+
+    def greedily() -> Sampled:
+        token = layout.everywhere(argmax(logits))
+        return layout.everywhere(Sampled(*_unbroken(token, logits.shape[1]), *_nothing(token.shape[0])))
+
+    # One condition before all of it, whose results are small: each condition that returns logits copies them, and a
+    # device may have to ask the host at each.
+    return jax.lax.cond(_asks(rows, context), lambda: _in_full(logits, rows, context, layout), greedily)
+
+
+def _in_full(logits: jax.Array, rows: SamplingRows, context: "Context", layout: Layout) -> Sampled:
+    """Every kind of work that some row asked for."""
+    processed = layout.by_vocab(adjust(logits, rows, context))
     random = rows.temperature > 0
     processed = jax.lax.cond(random.any(), lambda x: scale(x, rows.temperature), lambda x: x, processed)
     processed = layout.by_vocab(processed)
@@ -141,14 +151,18 @@ def sample(
     processed = layout.by_vocab(processed)
     noisy = jax.lax.cond(
         random.any(),
-        lambda x: jnp.where(random[:, None], x + gumbel(rows.seed, position, x.shape[1]), x),
+        lambda x: jnp.where(random[:, None], x + gumbel(rows.seed, context.position, x.shape[1]), x),
         lambda x: x,
         processed,
     )
-    token = layout.everywhere(argmax(layout.by_vocab(noisy)))
-    broken = token == logits.shape[1]
-    token = jnp.where(broken, 0, token)
-    return Sampled(token, *report(logits, processed, token, rows, layout), broken)
+    token, broken = _unbroken(layout.everywhere(argmax(layout.by_vocab(noisy))), logits.shape[1])
+    return layout.everywhere(Sampled(token, broken, *report(logits, processed, token, rows, layout)))
+
+
+def _unbroken(token: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """`argmax`'s answer as a token of the vocabulary, and whether it was none."""
+    broken = token == vocab
+    return jnp.where(broken, 0, token), broken
 
 
 def _neutral(rows: SamplingRows, unused: jax.Array) -> SamplingRows:
@@ -174,27 +188,49 @@ class Context(NamedTuple):
     position: jax.Array
     previous: jax.Array
     watermark: Watermark
+    mask: jax.Array | None = None
+
+
+def _biased(rows: SamplingRows) -> jax.Array:
+    return (rows.bias != 0).any()
+
+
+def _penalised(rows: SamplingRows) -> jax.Array:
+    return ((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)).any()
+
+
+def _masked(context: Context) -> jax.Array:
+    return (context.mask[:, 0] != 0).any() if context.mask is not None else jnp.array(False)
+
+
+def _asks(rows: SamplingRows, c: Context) -> jax.Array:
+    """bool: does any row want more than the likeliest token?"""
+    of_rows = (
+        (rows.temperature > 0) | (rows.watermark > 0) | (c.position < rows.stop_from) | (rows.logprobs > 0)
+    )
+    return of_rows.any() | _biased(rows) | _penalised(rows) | _masked(c)
 
 
 def adjust(logits: jax.Array, rows: SamplingRows, context: Context) -> jax.Array:
-    """What changes the likeliest token, too: what greedy rows take their pick from. One condition stands before all of
-    it, because a device may have to ask the host at each."""
-    c = context
-    biased = (rows.bias != 0).any()
+    """What changes the likeliest token, too: what greedy rows take their pick from."""
+    c, mask = context, context.mask
     marked = rows.watermark > 0
-    penalised = ((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0)).any()
     early = c.position < rows.stop_from
 
     def when(wanted: jax.Array, transform: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         return jax.lax.cond(wanted, transform, lambda x: x, x)
 
     def apply(x: jax.Array) -> jax.Array:
-        x = when(biased, lambda x: add_bias(x, rows), x)
+        x = when(_biased(rows), lambda x: add_bias(x, rows), x)
         x = when(marked.any(), lambda x: mark(x, c.previous, marked, c.watermark), x)
-        x = when(penalised, lambda x: penalize(x, rows, c.seen.at[c.lanes].get(mode="clip")), x)
-        return when(early.any(), lambda x: bar_stops(x, rows.stop, early), x)
+        x = when(_penalised(rows), lambda x: penalize(x, rows, c.seen.at[c.lanes].get(mode="clip")), x)
+        x = when(early.any(), lambda x: bar_stops(x, rows.stop, early), x)
+        if mask is not None:
+            x = when(_masked(c), partial(exclude, mask=mask), x)
+        return x
 
-    return when(biased | marked.any() | penalised | early.any(), apply, logits)
+    wanted = _biased(rows) | marked.any() | _penalised(rows) | early.any() | _masked(c)
+    return when(wanted, apply, logits)
 
 
 def add_bias(logits: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -326,7 +362,10 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """float32[R, V] -> int32[R], the first of equals; V for a row with a NaN, which equals nothing. Two plain reductions: XLA:CPU does not vectorise a paired one."""
+    """float32[R, V] -> int32[R], the first of equals; V for a row with a NaN, which equals nothing.
+
+    Two plain reductions: XLA:CPU does not vectorise a paired one.
+    """
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), ids, x.shape[1]).min(axis=-1)
 
@@ -343,14 +382,16 @@ def report(
         chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
         return layout.everywhere((chosen, *top(logprobs, rows.top_n.max())))
 
-    def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return (
-            jnp.zeros(count, jnp.float32),
-            jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.int32),
-            jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.float32),
-        )
+    return jax.lax.cond((rows.logprobs > 0).any(), compute, lambda: _nothing(count))
 
-    return jax.lax.cond((rows.logprobs > 0).any(), compute, skip)
+
+def _nothing(count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A report for `count` rows of which none asks."""
+    return (
+        jnp.zeros(count, jnp.float32),
+        jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.int32),
+        jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.float32),
+    )
 
 
 def top(x: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -147,10 +147,10 @@ def test_a_result_is_read_as_it_was_written(
     ids, values = zip(*top)
     one = Sampled(
         jnp.array([token], jnp.int32),
+        jnp.array([False]),
         jnp.array([logprob], jnp.float32),
         jnp.array([ids], jnp.int32),
         jnp.array([values], jnp.float32),
-        jnp.array([False]),
     )
     broken = np.asarray(pack_result(jnp.array([valid]), one._replace(broken=jnp.array([True]))))
     assert isinstance(
