@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .argument_text import plain
 from .tool_formats import ARGUMENTS_MARK, ID_MARK
 
 ARGUMENTS = ("arguments", "parameters")
@@ -20,11 +21,10 @@ MAX_HEAD_CHARS = 400
 """Longest name with all that may stand before its arguments."""
 MAX_PYTHON_CHARS = 200_000
 """Longest call in Python's syntax, which is read as a whole."""
-_SPACES = " \t\r\n"
+SPACES = " \t\r\n"
 _PAIRS = {"{": "}", "[": "]", "(": ")"}
 _SCALAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.")
 _HEAD = re.compile(rf"([^\[{{\s]+)\s*(?:{re.escape(ID_MARK)}\w+)?(?:{re.escape(ARGUMENTS_MARK)})?\s*")
-_WORDS = {"true": True, "false": False, "null": None}
 
 
 class Scanned(NamedTuple):
@@ -123,7 +123,7 @@ class ObjectScan(CallScan):
         if char == '"':
             self._begin_value(self._in_key)
             return self._in_key(char)
-        return NOTHING if char in _SPACES else FAILED
+        return NOTHING if char in SPACES else FAILED
 
     def _in_key(self, char: str) -> Scanned:
         self._read.append(char)
@@ -137,10 +137,10 @@ class ObjectScan(CallScan):
         if char == ":":
             self._step = self._before_value
             return NOTHING
-        return NOTHING if char in _SPACES else FAILED
+        return NOTHING if char in SPACES else FAILED
 
     def _before_value(self, char: str) -> Scanned:
-        if char in _SPACES:
+        if char in SPACES:
             return NOTHING
         self._begin_value(self._in_value)
         if self._key in ARGUMENTS and self._name is not None and char == "{" and not self._told:
@@ -182,7 +182,7 @@ class ObjectScan(CallScan):
         if char == ",":
             self._step = self._before_key
             return NOTHING
-        return NOTHING if char in _SPACES else Scanned(failed=True, unread=char)
+        return NOTHING if char in SPACES else Scanned(failed=True, unread=char)
 
     def _end(self) -> Scanned:
         if self._told:
@@ -280,32 +280,9 @@ def _python_arguments(text: str) -> str | None:
             return None
         found: dict[str, Any] = {}
         for keyword in call.keywords:
-            value = _plain(keyword.value)
+            value = plain(keyword.value)
             found |= value if keyword.arg is None else {keyword.arg: value}
         return json.dumps(found, allow_nan=False)
     # Python 3.11 has a SystemError for some trees that are too deep.
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, SystemError):
         return None
-
-
-def _plain(node: ast.expr) -> Any:
-    """The value of a literal. Raises ValueError for any other expression."""
-    match node:
-        case ast.Constant(value=str() | int() | float() | None):
-            return node.value
-        case ast.Name(id=("true" | "false" | "null") as word):
-            return _WORDS[word]
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return -number
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_plain(item) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            # A key of None stands for `**`.
-            return {_key(key): _plain(value) for key, value in zip(keys, values, strict=True)}
-    raise ValueError("not a literal")
-
-
-def _key(node: ast.expr | None) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    raise ValueError("not a text")

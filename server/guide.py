@@ -4,13 +4,13 @@ A model that thinks does so first, outside of what is asked of its answer. Knows
 """
 
 from .backend import Serving
+from .call_rules import CallRules, marked
 from .errors import Invalid
 from .forms import Form
 from .front import Front
 from .grammar import Grammar, Part, part_of
 from .reasoning import Markers
 from .text import TextTokenizer
-from .tool_formats import CallRules, marked
 from .tools import ToolUse
 
 

@@ -71,7 +71,9 @@ class Job:
     def _parser(self) -> ToolParser | None:
         if self.tools is None:
             return None
-        return ToolParser(self.serving.tool_format, frozenset(tool.name for tool in self.tools.allowed))
+        return ToolParser(
+            self.serving.tool_format, {tool.name: tool.parameters for tool in self.tools.allowed}
+        )
 
 
 @dataclass(frozen=True, slots=True)

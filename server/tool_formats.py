@@ -1,29 +1,44 @@
-"""How models write that they call a tool: a table, which entry a model's own chat template speaks of, and its grammar.
+"""How models write that they call a tool: a table, and which entry a model's own chat template speaks of.
 
 Formats that no entry describes, and models whose template knows no tools, get `PLAIN`: the tools are told in the system prompt
-(`tool_prompt.py`) and calls are written as most models have seen them. Knows texts and grammars; parsing is `tool_parser.py`.
+(`tool_prompt.py`) and calls are written as most models have seen them. Parsing is `tool_parser.py`, the grammar `call_rules.py`.
 """
 
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from .grammar import Part, literal, one_of, schema_part
 from .text import TextTokenizer, special_id
-from .tools import Tool, ToolUse
 
-MAX_CALLS = 8
-"""Most calls of one answer that a grammar has to hold; a small model would not end by itself."""
-_IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tags:
+    """What stands around the parts of a call that is written in tags."""
+
+    name_close: str = ""
+    """Behind the name; if empty, any space or the next tag."""
+    key_open: str
+    key_close: str
+    value_open: str = ""
+    value_close: str
+    lines: bool = False
+    """Whether a value has lines of its own."""
+    end: str
+    own_end: bool = True
+    """Whether the end is not the closing mark of all calls at once."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.key_open, self.key_close, self.value_open, self.value_close, self.end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolFormat:
     """How one family of models writes calls: `opening call (between call)* closing`."""
 
-    syntax: Literal["json", "named", "python"]
-    """`{"name": "f", "arguments": {…}}`, `f[ARGS]{…}`, or `f(a=1)`."""
+    syntax: Literal["json", "named", "python", "tags"]
+    """`{"name": "f", "arguments": {…}}`, `f[ARGS]{…}`, `f(a=1)`, or as `tags` say."""
+    tags: Tags | None = None
     marks: tuple[str, ...] = ()
     """Texts that begin calls wherever they stand in an answer; the first is the one to write."""
     close: str = ""
@@ -79,6 +94,32 @@ LFM = ToolFormat(
     between=(", ",), closing=("]", "<|tool_call_end|>"),
 )  # fmt: skip
 """LFM2."""
+_FUNCTION_TAGS = Tags(
+    name_close=">",
+    key_open="<parameter=",
+    key_close=">",
+    value_close="</parameter>",
+    lines=True,
+    end="</function>",
+)
+QWEN_CODER = ToolFormat(
+    syntax="tags", tags=_FUNCTION_TAGS, marks=("<tool_call>", "<function="), close="</tool_call>",
+    opening=("<tool_call>", "\n", "<function="),
+    between=("\n", "</tool_call>", "\n", "<tool_call>", "\n", "<function="), closing=("\n", "</tool_call>"),
+)  # fmt: skip
+"""Qwen3-Coder and those after it; a model that forgets the outer mark is understood as well."""
+SEED = ToolFormat(
+    syntax="tags", tags=_FUNCTION_TAGS, marks=("<seed:tool_call>", "<function="), close="</seed:tool_call>",
+    opening=("<seed:tool_call>", "\n", "<function="), between=("\n", "<function="), closing=("\n", "</seed:tool_call>"),
+)  # fmt: skip
+"""Seed-OSS."""
+GLM = ToolFormat(
+    syntax="tags", marks=("<tool_call>",), close="</tool_call>",
+    tags=Tags(key_open="<arg_key>", key_close="</arg_key>", value_open="<arg_value>", value_close="</arg_value>",
+              end="</tool_call>", own_end=False),
+    opening=("<tool_call>",), between=("</tool_call>", "\n", "<tool_call>"), closing=("</tool_call>",),
+)  # fmt: skip
+"""GLM 4.5 and those after it."""
 ARGUMENTS_MARK, ID_MARK = "[ARGS]", "[CALL_ID]"
 """Of `named`: before the arguments, and before an id that some models write as well."""
 
@@ -88,8 +129,12 @@ def find_format(tokenizer: TextTokenizer) -> ToolFormat:
     template = tokenizer.tool_template or ""
     if "[TOOL_CALLS]" in template:
         return MISTRAL_NAMED if ARGUMENTS_MARK in template else MISTRAL
-    # Qwen3-Coder and GLM put XML into the same marks.
-    if "<tool_call>" in template and not any(word in template for word in ("<function=", "<arg_key>")):
+    # These put tags of their own into the marks of others.
+    if "<function=" in template:
+        return SEED if "seed:tool_call" in template else QWEN_CODER
+    if "<arg_key>" in template:
+        return GLM
+    if "<tool_call>" in template:
         return HERMES
     if "<|tool_call_start|>" in template or "<|tool_list_start|>" in template:
         return LFM
@@ -100,89 +145,6 @@ def find_format(tokenizer: TextTokenizer) -> ToolFormat:
 
 def kept_ids(form: ToolFormat, tokenizer: TextTokenizer) -> frozenset[int]:
     """Control tokens of a format, whose text is needed to find calls."""
-    marks = (*form.marks, form.close, ARGUMENTS_MARK, ID_MARK)
+    inner = form.tags.texts if form.tags is not None else (ARGUMENTS_MARK, ID_MARK)
+    marks = (*form.marks, form.close, *inner)
     return frozenset(i for mark in marks if mark and (i := special_id(tokenizer, mark)) is not None)
-
-
-class CallRules:
-    """The rules of calls in one format, as lines of Lark, and the grammars of their arguments."""
-
-    def __init__(self, form: ToolFormat, use: ToolUse, tokenizer: TextTokenizer) -> None:
-        """Raises Invalid for a schema that cannot be used."""
-        self._form = form
-        self._tokenizer = tokenizer
-        self._lines: list[str] = []
-        self.parts: dict[str, Part] = {}
-        names = [self._call(i, tool) for i, tool in enumerate(use.allowed)]
-        self._lines.append(f"call: {one_of(names)}")
-        more = self._more(MAX_CALLS - 1) if use.parallel else ""
-        self._lines.append(f"calls: {self._pieces(form.opening)} call{more} {self._pieces(form.closing)}")
-        # The same behind a mark that has been written already.
-        self._lines.append(f"rest: {self._pieces(form.opening[1:])} call{more} {self._pieces(form.closing)}")
-
-    def required(self) -> str:
-        """Rules of `answer`: calls and nothing else."""
-        return self._rules("answer: calls")
-
-    def chosen(self, otherwise: str = "") -> str:
-        """Rules of `answer`: calls behind a free text, or that text alone, or calls or what `otherwise` names."""
-        if otherwise:
-            return self._rules(f"answer: calls | {otherwise}")
-        if self._form.bare:
-            first = rf"[^\s\{self._form.bare}]"
-            return self._rules("answer: calls | SAID?", rf"SAID: /{first}(.|\n)*/")
-        mark = self._piece(self._form.marks[0])
-        # A text ends where the mark does, which a lazy rule sees to; a control token is no text, and ends it anyway.
-        head = f"head: SAID {mark}" if mark.startswith("<[") else f"head[lazy]: SAID {mark}"
-        return self._rules("answer: head rest | said", "said: SAID", head, r"SAID: /(.|\n)*/")
-
-    def _rules(self, *lines: str) -> str:
-        return "\n".join([*lines, *self._lines])
-
-    def _more(self, most: int) -> str:
-        return f" ({self._pieces(self._form.between)} call){{0,{most}}}"
-
-    def _call(self, i: int, tool: Tool) -> str:
-        name, key = f"call_{i}", self._form.arguments
-        if self._form.syntax == "python":
-            self._lines += self._python(name, i, tool)
-            return name
-        self.parts[f"args_{i}"] = schema_part(tool.parameters, tool.param)
-        if self._form.syntax == "named":
-            self._lines.append(f"{name}: {literal(tool.name)} {self._piece(ARGUMENTS_MARK)} @args_{i}")
-        else:
-            opening = f'{{"name": {literal(tool.name)}, "{key}": '
-            self._lines.append(f"{name}: {literal(opening)} @args_{i} {literal('}')}")
-        return name
-
-    def _python(self, name: str, i: int, tool: Tool) -> list[str]:
-        """`f(a=1, b="c")`, the arguments in the order of the schema; what Python cannot name goes through `**`."""
-        schema = tool.parameters
-        properties = schema.get("properties")
-        if not isinstance(properties, Mapping) or not all(_IDENTIFIER.fullmatch(key) for key in properties):
-            self.parts[f"args_{i}"] = schema_part(schema, tool.param)
-            return [f"{name}: {literal(f'{tool.name}(**')} @args_{i} {literal(')')}"]
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        required: Sequence[Any] = schema.get("required") or ()
-        lines = [f"{name}: {literal(tool.name + '(')} {name}_first_0 {literal(')')}"]
-        for j, (key, value) in enumerate(properties.items()):
-            self.parts[f"args_{i}_{j}"] = schema_part(
-                {**shared, **value} if isinstance(value, Mapping) else value, tool.param
-            )
-            for state, comma in (("first", ""), ("next", ", ")):
-                given = f"{literal(f'{comma}{key}=')} @args_{i}_{j} {name}_next_{j + 1}"
-                left = "" if key in required else f" | {name}_{state}_{j + 1}"
-                lines.append(f"{name}_{state}_{j}: {given}{left}")
-        return [*lines, *(f'{name}_{state}_{len(properties)}: ""' for state in ("first", "next"))]
-
-    def _pieces(self, pieces: Sequence[str]) -> str:
-        return " ".join(self._piece(piece) for piece in pieces)
-
-    def _piece(self, piece: str) -> str:
-        return marked(self._tokenizer, piece)
-
-
-def marked(tokenizer: TextTokenizer, text: str) -> str:
-    """A text as Lark writes it, or the control token that it is."""
-    number = special_id(tokenizer, text)
-    return literal(text) if number is None else f"<[{number}]>"

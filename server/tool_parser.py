@@ -7,11 +7,13 @@ at once, and how the answer is cut into pieces does not matter.
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 from .call_scan import CallScan, NamedScan, ObjectScan, PythonScan, Scanned
+from .tag_scan import TagScan
 from .tool_formats import ToolFormat
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -56,10 +58,11 @@ class _State(Enum):
 class ToolParser:
     """Parses one answer."""
 
-    def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
-        """`names`: of the tools that may be called."""
+    def __init__(self, form: ToolFormat, tools: Mapping[str, Mapping[str, Any]]) -> None:
+        """`tools`: the schema of the arguments of each tool that may be called."""
         self._form = form
-        self._names = names
+        self._tools = tools
+        self._names = frozenset(tools)
         self._state = _State.START if form.bare else _State.TEXT
         self._held = ""
         """Spaces, and what may be the beginning of a mark."""
@@ -76,6 +79,12 @@ class ToolParser:
     def push(self, text: str, *, end: bool = False) -> list[Piece]:
         """What became certain with this text. `end`: nothing follows."""
         found: list[Piece] = []
+        self._read(text, found)
+        if end:
+            self._end(found)
+        return list(_joined(found))
+
+    def _read(self, text: str, found: list[Piece]) -> None:
         at = 0
         while at < len(text):
             if self._state is _State.TEXT:
@@ -83,9 +92,6 @@ class ToolParser:
             else:
                 self._character(text[at], found)
                 at += 1
-        if end:
-            self._end(found)
-        return list(_joined(found))
 
     def _text(self, text: str, at: int, found: list[Piece]) -> int:
         """Go on to the next mark; where to go on from."""
@@ -170,6 +176,9 @@ class ToolParser:
                 return ObjectScan(self._names) if char == "{" else NamedScan(self._names)
             case "python":
                 return PythonScan(self._names)
+            case "tags":
+                assert self._form.tags is not None, "the format has tags"
+                return ObjectScan(self._names) if char == "{" else TagScan(self._form.tags, self._tools)
 
     def _take(self, scanned: Scanned, found: list[Piece]) -> None:
         """What the scan made of its last character."""
@@ -186,8 +195,7 @@ class ToolParser:
             self._not_a_call(found)
         elif scanned.done or scanned.failed:
             self._scan, self._state, self._raw = None, _State.CALLS, []
-            if scanned.unread:
-                self._between(scanned.unread, found)
+            self._read(scanned.unread, found)
 
     def _close(self, found: list[Piece]) -> None:
         """A closing mark: behind a call the end of it, behind none a text."""

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xlane.server.tool_formats import (
+    GLM,
     HERMES,
     LFM,
     LLAMA,
@@ -15,20 +16,31 @@ from xlane.server.tool_formats import (
     MISTRAL_NAMED,
     PLAIN,
     PYTHON,
+    QWEN_CODER,
+    SEED,
     ToolFormat,
 )
 from xlane.server.tool_parser import CallArguments, CallStart, ToolParser
 
-NAMES = frozenset({"f", "get_weather", "a.b/c"})
+TYPED = {
+    "type": "object",
+    "properties": {
+        "s": {"type": "string"}, "n": {"type": "integer"}, "x": {"type": "number"}, "b": {"type": "boolean"},
+        "o": {"type": "object"}, "l": {"type": "array"}, "m": {"type": ["string", "null"]},
+        "u": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/word"}]}, "e": {"enum": ["1", "2"]},
+    },
+    "$defs": {"word": {"type": "string"}},
+}  # fmt: skip
+TOOLS: dict[str, dict[str, Any]] = {"f": {}, "get_weather": {}, "a.b/c": {}, "t": TYPED}
 FORMATS = {
     "hermes": HERMES, "plain": PLAIN, "llama": LLAMA, "mistral": MISTRAL, "named": MISTRAL_NAMED, "python": PYTHON,
-    "lfm": LFM,
+    "lfm": LFM, "coder": QWEN_CODER, "seed": SEED, "glm": GLM,
 }  # fmt: skip
 
 
 def parse(form: ToolFormat, pieces: list[str]) -> list[Any]:
     """Texts, and (name, arguments) for calls, in order; ids and indexes are checked on the way."""
-    parser = ToolParser(form, NAMES)
+    parser = ToolParser(form, TOOLS)
     found: list[Any] = []
     ids: set[str] = set()
     for i, piece in enumerate(pieces):
@@ -53,6 +65,22 @@ def parse(form: ToolFormat, pieces: list[str]) -> list[Any]:
 
 
 CALL = '{"name": "f", "arguments": {"a": [1, "}"]}}'
+
+
+def coder(name: str, **arguments: str) -> str:
+    """A call as Qwen3-Coder's template writes it."""
+    lines = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function={name}>\n{lines}</function>\n</tool_call>"
+
+
+def glm(name: str, **arguments: str) -> str:
+    """A call as GLM 4.5's template writes it."""
+    lines = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in arguments.items()
+    )
+    return f"<tool_call>{name}\n{lines}</tool_call>"
+
+
 ARGUMENTS = '{"a": [1, "}"]}'
 
 
@@ -100,6 +128,24 @@ ARGUMENTS = '{"a": [1, "}"]}'
         ("python", "[1, 2]", ["[1, 2]"]),
         ("python", "see [f(a=1)]", ["see [f(a=1)]"]),
         ("lfm", "ok <|tool_call_start|>[f(a=1)]<|tool_call_end|>done", ["ok", ("f", '{"a": 1}'), "done"]),
+        ("coder", f"See.\n{coder('f', a='1')}\n{coder('t', s='2')}\nso", ["See.", ("f", '{"a": 1}'), ("t", '{"s": "2"}'), "so"]),
+        ("coder", coder("f"), [("f", "{}")]),
+        ("coder", coder("t", s=' "a"\n<b>\\</c>\n\n'), [("t", '{"s": " \\"a\\"\\n<b>\\\\</c>\\n\\n"}')]),
+        ("coder", "<function=t><parameter=n>7</parameter><parameter=b>True</parameter></function> ok", [("t", '{"n": 7, "b": true}'), "ok"]),
+        ("coder", f"<tool_call>\n{CALL}\n</tool_call>", [("f", ARGUMENTS)]),
+        ("coder", coder("t", s="un").partition("un\n")[0] + "un", [("t", '{"s": "un')]),
+        ("coder", coder("g", a="1"), [coder("g", a="1")]),
+        ("coder", "call <function=f> or <tool_call>", ["call <function=f> or <tool_call>"]),
+        ("coder", "<function=f>\n<b>", ["<function=f>\n<b>"]),
+        ("coder", "<function=f>\n<parameter=a>1</parameter>\n<b>x", [("f", '{"a": 1'), "<b>x"]),
+        ("seed", coder("f", a="1").replace("tool_call", "seed:tool_call"), [("f", '{"a": 1}')]),
+        ("glm", f"See.\n{glm('f', a='1')}\n{glm('t', s='2')}\nso", ["See.", ("f", '{"a": 1}'), ("t", '{"s": "2"}'), "so"]),
+        ("glm", "<tool_call>f</tool_call> ok", [("f", "{}"), "ok"]),
+        ("glm", "<tool_call>t<arg_key>s</arg_key><arg_value>a\n</arg_value><arg_key>n</arg_key> <arg_value> 1 </arg_value></tool_call>", [("t", '{"s": "a\\n", "n": 1}')]),
+        ("glm", "<tool_call>ls <arg_key>s</arg_key>", ["<tool_call>ls <arg_key>s</arg_key>"]),
+        ("glm", "<tool_call>f<b>", ["<tool_call>f<b>"]),
+        ("glm", f"<tool_call>{CALL}</tool_call>", [("f", ARGUMENTS)]),
+        ("glm", "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>[1,", [("f", '{"a": ')]),
     ],
 )  # fmt: skip
 def test_by_hand_whole_and_character_by_character(form: str, text: str, expected: list[Any]):
@@ -107,11 +153,38 @@ def test_by_hand_whole_and_character_by_character(form: str, text: str, expected
     assert parse(FORMATS[form], list(text)) == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "written", "expected"),
+    [
+        ("s", "5", "5"), ("s", "null", "null"), ("s", "", ""), ("n", "5", 5), ("n", " 5\n", 5), ("n", "five", "five"),
+        ("x", "5", 5), ("x", "-2.5", -2.5), ("x", "NaN", "NaN"), ("b", "true", True), ("b", "False", False),
+        ("b", "null", None), ("o", '{"a": [1]}', {"a": [1]}), ("o", "{'a': None, 'b': 'it'}", {"a": None, "b": "it"}),
+        ("l", "[1, 2]", [1, 2]), ("l", "(1, 2)", [1, 2]), ("l", "open('x')", "open('x')"), ("m", "null", None),
+        ("m", "None", None), ("m", "5", "5"), ("m", "no", "no"), ("u", "5", 5), ("u", "5.5", "5.5"), ("u", "a", "a"),
+        ("e", "1", "1"), ("other", "5", 5), ("other", "a b", "a b"), ("other", '"a"', '"a"'),
+    ],
+)  # fmt: skip
+def test_a_value_in_tags_is_what_its_schema_says(key: str, written: str, expected: Any):
+    for form, text in ((QWEN_CODER, coder("t", **{key: written})), (GLM, glm("t", **{key: written}))):
+        [(_, arguments)] = parse(form, [text])
+        assert json.loads(arguments) == {key: expected}
+        assert type(json.loads(arguments)[key]) is type(expected)
+
+
+def test_a_text_in_tags_is_told_as_it_comes():
+    parser = ToolParser(QWEN_CODER, TOOLS)
+    pieces = [parser.push(char) for char in coder("t", s="def f():\n    pass")]
+    told = [piece.text for found in pieces for piece in found if isinstance(piece, CallArguments)]
+    assert told[1:5] == ["d", "e", "f", " "]
+
+
 WORDS = st.sampled_from(
     [
         "<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|tool_call_start|>",
         "<|tool_call_end|>", '{"name": "f", ', '"arguments": ', '"parameters": {', '{"a": 1}', "}", "]", "[", "f(", "f",
         "a=1", ")", CALL, " ", "\n", ", ", "; ", '"', "\\", "é", " " * 70, "get_weather", "text", "[f(a='", "{", "()",
+        "<function=f>", "<function=", "t>", "<parameter=", "<parameter=s>", "</parameter>", "</function>", "<arg_key>",
+        "s</arg_key>", "<arg_value>", "</arg_value>", coder("t", s="1"), glm("t", s="1"), "<", ">",
     ]
 )  # fmt: skip
 
@@ -170,12 +243,14 @@ def test_hostile_answers_take_linear_time():
             "[f(" * 7_000,
             " " * 50_000,
             "<" * 20_000,
+            "<function=f><parameter=a>" + "\n</parameter" * 4_000,
+            "<tool_call>f<arg_key>a</arg_key><arg_value>" + "<" * 20_000,
         ):
             parse(form, [text[i : i + 4] for i in range(0, len(text), 4)])
 
 
 def test_ids_are_what_the_template_takes():
-    [start, *_] = ToolParser(MISTRAL, NAMES).push(f"[TOOL_CALLS][{CALL}]")
+    [start, *_] = ToolParser(MISTRAL, TOOLS).push(f"[TOOL_CALLS][{CALL}]")
     assert isinstance(start, CallStart)
     assert len(start.id) == 9
     assert start.id.isalnum()

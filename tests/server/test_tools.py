@@ -10,7 +10,19 @@ from starlette.testclient import TestClient
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
-from xlane.server.tool_formats import HERMES, LFM, LLAMA, MISTRAL, MISTRAL_NAMED, PLAIN, PYTHON, find_format
+from xlane.server.tool_formats import (
+    GLM,
+    HERMES,
+    LFM,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    PLAIN,
+    PYTHON,
+    QWEN_CODER,
+    SEED,
+    find_format,
+)
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine, fake_info
@@ -80,7 +92,9 @@ def events(text: str) -> list[dict[str, Any]]:
     ("template", "form"),
     [
         ("{{ tools }}<tool_call>{'name': …, 'arguments': …}", HERMES),
-        ("<tool_call><function=name>", PLAIN),
+        ("{{ tools }}<tool_call><function=name>", QWEN_CODER),
+        ("{{ tools }}<seed:tool_call><function=name>", SEED),
+        ("{{ tools }}<tool_call>name<arg_key>", GLM),
         ("{{ tools }}[TOOL_CALLS]", MISTRAL),
         ("{{ tools }}[TOOL_CALLS]f[ARGS]{}", MISTRAL_NAMED),
         ('{{ tools }}{"name": function name, "parameters": dictionary of …}', LLAMA),
@@ -274,6 +288,9 @@ def test_what_the_model_may_choose_is_held_to_what_was_asked(rig: Rig):
     assert not allows(formed, "Rain.")
 
 
+CITY, DAYS = (
+    f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in (("city", "Oslo"), ("days", "2"))
+)
 SYNTAXES = {
     "{{ tools }}[TOOL_CALLS]": (
         f'[TOOL_CALLS][{{"name": "weather", "arguments": {ARGUMENTS}}}, {{"name": "now", "arguments": {{}}}}]'
@@ -285,6 +302,17 @@ SYNTAXES = {
     "{{ tools }}func_name1(": '[weather(city="Oslo", days=2), now()]',
     "<|tool_list_start|>": '<|tool_call_start|>[weather(city="Oslo", days=2), now()]<|tool_call_end|>',
     "{{ tools }}<tool_call>": f"{CALL}\n{NOW}",
+    "{{ tools }}<tool_call><function=": (
+        f"<tool_call>\n<function=weather>\n{CITY}{DAYS}</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>"
+    ),
+    "{{ tools }}<seed:tool_call><function=": (
+        f"<seed:tool_call>\n<function=weather>\n{CITY}{DAYS}</function>\n<function=now>\n</function>\n</seed:tool_call>"
+    ),
+    "{{ tools }}<arg_key>": (
+        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>"
+    ),
 }
 
 

@@ -1,0 +1,116 @@
+"""The grammar of one tool call written in tags: its arguments in the order of their schema, texts bare, all else as JSON.
+
+Knows tags, schemas and Lark. What a schema says of a text is kept where a grammar can say it of bare text (`enum`, `const`,
+`pattern`, the lengths); `format` is an annotation, as the standard has it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .argument_text import TEXT, kinds_of, target
+from .errors import Invalid
+from .grammar import Part, literal, one_of, schema_part
+from .tool_formats import Tags
+from .tools import Tool
+
+MAX_FREE_ARGUMENTS = 8
+"""Most arguments of a tool whose schema names none."""
+_MOST_BRANCHES = 8
+"""How deep `anyOf` and `$ref` are followed; what lies deeper may be any text."""
+
+
+class TagRules:
+    """The rules of `call_{i}`."""
+
+    def __init__(self, tags: Tags, i: int, tool: Tool, piece: Callable[[str], str]) -> None:
+        """Raises Invalid for a schema that cannot be used. `piece`: writes a tag in Lark."""
+        self._tags, self._tool, self._piece = tags, tool, piece
+        self._name = f"call_{i}"
+        self._close = f"{literal(chr(10)) if tags.lines else ''} {piece(tags.value_close)}"
+        self.lines: list[str] = []
+        self.parts: dict[str, Part] = {}
+        arguments = " ".join(self._arguments())
+        opening = literal(tool.name + (f"{tags.name_close}\n" if tags.lines else "\n"))
+        end = piece(tags.end) if tags.own_end else ""
+        self.lines.append(f"{self._name}: {opening} {arguments} {end}")
+
+    def _arguments(self) -> Iterator[str]:
+        schema = self._tool.parameters
+        properties = schema.get("properties")
+        if not isinstance(properties, Mapping):
+            argument = self._argument(r"/[^<>\n]+/", self._text("any"))
+            yield f"({argument}){{0,{MAX_FREE_ARGUMENTS}}}"
+            return
+        required = [key for key in schema.get("required") or () if isinstance(key, str)]
+        named = {**properties, **{key: True for key in required if key not in properties}}
+        for j, (key, value) in enumerate(named.items()):
+            if any(char in key for char in "<>\n"):
+                raise Invalid(
+                    f"`{self._tool.param}` has a property {key[:50]!r}, which this model cannot write in a call",
+                    param=self._tool.param,
+                )
+            rule = f"{self._name}_{j}"
+            values = one_of([*self._values(value, str(j), 0)])
+            self.lines.append(f"{rule}: {self._argument(literal(key), values)}")
+            yield rule if key in required else f"{rule}?"
+
+    def _argument(self, key: str, value: str) -> str:
+        opening = self._piece(self._tags.value_open) if self._tags.value_open else ""
+        newline = literal("\n")
+        return (
+            f"{self._piece(self._tags.key_open)} {key} {self._piece(self._tags.key_close)} {newline} "
+            f"{opening} {value} {newline}"
+        )
+
+    def _values(self, schema: Any, place: str, depth: int) -> Iterator[str]:
+        """What a value may be, its closing tag included, one alternative each."""
+        root = self._tool.parameters
+        if isinstance(schema, Mapping) and "$ref" in schema and depth < _MOST_BRANCHES:
+            yield from self._values(target(schema["$ref"], root), place, depth + 1)
+            return
+        kinds = kinds_of(schema, root)
+        if not isinstance(schema, Mapping) or depth >= _MOST_BRANCHES:
+            yield self._text(place)
+        elif "string" not in kinds:
+            shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+            name = f"args_{self._name}_{place}"
+            self.parts[name] = schema_part({**shared, **schema}, self._tool.param)
+            yield f"@{name} {self._close}"
+        elif "const" in schema or isinstance(schema.get("enum"), list):
+            for value in [schema["const"]] if "const" in schema else schema["enum"]:
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                yield f"{literal(text)} {self._close}"
+        elif kinds == TEXT:
+            yield self._text(place, *_bounds(schema))
+        elif isinstance(kind := schema.get("type"), list):
+            for k, one in enumerate(kind):
+                yield from self._values({**schema, "type": one}, f"{place}_{k}", depth + 1)
+        elif isinstance(schemas := schema.get("anyOf", schema.get("oneOf")), list):
+            for k, inner in enumerate(schemas):
+                yield from self._values(inner, f"{place}_{k}", depth + 1)
+        else:
+            yield self._text(place)
+
+    def _text(self, place: str, *bounds: str) -> str:
+        """A rule of any text within these bounds, and the tag behind it."""
+        closing = re.escape(self._tags.value_close).replace("/", r"\/")
+        terminal, rule = f"TEXT_{self._name}_{place}".upper(), f"{self._name}_text_{place}"
+        # It ends where the tag does, which a lazy rule sees to; a control token is no text, and ends it anyway.
+        lazy = "" if self._piece(self._tags.value_close).startswith("<[") else "[lazy]"
+        within = " & ".join([r"/(.|\n)*/", rf"~/(.|\n)*{closing}(.|\n)*/", *bounds])
+        self.lines += [f"{terminal}: {within}", f"{rule}{lazy}: {terminal} {self._close}"]
+        return rule
+
+
+def _bounds(schema: Mapping[str, Any]) -> Iterator[str]:
+    """What a schema says of a text, as regular expressions in Lark."""
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if least or most != "":
+        yield rf"/(.|\n){{{least},{most}}}/"
+    if isinstance(pattern := schema.get("pattern"), str):
+        anchored = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
+        inner = pattern[anchored[0] : len(pattern) - anchored[1]].replace("/", r"\/")
+        before, after = ("" if anchor else r"(.|\n)*" for anchor in anchored)
+        yield f"/{before}({inner}){after}/"

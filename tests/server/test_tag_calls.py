@@ -1,0 +1,86 @@
+"""Grammars of calls in tags: what they allow is what the schema of each argument says, and reads back as that."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from xlane.server.call_rules import CallRules
+from xlane.server.errors import Invalid
+from xlane.server.grammar import Grammar
+from xlane.server.tool_formats import GLM, QWEN_CODER, ToolFormat
+from xlane.server.tool_parser import CallArguments, ToolParser
+from xlane.server.tools import Tool, ToolUse
+
+from ..support.byte_tokenizer import ByteTokenizer
+from ..support.obedient import allows, obedient_ids
+from .test_tool_parser import coder, glm
+
+
+def grammar_of(form: ToolFormat, schema: dict[str, Any]) -> str:
+    tools = (Tool("f", parameters=schema),)
+    calls = CallRules(form, ToolUse(tools, "required", tools), ByteTokenizer())
+    return Grammar(f"start: answer\n{calls.required()}\n", calls.parts).text()
+
+
+WORD = {"$defs": {"word": {"type": "string", "minLength": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string"}, ["", "a", 'a "b"\n{', "<b>"], []),
+        ({"type": "integer"}, ["5", "-1"], ["five", "5.5", ""]),
+        ({"type": "boolean"}, ["true"], ["True", "yes"]),
+        ({"type": "array", "items": {"type": "integer"}}, ["[1, 2]"], ["1", '["a"]']),
+        ({"enum": ["a", "b c", 3]}, ["a", "b c", "3"], ["c", '"a"', "4"]),
+        ({"const": "x"}, ["x"], ["y"]),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "a\nb"], ["a", "abcd"]),
+        ({"type": "string", "pattern": "^a+$"}, ["a", "aaa"], ["", "ab"]),
+        ({"type": "string", "pattern": "b"}, ["abc", "b"], ["ac"]),
+        ({"$ref": "#/$defs/word"}, ["ab"], ["a"]),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["5", "null"], ["a"]),
+        ({"type": ["string", "null"]}, ["null", "a"], []),
+        ({}, ["a", "5"], []),
+    ],
+)
+def test_a_value_is_held_to_its_schema(schema: dict[str, Any], good: list[str], bad: list[str]):
+    tool = {"type": "object", "properties": {"a": schema}, "required": ["a"], **WORD}
+    for form, written in ((QWEN_CODER, coder), (GLM, glm)):
+        grammar = grammar_of(form, tool)
+        for value in good:
+            text = written("f", a=value)
+            assert allows(grammar, text), text
+            jsonschema.validate(arguments_of(form, text, tool), tool)
+        for value in bad:
+            assert not allows(grammar, written("f", a=value)), value
+        assert not allows(grammar, written("f"))
+        assert not allows(grammar, written("f", b="1"))
+
+
+def arguments_of(form: ToolFormat, text: str, schema: dict[str, Any]) -> Any:
+    pieces = ToolParser(form, {"f": schema}).push(text, end=True)
+    return json.loads("".join(piece.text for piece in pieces if isinstance(piece, CallArguments)))
+
+
+@pytest.mark.parametrize("form", [QWEN_CODER, GLM])
+def test_what_a_model_is_brought_to_write_is_valid(form: ToolFormat):
+    schema = {
+        "type": "object",
+        "properties": {"s": {"type": "string", "maxLength": 3}, "n": {"type": "integer", "maximum": 99}, "o": {"type": "object"}},
+        "required": ["s", "n", "o"],
+    }  # fmt: skip
+    text = bytes(i for i in obedient_ids(grammar_of(form, schema), 400) if i < 256).decode(errors="replace")
+    jsonschema.validate(arguments_of(form, text, schema), schema)
+
+
+def test_a_tool_that_names_no_arguments_takes_any():
+    grammar = grammar_of(QWEN_CODER, {"type": "object"})
+    for text in (coder("f"), coder("f", a="1", other="x")):
+        assert allows(grammar, text), text
+
+
+def test_a_name_that_cannot_be_written_is_refused():
+    with pytest.raises(Invalid, match="cannot write"):
+        grammar_of(GLM, {"type": "object", "properties": {"a<b": {"type": "string"}}})
