@@ -10,8 +10,17 @@ from typing import Any
 
 from .errors import TokenizerError
 
+FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
+"""What transformers lets templates call, beside what Jinja does."""
 DEFAULT, TOOL_USE = "default", "tool_use"
 """Names of templates that mean something; a model may carry others."""
+
+
+SET = (
+    "messages", "tools", "add_generation_prompt", "continue_final_message", "conversations", "chat_template",
+    "return_assistant_tokens_mask", "self",
+)  # fmt: skip
+"""Names that rendering sets or that Jinja and transformers mean something else by, beside the special tokens."""
 
 
 class ChatTemplates:
@@ -20,6 +29,7 @@ class ChatTemplates:
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self.templates = dict(templates)
         self.special_tokens = dict(special_tokens)
+        self._variables: dict[str, frozenset[str]] = {}
 
     @property
     def default(self) -> str | None:
@@ -45,14 +55,14 @@ class ChatTemplates:
         Raises:
             TokenizerError: there is no template, or the template refused; with the template's own words.
         """
-        template = self._choose(tools)
+        template = self._choose(bool(tools))
         try:
             from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise TokenizerError(f"chat templates need transformers and jinja2: {error}") from error
         try:
             rendered, _ = render_jinja_template(
-                conversations=[list(messages)],  # type: ignore[arg-type]
+                conversations=[[_with_thinking(message) for message in messages]],  # type: ignore[arg-type]
                 tools=list(tools) if tools else None,  # type: ignore[arg-type]
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
@@ -63,6 +73,16 @@ class ChatTemplates:
             raise TokenizerError(f"the chat template refused the messages: {error}") from error
         return rendered[0]
 
+    def variables(self, *, tools: bool = False) -> frozenset[str]:
+        """Names that the template of a chat (with tools, or without) reads and `render` does not set by itself.
+
+        Raises TokenizerError if there is no template, or it is none.
+        """
+        template = self._choose(tools)
+        if template not in self._variables:
+            self._variables[template] = _read_by(template) - {*SET, *self.special_tokens}
+        return self._variables[template]
+
     def warm(self) -> None:
         """Import what rendering needs and compile the template, so that the first chat does not wait for it."""
         if self.default is not None:
@@ -71,12 +91,42 @@ class ChatTemplates:
             except TokenizerError:
                 pass  # whoever asks for a chat is told
 
-    def _choose(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def _choose(self, tools: bool) -> str:
         name = TOOL_USE if tools and TOOL_USE in self.templates else DEFAULT
         if name not in self.templates:
             others = f" (it has others: {', '.join(sorted(self.templates))})" if self.templates else ""
             raise TokenizerError(f"this model has no chat template{others}; send it text, not messages")
         return self.templates[name]
+
+
+def _with_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its thinking under both names that templates read. transformers does so since its version 5."""
+    thought = message.get("reasoning_content")
+    return message if thought is None else {"thinking": thought, **message}
+
+
+def _read_by(template: str) -> frozenset[str]:
+    """Names that a template reads from outside. Raises TokenizerError."""
+    from jinja2 import Environment, TemplateError, meta
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """transformers' tag around what the assistant said."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = Environment(extensions=[Generation, loopcontrols])
+    environment.globals |= dict.fromkeys(FUNCTIONS)
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except TemplateError as error:
+        raise TokenizerError(f"the chat template cannot be read: {error}") from error
 
 
 def templates_of_directory(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

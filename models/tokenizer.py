@@ -141,6 +141,13 @@ class TextTokenizer:
             **kwargs,
         )
 
+    def template_variables(self, *, tools: bool = False) -> frozenset[str]:
+        """What a caller of `apply_chat` may set: all that the template reads and that is not set anyway.
+
+        Raises TokenizerError if there is no template.
+        """
+        return self._chat.variables(tools=tools)
+
     def warm(self) -> None:
         """Do now what the first chat would wait for (importing transformers); call it from a thread."""
         self._chat.warm()

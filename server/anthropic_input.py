@@ -24,7 +24,7 @@ def conversation_of(body: CountBody) -> Conversation:
     for i, turn in enumerate(body.messages):
         messages += _messages(f"messages[{i}]", turn)
     tools = message_tools(body.tools, body.tool_choice)
-    return Conversation(messages, template_kwargs=_switches(body), tools=tools)
+    return Conversation(messages, switches=_switches(body), tools=tools)
 
 
 def shows_thinking(body: CountBody) -> bool:

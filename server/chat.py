@@ -14,13 +14,6 @@ from .tool_prompt import fitted, tools_of, with_prompt
 from .tools import ToolUse, chat_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-RESERVED = (
-    "messages", "tools", "add_generation_prompt", "continue_final_message", "conversation", "chat_template",
-    "conversations", "tokenize", "documents", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "padding", "truncation", "max_length", "bos_token", "eos_token", "pad_token", "unk_token",
-)  # fmt: skip
-"""Names a template's caller must not set: arguments of the rendering itself, and the model's own tokens."""
-MAX_TEMPLATE_KWARGS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +26,9 @@ class Conversation:
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template, as the client names them."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """Variables that other fields speak of, for templates that read them."""
     tools: ToolUse | None = None
     """What may be called."""
     tool_prompt: str | None = None
@@ -50,14 +46,12 @@ class Rendered:
 
 def conversation_of(body: ChatBody) -> Conversation:
     """The conversation of a chat. Raises Invalid."""
-    kwargs = _template_kwargs(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
     return Conversation(
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        template_kwargs=kwargs,
+        template_kwargs=body.chat_template_kwargs or {},
+        switches={} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort},
         tools=chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
         tool_prompt=body.tool_prompt,
     )
@@ -75,13 +69,17 @@ async def render(front: Front, serving: Serving, conversation: Conversation) -> 
     if use is not None and conversation.tool_prompt:
         messages = with_prompt(messages, conversation.tool_prompt)
 
+    told = tools_of(use) if use is not None and form.told else None
+
     def apply() -> str:
+        if given := conversation.template_kwargs:
+            _check_variables(given, serving.tokenizer.template_variables(tools=bool(told)))
         return serving.tokenizer.apply_chat(
             messages,
-            tools_of(use) if use is not None and form.told else None,
+            told,
             add_generation_prompt=add_prompt,
             continue_final_message=resume,
-            **conversation.template_kwargs,
+            **{**conversation.switches, **given},
         )
 
     try:
@@ -110,17 +108,15 @@ def _ending(conversation: Conversation, last_role: str) -> tuple[bool, bool]:
     return resume, add_prompt
 
 
-def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Switches for the template, each a plain value. Raises Invalid."""
+def _check_variables(given: Mapping[str, Any], allowed: frozenset[str]) -> None:
+    """Nothing may be set that the template does not read. Raises Invalid."""
     param = "chat_template_kwargs"
-    if len(given) > MAX_TEMPLATE_KWARGS:
-        raise Invalid(f"`{param}` takes at most {MAX_TEMPLATE_KWARGS} names", param=param)
-    for name, value in given.items():
-        if name in RESERVED or not name.isidentifier():
-            raise Invalid(f"`{param}.{name[:50]}` cannot be set", param=param)
-        if value is not None and not isinstance(value, bool | int | float | str):
-            raise Invalid(f"`{param}.{name[:50]}` must be a string, a number, a boolean or null", param=param)
-    return dict(given)
+    unknown = next((name for name in given if name not in allowed), None)
+    if unknown is not None:
+        known = f"it reads {', '.join(sorted(allowed))}" if allowed else "it reads none"
+        raise Invalid(
+            f"`{param}.{unknown[:50]}` is no variable of this model's chat template; {known}", param=param
+        )
 
 
 def _message(place: str, message: Message) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def conversation_of(body: ResponsesBody) -> Conversation:
     kwargs = {} if effort is None else {"reasoning_effort": effort}
     # Unlike in a chat, a last message of the assistant is not one to go on with.
     tools = response_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    return Conversation(messages, "input", add_generation_prompt=True, template_kwargs=kwargs, tools=tools)
+    return Conversation(messages, "input", add_generation_prompt=True, switches=kwargs, tools=tools)
 
 
 def _messages(items: list[Item]) -> list[Message]:

@@ -39,6 +39,10 @@ class TextTokenizer(Protocol):
         """The one it follows when there are."""
         ...
 
+    def template_variables(self, *, tools: bool = False) -> frozenset[str]:
+        """What a caller of `apply_chat`, with tools or without, may set. Raises TokenizerError."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Sequence[tuple[int, int, int]]:

@@ -339,6 +339,33 @@ def test_a_template_for_tools_is_used_with_tools(tmp_path: Path):
     assert tokenizer.apply_chat(MESSAGES, [tool]) == "tools: weather"
 
 
+def test_what_a_template_reads_may_be_set_and_nothing_else(tmp_path: Path):
+    template = (
+        "{%- if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
+        "{%- set own = namespace(n=0) %}{% for m in messages if m.role != 'x' %}{% if loop.first %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content }}{{ mood | default('glad') }}{% endgeneration %}{% endfor %}{{ own.n }}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% if documents %}{{ raise_exception('no') }}{% endif %}"
+        "{% macro f(a) %}{{ a }}{{ enable_thinking }}{% endmacro %}{{ f(1) }}{{ bos_token }}{{ dict(a=1) }}"
+        "{% if add_generation_prompt %}A{% endif %}{{ range(2) }}{{ self.x }}"
+    )
+    files = {"additional_chat_templates___tool_use__jinja": "{{ tools }}{{ strict }}"}
+    path = save(tmp_path, {"chat_template": template, "bos_token": "<s>"}, **files)
+    tokenizer = TextTokenizer.from_path(path)
+    for _ in range(2):
+        assert tokenizer.template_variables() == {"date_string", "mood", "documents", "enable_thinking"}
+        assert tokenizer.template_variables(tools=True) == {"strict"}
+    broken = save(tmp_path / "broken", {"chat_template": "{% if %}"})
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        TextTokenizer.from_path(broken).template_variables()
+
+
+def test_a_template_sees_thinking_under_either_name(tmp_path: Path):
+    template = "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}{% endfor %}"
+    tokenizer = TextTokenizer.from_path(save(tmp_path, {"chat_template": template}))
+    said = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    assert tokenizer.apply_chat([said]) == "hm|hm"
+
+
 def test_a_template_sees_special_tokens_and_variables(tmp_path: Path):
     template = (
         "{{ bos_token }}{{ add_generation_prompt }}{{ messages[0].content }}{{ mood }}{{ tools is none }}"

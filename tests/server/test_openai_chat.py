@@ -104,6 +104,14 @@ def test_a_refusal_is_a_text_too(rig: Rig):
 def test_template_arguments(rig: Rig):
     rig.chat("a", chat_template_kwargs={"thinking": False}, reasoning_effort="low")
     assert prompt_of(rig).startswith("{reasoning_effort=low}{thinking=False}[user]")
+    rig.chat("a", chat_template_kwargs={"documents": [{"text": "t"}]})
+    assert prompt_of(rig).startswith("{documents=[{'text': 't'}]}[user]")
+    problem = rig.chat("a", chat_template_kwargs={"thinking": True, "mood": 1}).json()["error"]
+    assert problem["message"] == (
+        "`chat_template_kwargs.mood` is no variable of this model's chat template; it reads documents, enable_thinking, thinking"
+    )
+    refused = rig.post("/chat_tokenize", messages=[USER], chat_template_kwargs={"mood": 1})
+    assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
 
 
 def test_stream(rig: Rig):
@@ -292,9 +300,7 @@ def test_names_of_the_served_model(rig: Rig, model: str | None):
         ({"chat_template": "{{ 1 }}"}, 400, "chat_template"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"bos_token": "x"}}, 400, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"a b": 1}}, 400, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"x": [1]}}, 400, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {f"x{i}": 1 for i in range(33)}}, 400, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"unread": 1}}, 400, "chat_template_kwargs"),
         ({"continue_final_message": True, "add_generation_prompt": True}, 400, "continue_final_message"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "foo", "content": "a"}]}, 400, "messages[0].role"),

@@ -32,6 +32,9 @@ class ByteTokenizer:
     chat_template: str | None = None
     tool_template: str | None = None
 
+    def template_variables(self, *, tools: bool = False) -> frozenset[str]:
+        return frozenset({"enable_thinking", "thinking", "documents"})
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
