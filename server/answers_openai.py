@@ -83,6 +83,7 @@ class AssistantMessage(_Answer, kw_only=True):
     reasoning: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType | None = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType | None = UNSET
+    function_call: dict[str, Any] | UnsetType = UNSET
 
 
 class ChatChoice(_Answer, kw_only=True):
@@ -118,6 +119,7 @@ class ChatDelta(_Answer, kw_only=True):
     reasoning: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType | None = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType | None = UNSET
+    function_call: dict[str, Any] | UnsetType = UNSET
 
 
 class ChatChunkChoice(_Answer, kw_only=True):

@@ -11,8 +11,10 @@ from .errors import Invalid, TemplateFailed
 from .front import Front
 from .schema_openai import ChatBody, ContentPart, Message
 from .tool_prompt import fitted, tools_of, with_prompt
-from .tools import ToolUse, chat_tools
+from .tools import ToolUse, chat_tools, legacy_tools
 
+_NEWER = {"developer": "system", "function": "tool"}
+"""Roles that templates know by another name."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -46,13 +48,18 @@ class Rendered:
 
 def conversation_of(body: ChatBody) -> Conversation:
     """The conversation of a chat. Raises Invalid."""
+    if body.tools and body.functions:
+        raise Invalid("`functions` and `tools` exclude each other", param="functions")
+    legacy = bool(body.functions) or body.function_call not in (None, "none", "auto")
     return Conversation(
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs or {},
         switches={} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort},
-        tools=chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        tools=legacy_tools(body.functions, body.function_call)
+        if legacy
+        else chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
         tool_prompt=body.tool_prompt,
     )
 
@@ -123,14 +130,20 @@ def _message(place: str, message: Message) -> dict[str, Any]:
     """One message as templates take it: text content, `system` for `developer`, tool arguments as objects."""
     if message.role not in ROLES:
         raise Invalid(f"`{place}.role` must be one of {', '.join(ROLES)}", param=f"{place}.role")
-    role = "system" if message.role == "developer" else message.role
-    if message.content is None and not (role == "assistant" and message.tool_calls):
+    role = _NEWER.get(message.role, message.role)
+    calls = message.tool_calls or []
+    if message.function_call is not None:
+        # It had no id, so its name and the name of what answers it are one.
+        calls = [{"id": f"call_{message.function_call.get('name')}", "function": message.function_call}]
+    if message.content is None and not (role == "assistant" and calls):
         raise Invalid(f"`{place}.content` must not be null", param=f"{place}.content")
     rendered: dict[str, Any] = {"role": role, "content": text_of(f"{place}.content", message.content)}
-    if message.tool_calls:
+    if calls:
         rendered["tool_calls"] = [
-            _tool_call(f"{place}.tool_calls[{i}]", call) for i, call in enumerate(message.tool_calls)
+            _tool_call(f"{place}.tool_calls[{i}]", call) for i, call in enumerate(calls)
         ]
+    if message.role == "function":
+        rendered["tool_call_id"] = f"call_{message.name}"
     for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             rendered[name] = value

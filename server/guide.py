@@ -28,7 +28,7 @@ async def grammar_of(
     """
     if form is None and (tools is None or not tools.guided):
         return None
-    param = form.param if form is not None else "tools"
+    param = form.param if form is not None else "functions" if tools is not None and tools.legacy else "tools"
     if front.config.disable_grammar_support:
         raise Invalid("grammar is not supported", param=param)
     markers = front.markers(serving)

@@ -15,6 +15,7 @@ from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, complete, stream
 from .openai_shapes import answer_headers, chat_logprobs, fingerprint, prompt_logprobs, usage_of
+from .reader import openai_finish
 from .schema_openai import ChatBody
 from .stream import unless_gone
 from .validate_openai import check_chat, check_model
@@ -86,7 +87,9 @@ def _choice(body: ChatBody, job: Job, answer: Answer, index: int) -> dict[str, A
     calls = answer.calls
     content = answer.text or None if calls else answer.text
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if calls:
+    if calls and job.legacy:
+        message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+    elif calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
@@ -98,5 +101,5 @@ def _choice(body: ChatBody, job: Job, answer: Answer, index: int) -> dict[str, A
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(job.serving.tokenizer, answer.tokens) if body.logprobs else None,
-        "finish_reason": answer.finish_reason,
+        "finish_reason": openai_finish(answer.done, len(calls), legacy=job.legacy),
     }

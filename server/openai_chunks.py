@@ -104,7 +104,7 @@ class Chunks(Emitter):
             else:
                 chunks.append(self._call(choice, progress.choice, piece))
         if progress.done is not None:
-            reason = openai_finish(progress.done, choice.reader.calls)
+            reason = openai_finish(progress.done, choice.reader.calls, legacy=self._job.legacy)
             chunks.append(self._last(progress.choice, reason))
         return b"".join(chunks)
 
@@ -131,7 +131,8 @@ class Chunks(Emitter):
             call = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
         else:
             call = {"index": piece.index, "function": {"arguments": piece.text}}
-        delta = {"delta": {"role": "assistant", "tool_calls": [call]}}
+        said = {"function_call": call["function"]} if self._job.legacy else {"tool_calls": [call]}
+        delta = {"delta": {"role": "assistant", **said}}
         head, tail = self._chunk(index, delta, _LOGPROBS).split(orjson.dumps(_LOGPROBS))
         return b"".join([head, self._scores(choice), tail, self._so_far(), _CLOSE])
 

@@ -10,7 +10,7 @@ from .detokenize import Detokenizer
 from .front import Front
 from .generate import Done, Progress, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
-from .reader import Call, Reader, openai_finish, whole
+from .reader import Call, Reader, whole
 from .reasoning import Markers, Splitter, visible
 from .stream import KEEP_ALIVE, EventStream
 from .tool_parser import ToolParser
@@ -56,6 +56,11 @@ class Job:
         """Tokens of all prompts together."""
         return sum(len(prompt.ids) for prompt in self.prompts)
 
+    @property
+    def legacy(self) -> bool:
+        """Whether calls are told as `function_call`."""
+        return self.tools is not None and self.tools.legacy
+
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt of one of the sequences."""
         return self.prompts[choice // self.checked.choices]
@@ -97,11 +102,6 @@ class Answer:
     def calls(self) -> list[Call]:
         """All of it that is calls."""
         return [part for part in self.parts if isinstance(part, Call)]
-
-    @property
-    def finish_reason(self) -> str:
-        """Why it ended, in OpenAI's words."""
-        return openai_finish(self.done, len(self.calls))
 
 
 @dataclass(frozen=True, slots=True)

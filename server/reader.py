@@ -80,6 +80,8 @@ def calls_tools(done: Done, calls: int) -> bool:
     return calls > 0 and done.ending is not Ending.LENGTH
 
 
-def openai_finish(done: Done, calls: int) -> str:
-    """`finish_reason`."""
-    return "tool_calls" if calls_tools(done, calls) else done.ending.openai
+def openai_finish(done: Done, calls: int, *, legacy: bool = False) -> str:
+    """`finish_reason`. `legacy`: of a chat that speaks of functions, not of tools."""
+    if calls_tools(done, calls):
+        return "function_call" if legacy else "tool_calls"
+    return done.ending.openai

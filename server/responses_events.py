@@ -8,12 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import problem_of
-from .generate import Done, Progress
+from .generate import Done, Progress, TextToken
 from .openai_run import Emitter, Job
-from .responses_shapes import CALL_PREFIX, Envelope, Kind, call_item, item, item_id, new_id, part, status_of
+from .reasoning import visible
+from .responses_shapes import (
+    CALL_PREFIX,
+    Envelope,
+    Kind,
+    call_item,
+    item,
+    item_id,
+    logprobs_of,
+    new_id,
+    part,
+    status_of,
+)
 from .schema_responses import ResponsesBody
 from .stream import typed_event
 from .tool_parser import CallArguments, CallStart
+from .validate_openai import scores_of
 
 _TEXT = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
 
@@ -26,6 +39,7 @@ class _Open:
     index: int
     id: str
     texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def place(self) -> dict[str, Any]:
@@ -62,6 +76,10 @@ class ResponseEvents(Emitter):
         self._output: list[dict[str, Any]] = []
         self._open: _Open | _OpenCall | None = None
         self._done: Done | None = None
+        self._job = job
+        self._scored = scores_of(body)
+        self._pending: list[TextToken] = []
+        """Tokens whose log-probabilities are not sent yet, because their text is not."""
 
     def of(self, progress: Progress) -> bytes:
         """The events of one progress."""
@@ -72,6 +90,8 @@ class ResponseEvents(Emitter):
                 self._event("response.in_progress", response=self._envelope.running()),
             ]
         self._done = progress.done
+        if self._scored:
+            self._pending += progress.tokens
         reasoning, pieces = self._reader.of(progress)
         if reasoning and self._reasoning:
             events += self._write("reasoning", reasoning)
@@ -112,7 +132,20 @@ class ResponseEvents(Emitter):
             current = self._open
         assert isinstance(current, _Open), "a text is open"
         current.texts.append(text)
-        return [*events, self._event(f"{_TEXT[kind]}.delta", **current.place, delta=text, **_logprobs(kind))]
+        told = {"logprobs": self._scores(text)} if kind == "message" else {}
+        current.logprobs += told.get("logprobs", ())
+        return [*events, self._event(f"{_TEXT[kind]}.delta", **current.place, delta=text, **told)]
+
+    def _scores(self, text: str) -> list[dict[str, Any]]:
+        """Log-probabilities of the tokens that make up this text. Those before it, of a call or of thinking, are not told."""
+        span = self._reader.span
+        ready = visible(self._pending, span)
+        said = "".join(token.text for token in ready)
+        at = 0 if said.startswith(text) else max(0, said.rfind(text))
+        start = (ready[0].start if ready else span[1]) + at
+        end = start + len(text)
+        self._pending = [token for token in self._pending if token.start >= end]
+        return logprobs_of(self._job, visible(ready, (start, end)))
 
     def _call(self, piece: CallStart | CallArguments) -> list[bytes]:
         events: list[bytes] = []
@@ -137,7 +170,7 @@ class ResponseEvents(Emitter):
         added = item(kind, opened.id, "in_progress", [])
         events = [self._event("response.output_item.added", output_index=opened.index, item=added)]
         if kind == "message":
-            events.append(self._event("response.content_part.added", **opened.place, part=part(kind, "")))
+            events.append(self._event("response.content_part.added", **opened.place, part=part(kind, "", [])))
         return events
 
     def _close(self, status: str) -> list[bytes]:
@@ -147,10 +180,12 @@ class ResponseEvents(Emitter):
         if isinstance(closing, _OpenCall):
             return self._close_call(closing, status)
         kind, place, text = closing.kind, closing.place, "".join(closing.texts)
-        events = [self._event(f"{_TEXT[kind]}.done", **place, text=text, **_logprobs(kind))]
+        whole = part(kind, text, closing.logprobs)
+        told = {"logprobs": closing.logprobs} if kind == "message" else {}
+        events = [self._event(f"{_TEXT[kind]}.done", **place, text=text, **told)]
         if kind == "message":
-            events.append(self._event("response.content_part.done", **place, part=part(kind, text)))
-        done = item(kind, closing.id, status, [part(kind, text)])
+            events.append(self._event("response.content_part.done", **place, part=whole))
+        done = item(kind, closing.id, status, [whole])
         self._output.append(done)
         return [*events, self._event("response.output_item.done", output_index=closing.index, item=done)]
 
@@ -166,7 +201,3 @@ class ResponseEvents(Emitter):
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return typed_event({"type": kind, "sequence_number": number, **fields})
-
-
-def _logprobs(kind: Kind) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "message" else {}

@@ -2,10 +2,12 @@
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from .generate import Done, Ending
+from .generate import Done, Ending, TextToken
 from .openai_run import Job
+from .openai_shapes import chat_logprobs
 from .schema_responses import ResponsesBody
 
 Kind = Literal["reasoning", "message"]
@@ -24,11 +26,20 @@ def item_id(kind: Kind) -> str:
     return new_id(_PREFIX[kind])
 
 
-def part(kind: Kind, text: str) -> dict[str, Any]:
-    """An item's one part."""
+def part(kind: Kind, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """An item's one part. `logprobs`: of a message, if they are wanted."""
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+
+def logprobs_of(job: Job, tokens: Iterable[TextToken]) -> list[dict[str, Any]]:
+    """Log-probabilities as a response has them: without null for the bytes of what is no text by itself."""
+    content: list[dict[str, Any]] = chat_logprobs(job.serving.tokenizer, tokens)["content"]
+    for token in content:
+        for entry in (token, *token["top_logprobs"]):
+            entry["bytes"] = entry["bytes"] or []
+    return content
 
 
 def item(kind: Kind, identity: str, status: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -75,7 +86,7 @@ class Envelope:
             "text": {"format": _format(body)},
             "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
             "tools": [{**_TOOL, **tool} for tool in body.tools or ()],
-            "top_logprobs": 0,
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "user": body.user,

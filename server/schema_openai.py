@@ -83,6 +83,8 @@ class Message(msgspec.Struct, frozen=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
+    """A call, as it was told before there were tools."""
     reasoning: str | None = None
     reasoning_content: str | None = None
     """Its thinking, under either of the names clients found it by."""

@@ -58,6 +58,6 @@ class ResponsesBody(Sampling, frozen=True, kw_only=True):
     conversation: Any = None
     prompt: Any = None
     background: Any = None
-    include: Any = None
-    top_logprobs: Any = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
     truncation: Any = None

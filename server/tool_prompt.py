@@ -71,7 +71,7 @@ def _in_words(messages: Messages) -> Messages:
             said = [message["content"]] if message["content"] else []
             content = "\n".join([*said, *map(_written, calls)])
             found.append({"role": "assistant", "content": content})
-        elif message["role"] in ("tool", "function"):
+        elif message["role"] == "tool":
             result = f"<tool_response>\n{message['content']}\n</tool_response>"
             # Templates want the sides to take turns, so the results of one answer are one message.
             if i and messages[i - 1]["role"] == message["role"] and found:

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from .errors import Invalid, Unsupported
 
+Words = tuple[str, str]
+"""What an API calls the tools and the choice among them."""
+
 MAX_TOOLS = 128
 """Most tools of a request (OpenAI's limit)."""
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -38,6 +41,8 @@ class ToolUse:
     """Those of them that may be called."""
     parallel: bool = True
     """Whether several may be called in one answer."""
+    legacy: bool = False
+    """Whether they came as `functions`, of which one call is told as `function_call`."""
 
     @property
     def guided(self) -> bool:
@@ -49,6 +54,22 @@ def chat_tools(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None
     """Of a chat. Raises Invalid, Unsupported."""
     found = [_function(tool, f"tools[{i}]", nested=True) for i, tool in enumerate(_list(tools))]
     return _use(found, _chat_choice(choice, nested=True), parallel is not False)
+
+
+def legacy_tools(functions: Any, choice: Any) -> ToolUse | None:
+    """Of a chat that names them as OpenAI did at first: `functions` and `function_call`. Raises Invalid."""
+    words = ("functions", "function_call")
+    listed = _list(functions, words[0])
+    found = [
+        _function(_object(f, f"functions[{i}]"), f"functions[{i}]", nested=False)
+        for i, f in enumerate(listed)
+    ]
+    if choice is None or choice in ("auto", "none"):
+        picked = _Choice(choice or "auto")
+    else:
+        picked = _Choice("required", (_name_in(_object(choice, words[1]), words[1], nested=False),))
+    use = _use(found, picked, False, words)
+    return None if use is None else replace(use, legacy=True)
 
 
 def response_tools(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None:
@@ -78,25 +99,28 @@ class _Choice:
     names: tuple[str, ...] | None = None
 
 
-def _use(tools: Sequence[Tool], choice: _Choice, parallel: bool) -> ToolUse | None:
+def _use(
+    tools: Sequence[Tool], choice: _Choice, parallel: bool, words: Words = ("tools", "tool_choice")
+) -> ToolUse | None:
     """None where no tool may be called: then none is told of either, as TGI does."""
+    name, choice_name = words
     if len(tools) > MAX_TOOLS:
-        raise Invalid(f"`tools` takes at most {MAX_TOOLS} tools. Given: {len(tools)}", param="tools")
+        raise Invalid(f"`{name}` takes at most {MAX_TOOLS} tools. Given: {len(tools)}", param=name)
     by_name = {tool.name: tool for tool in tools}
     if len(by_name) < len(tools):
         twice = next(tool for tool in tools if by_name[tool.name] is not tool)
-        raise Invalid(f"`tools` has two tools named {twice.name!r}", param="tools")
+        raise Invalid(f"`{name}` has two tools named {twice.name!r}", param=name)
     if choice.names is not None:
-        missing = next((name for name in choice.names if name not in by_name), None)
+        missing = next((chosen for chosen in choice.names if chosen not in by_name), None)
         if missing is not None:
             raise Invalid(
-                f"`tool_choice` names {missing[:128]!r}, which is not in `tools`", param="tool_choice"
+                f"`{choice_name}` names {missing[:128]!r}, which is not in `{name}`", param=choice_name
             )
     if choice.mode == "none" or (choice.mode == "auto" and not tools):
         return None
     if not tools:
-        raise Invalid("`tool_choice` needs `tools`", param="tool_choice")
-    allowed = tools if choice.names is None else [by_name[name] for name in choice.names]
+        raise Invalid(f"`{choice_name}` needs `{name}`", param=choice_name)
+    allowed = tools if choice.names is None else [by_name[chosen] for chosen in choice.names]
     mode: Literal["auto", "required"] = "required" if choice.mode == "required" else "auto"
     # A tool that is named is called once.
     once = mode == "required" and choice.names is not None and len(choice.names) == 1

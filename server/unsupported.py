@@ -25,17 +25,8 @@ def _one(value: Any) -> bool:
     return value == 1
 
 
-def _no_tools(value: Any) -> bool:
-    return value in ("none", "auto")
-
-
 def _text_only(value: Any) -> bool:
     return value == ["text"]
-
-
-def _not_wanted(value: Any) -> bool:
-    """What may be included in a response without any effort: what only other features would make."""
-    return isinstance(value, list) and "message.output_text.logprobs" not in value
 
 
 def _disabled(value: Any) -> bool:
@@ -60,8 +51,6 @@ SHARED: dict[str, Callable[[Any], bool]] = {
 
 CHAT: dict[str, Callable[[Any], bool]] = {
     **SHARED,
-    "functions": _empty,
-    "function_call": _no_tools,
     # The template is the model's. A client's own could be made to run for minutes.
     "chat_template": _never,
     "echo": _empty,
@@ -82,8 +71,6 @@ RESPONSES: dict[str, Callable[[Any], bool]] = {
     "conversation": _never,
     "prompt": _never,
     "background": _empty,
-    "include": _not_wanted,
-    "top_logprobs": _empty,
     "truncation": _disabled,
 }
 

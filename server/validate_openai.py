@@ -23,6 +23,7 @@ N = TypeVar("N", int, float)
 
 ANY_MODEL = ("", "tgi", "dummy")
 """Names clients send when they mean "whatever is served"."""
+INCLUDED_SCORES = "message.output_text.logprobs"
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 MAX_SALT_CHARS = 512
@@ -83,13 +84,22 @@ def check_completion(
 def check_responses(body: ResponsesBody, info: EngineInfo, eos_ids: tuple[int, ...]) -> Checked:
     """A response's parameters → `Checked`. Raises Invalid, Unsupported."""
     refuse(body, RESPONSES)
+    top = between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    scored = scores_of(body)
+    if top and not scored:
+        raise Invalid(f'`top_logprobs` needs `include: ["{INCLUDED_SCORES}"]`', param="top_logprobs")
     return Checked(
-        sampling=sampling_of(body, info, eos_ids),
+        sampling=sampling_of(body, info, eos_ids, scored, top or 0),
         max_tokens=between("max_output_tokens", body.max_output_tokens, 1, None),
         include_stop=False,
         cache_salt=salt_of(body),
         form=text_format(body.text.format if body.text else None, "text.format"),
     )
+
+
+def scores_of(body: ResponsesBody) -> bool:
+    """Whether a response is to have the log-probabilities of its text. What else may be included, other features would make."""
+    return INCLUDED_SCORES in (body.include or ())
 
 
 def check_model(name: str | None, served: str, info: EngineInfo) -> None:
