@@ -17,10 +17,10 @@ from .errors import (
     PlanError,
     RequestFailed,
 )
+from .grammar_bounds import check_grammar, compilers, grammar_limits
 from .request import (
     DURATION_EDGES_S,
     MAX_LOGIT_BIAS,
-    MAX_PROMPT_LOGPROBS,
     MAX_TOP_LOGPROBS,
     ROWS_EDGES,
     EngineInfo,
@@ -35,6 +35,7 @@ from .request import (
     StepOutput,
     Timing,
     TokenOutput,
+    check_prompt_scores,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DURATION_EDGES_S",
     "MAX_LOGIT_BIAS",
-    "MAX_PROMPT_LOGPROBS",
     "MAX_TOP_LOGPROBS",
     "ROWS_EDGES",
     "DeadlineExceeded",
@@ -69,6 +69,10 @@ __all__ = [
     "StepOutput",
     "Timing",
     "TokenOutput",
+    "check_grammar",
+    "check_prompt_scores",
+    "compilers",
+    "grammar_limits",
 ]
 
 

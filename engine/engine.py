@@ -22,7 +22,15 @@ from .local import Sink
 from .loop import Loop
 from .monitor import CompileCounter
 from .pages import PageAllocator
-from .request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, EngineInfo, EngineStats, Request, SamplingParams
+from .request import (
+    MAX_LOGIT_BIAS,
+    MAX_TOP_LOGPROBS,
+    EngineInfo,
+    EngineStats,
+    Request,
+    SamplingParams,
+    check_prompt_scores,
+)
 from .runner import Runner
 from .scheduler import Limits, Scheduler
 from .sequence import Sequence
@@ -204,6 +212,8 @@ class Engine:
         top = request.prompt_logprobs
         if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
             raise InvalidRequest(f"prompt_logprobs={top} is outside 0 … {MAX_TOP_LOGPROBS}")
+        if top is not None:
+            check_prompt_scores(prompt, top)
         check_sampling(request.sampling, self.info.vocab_size)
 
 

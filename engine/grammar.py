@@ -1,7 +1,7 @@
 """Grammars (llguidance's): compiled once, then one `Guide` a sequence, which says what its next token may be.
 
-Compiling and the first mask are the submitting thread's work; later masks are computed by a few threads of their own,
-while the device works, so that nobody's step waits for somebody's grammar. Bounds keep a grammar from taking more than
+The submitting thread waits for compiling, which needs a deep stack and so a thread of its own, and computes the first mask;
+later masks are computed by a few threads while the device works, so that nobody's step waits for somebody's grammar. Bounds keep a grammar from taking more than
 a second or two; one that breaks them is refused here, or fails its own request later. Knows bits and token ids; no text
 but the grammars', and no device.
 """
@@ -13,15 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 
 from ..models.errors import ModelError
 from .errors import InvalidRequest, RequestFailed
+from .grammar_bounds import check_grammar, compilers, grammar_limits
 from .request import SamplingParams
 
-MAX_GRAMMAR_BYTES = 1 << 18
-"""Longest grammar taken."""
 KEPT_GRAMMARS = 64
 """Compiled grammars that are remembered, the last used ones."""
 COMPILING = 2
@@ -54,7 +53,7 @@ class Grammars:
         self._loading = threading.Lock()
         self._loaded: Shared | ModelError | None = None
         self._vocab = vocab
-        self._compiling = threading.BoundedSemaphore(COMPILING)
+        self._compilers = compilers(COMPILING, "grammars")
         self._known: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="masks")
@@ -76,6 +75,7 @@ class Grammars:
     def close(self) -> None:
         """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def _shared(self) -> Shared:
         with self._loading:
@@ -93,12 +93,14 @@ class Grammars:
         found = self._recall(grammar)
         if found is not None:
             return found
-        if (size := len(grammar.encode(errors="replace"))) > MAX_GRAMMAR_BYTES:
-            raise InvalidRequest(f"the grammar has {size} bytes; at most {MAX_GRAMMAR_BYTES} are taken")
-        with self._compiling:
-            matcher = self._recall(grammar)  # another thread may have compiled the same one meanwhile
-            if matcher is None:
-                matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
+        check_grammar(grammar)
+        return self._compilers.submit(self._compile, grammar, tokenizer).result()
+
+    def _compile(self, grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
+        found = self._recall(grammar)  # another thread may have compiled the same one meanwhile
+        if found is not None:
+            return found
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=grammar_limits())
         if matcher.is_error():
             raise InvalidRequest(f"the grammar cannot be used: {_why(matcher)}")
         with self._lock:
@@ -112,12 +114,6 @@ class Grammars:
             if grammar in self._known:
                 self._known.move_to_end(grammar)
             return self._known.get(grammar)
-
-
-def _limits() -> LLParserLimits:
-    """llguidance's own bounds but for the size (its work grows with the square of it: this is a second or two), and
-    messages without its insides."""
-    return LLParserLimits(max_grammar_size=50_000, verbose_errors=False)
 
 
 class Guide:

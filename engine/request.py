@@ -6,6 +6,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .errors import InvalidRequest
+
 MAX_LOGIT_BIAS = 300
 """Most biased tokens of a request (the width of a lane's table)."""
 MAX_TOP_LOGPROBS = 20
@@ -236,3 +238,13 @@ class EngineStats:
     """Sequences in a prefill launch, between ROWS_EDGES."""
     joins: int
     """Turns in which sequences began beside running ones."""
+
+
+def check_prompt_scores(prompt_tokens: int, alternatives: int) -> None:
+    """Raises InvalidRequest if a prompt of this length has too many log-probabilities, each with so many alternatives."""
+    scores = prompt_tokens * (1 + alternatives)
+    if scores > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"log-probabilities of {prompt_tokens} prompt tokens, each with {alternatives} alternatives, are "
+            f"{scores} and can be at most {MAX_PROMPT_LOGPROBS}"
+        )

@@ -163,7 +163,8 @@ HTTP = (
     ),
     _own(
         "max-grammar-bytes", "server.max_grammar_bytes",
-        "Largest grammar of a request, the schemas of its tools included.", "int", at_least=1
+        "Largest grammar of a request, the schemas of its tools included; the engine takes up to 1 MiB.", "int",
+        at_least=1, at_most=1 << 20
     ),
     _tgi("payload-limit", "server.payload_limit", "Largest request body, bytes.", "int", at_least=1),
     _tgi(

@@ -18,8 +18,6 @@ from .forms import Form
 
 WHITESPACE = r"[ ]|\n[ ]{0,24}"
 """What may stand between two tokens of JSON."""
-MAX_LINKS = 500
-"""Most rules or `$ref`s of a request: llguidance follows a chain of some thousands until the stack, and the process, ends."""
 _COMPOSED = (
     "allOf",
     "if",
@@ -71,7 +69,6 @@ def schema_part(schema: Any, param: str) -> Part:
         text = orjson.dumps(schema)
     except TypeError as error:
         raise Invalid(f"`{param}` is not valid: {error}", param=param) from None
-    _check_links(text.count(b'"$ref"'), "`$ref`s", param)
     if not isinstance(schema, Mapping):
         return {"json_schema": schema}
     composed = any(b'"%s"' % word.encode() in text for word in _COMPOSED)
@@ -102,16 +99,10 @@ def _lark_regex(regex: str) -> str:
 
 def _lark_of(form: Form) -> str:
     """Lark, or what llama.cpp writes (GBNF)."""
-    _check_links(form.value.count(":"), "rules", form.param)
     try:
         return llguidance.grammar_from("grammar", form.value)
     except (ValueError, RecursionError) as error:
         raise Invalid(f"`{form.param}` is not valid: {error}", param=form.param) from None
-
-
-def _check_links(count: int, what: str, param: str) -> None:
-    if count > MAX_LINKS:
-        raise Invalid(f"`{param}` may have at most {MAX_LINKS} {what}. Given: {count}", param=param)
 
 
 def _closed(schema: Any) -> Any:

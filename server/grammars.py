@@ -1,6 +1,6 @@
 """Whether a grammar can be followed, found out before the engine hears of it: off the event loop, within bounds, once.
 
-llguidance is Rust and lets other threads run. It bounds its own work (see `_LIMITS`); on top of that a client waits for no
+llguidance is Rust and lets other threads run. It bounds its own work (see `grammar_limits`); on top of that a client waits for no
 more than `TIMEOUT_S`, and a text over the configured number of bytes is not looked at. Knows grammars' texts, not what they
 are for.
 """
@@ -8,10 +8,10 @@ are for.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
 
+from ..engine import InvalidRequest, check_grammar, compilers, grammar_limits
 from .errors import Invalid
 
 TIMEOUT_S = 5.0
@@ -19,7 +19,6 @@ TIMEOUT_S = 5.0
 CACHE_BYTES = 8_000_000
 """Most text of grammars known to be right."""
 _THREADS = 2
-_LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 
 
 class Grammars:
@@ -27,7 +26,7 @@ class Grammars:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="xlane-grammar")
+        self._threads = compilers(_THREADS, "xlane-grammar")
         self._known: OrderedDict[str, None] = OrderedDict()
         self._known_bytes = 0
 
@@ -60,8 +59,14 @@ class Grammars:
                 param=param,
             )
         if text not in self._known:
+            try:
+                check_grammar(text)
+            except InvalidRequest as error:
+                raise Invalid(_refusal(param, [str(error)]), param=param) from None
             # Warnings tell of what was chosen: `oneOf` is taken for `anyOf`, and token ids are ours and not checked.
-            wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(text, limits=_LIMITS)
+            wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+                text, limits=grammar_limits()
+            )
             if wrong:
                 raise Invalid(_refusal(param, messages), param=param)
         return text

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..engine import MAX_PROMPT_LOGPROBS, EngineInfo, Request, SamplingParams
+from ..engine import EngineInfo, InvalidRequest, Request, SamplingParams, check_prompt_scores
 from .config import ServerConfig
 from .errors import Invalid
 from .forms import Form
@@ -104,13 +104,10 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
         )
     ids = tuple(prompt_ids)
     if checked.prompt_logprobs is not None:
-        scores = len(ids) * (1 + checked.prompt_logprobs)
-        if scores > MAX_PROMPT_LOGPROBS:
-            raise Invalid(
-                f"log-probabilities of {len(ids)} prompt tokens, each with {checked.prompt_logprobs} alternatives, are "
-                f"{scores} and can be at most {MAX_PROMPT_LOGPROBS}",
-                param="prompt_logprobs",
-            )
+        try:
+            check_prompt_scores(len(ids), checked.prompt_logprobs)
+        except InvalidRequest as error:
+            raise Invalid(str(error), param="prompt_logprobs") from None
     base = replace(checked.sampling, max_tokens=max_tokens)
     return [
         Request(

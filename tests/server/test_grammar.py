@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from xlane.engine.grammar_bounds import MAX_LINKS, MAX_OPTIONAL
 from xlane.server.config import ServerConfig
-from xlane.server.grammar import MAX_LINKS
 
 from ..support.byte_tokenizer import ByteTokenizer, ThinkingTokenizer
 from ..support.obedient import allows
@@ -121,6 +121,7 @@ def test_schemas_that_compose_keep_what_matches(rig: Rig, schema: Any, text: str
         ({"$ref": "http://example.com/x"}, "http://example.com/x"),
         ({"enum": [f"value {i}" for i in range(100)] * 200}, "--max-grammar-bytes"),
         ({"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(MAX_LINKS + 1)}}, f"at most {MAX_LINKS}"),
+        ({"properties": {f"p{i}": {"type": "null"} for i in range(MAX_OPTIONAL + 1)}}, f"{MAX_OPTIONAL + 1} optional properties; at most {MAX_OPTIONAL}"),
         ("{", "JSON"),
         (7, "object"),
     ],

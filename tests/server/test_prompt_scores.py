@@ -156,7 +156,7 @@ def test_prompt_logprobs_that_are_refused(rig: Rig, fields: dict[str, Any]):
 
 
 def test_a_prompt_of_too_many_scores_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("xlane.server.validate.MAX_PROMPT_LOGPROBS", 12)
+    monkeypatch.setattr("xlane.engine.request.MAX_PROMPT_LOGPROBS", 12)
     assert rig.complete("abc", prompt_logprobs=2).status_code == 200  # four tokens of three each
     for response in (rig.complete("abc", prompt_logprobs=3), rig.complete("abcd", echo=True, logprobs=2)):
         assert response.status_code == 400
