@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
+from llguidance import LLMatcher
 
 from tests.engine.conftest import ids, request, run
 from tests.sharding.test_meshes import PROMPTS, SPLIT_VOCAB
+from tests.support.guided import MODEL_VOCAB, byte_level
 from tests.support.tiny import tiny_model
 from tests.support.untrained import untrained_model
 from xlane.sharding.processes import ProcessError, all_equal, join_processes, least_of_all
@@ -102,6 +105,31 @@ def test_two_processes_make_the_tokens_of_one(engine_of, start: Start, devices: 
     assert json.loads(output.splitlines()[-1]) == expected  # before it, gloo says that it is connected
     _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
     assert follower.returncode == 0, errors
+
+
+def test_a_guided_request_through_a_group_makes_the_tokens_of_one_process(start: Start, tmp_path: Path):
+    text = byte_level()
+    model = untrained_model(tmp_path / "model", num_hidden_layers=1, vocab_size=MODEL_VOCAB)
+    text.backend.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    schema = {"type": "object", "properties": {"true": {"type": "boolean"}, "n": {"enum": [1, 12, 2]}}}
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+    how = {"max_tokens": 40, "stop_ids": list(text.eos_ids)}
+    requests = [
+        ([5, 6, 7], {**how, "grammar": grammar}), ([5, 6, 8], {"max_tokens": 6}),
+        ([9], {**how, "grammar": grammar, "temperature": 1.0, "seed": 3}),
+    ]  # fmt: skip
+    options = {**ONE_LANE, "lanes": 2, "model": model}
+    alone = start(0, json.dumps(requests), **options, processes=1, coordinator=None)
+    both = [start(0, json.dumps(requests), **options, data_parallel=2), start(1, **options, data_parallel=2)]
+    said: list[list[list[int]]] = []
+    for process in (alone, both[0]):
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        said.append(json.loads(output.splitlines()[-1]))
+    assert said[0] == said[1]
+    for guided in (said[0][0], said[0][2]):
+        jsonschema.validate(json.loads(text.decode(guided)), schema)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tests.engine.conftest import ids, request, run
-from xlane.engine import EngineConfig, EngineError
+from xlane.engine import EngineConfig, EngineError, Request
 from xlane.engine.engine import Engine
 from xlane.engine.follow import follow
 from xlane.engine.local import LocalClient
@@ -28,11 +30,15 @@ def main() -> int:
         return 3
     if sys.argv[3] == "forever":
         asyncio.run(_run_forever(engine))
-    asked = [request(prompt, **sampling) for prompt, sampling in json.loads(sys.argv[3])]
+    asked = [_request(prompt, **sampling) for prompt, sampling in json.loads(sys.argv[3])]
     print(json.dumps([ids(output) for output in run(engine, *asked)]))
     assert engine.stats().compiles_after_ready == 0
     engine.stop()
     return 0
+
+
+def _request(prompt: list[int], grammar: str | None = None, **sampling: Any) -> Request:
+    return replace(request(prompt, **sampling), grammar=grammar)
 
 
 async def _run_forever(engine: Engine) -> None:
