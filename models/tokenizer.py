@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from .chat import ChatTemplates
 from .detokenize import ByteStream, TextStream, WindowStream, token_table
 from .errors import TokenizerError
-from .tokenizer_files import TokenizerFiles, read_directory, read_gguf
+from .tokenizer_files import TokenizerFiles, read_directory, read_gguf, with_config
 
 __all__ = ["TextStream", "TextTokenizer", "TokenSpan", "TokenizerFiles"]
 
@@ -46,16 +46,23 @@ class TextTokenizer:
         self.vocab_size: int = files.tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
-    def from_path(cls, path: Path | str, kind: Literal["directory", "gguf"] | None = None) -> "TextTokenizer":
+    def from_path(
+        cls,
+        path: Path | str,
+        kind: Literal["directory", "gguf"] | None = None,
+        config: Path | str | None = None,
+    ) -> "TextTokenizer":
         """Read a model's tokenizer. Raises TokenizerError if there is none that can be read.
 
         Args:
             path: a Hugging Face directory or a GGUF file.
             kind: which of the two; default by looking.
+            config: another tokenizer_config.json, whose chat template goes before the model's.
         """
         path = Path(path)
         kind = kind or ("directory" if path.is_dir() else "gguf")
-        return cls(read_gguf(path) if kind == "gguf" else read_directory(path))
+        files = read_gguf(path) if kind == "gguf" else read_directory(path)
+        return cls(files if config is None else with_config(files, Path(config)))
 
     @property
     def backend(self) -> Tokenizer:

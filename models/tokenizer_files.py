@@ -5,7 +5,7 @@ tokenizer.json.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,15 @@ def read_directory(directory: Path) -> TokenizerFiles:
         _ends(directory / "generation_config.json", tokenizer, special),
         max_context=int(limit) if isinstance(limit, int | float) and 0 < limit < _UNLIMITED else None,
     )
+
+
+def with_config(files: TokenizerFiles, path: Path) -> TokenizerFiles:
+    """The same with the chat templates and their special tokens of another tokenizer_config.json. Raises TokenizerError."""
+    config = read_object(path)
+    templates = named_templates(config.get("chat_template"), path)
+    if not templates:
+        raise TokenizerError(f"{path}: has no chat_template, so it changes nothing")
+    return replace(files, templates=templates, special_tokens={**files.special_tokens, **_texts(config)})
 
 
 def _ends(path: Path, tokenizer: Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name shown in replies and model lists, and accepted as `model`; None shows the engine's model id."""
 
+    tokenizer_config_path: str | None = None
+    """A tokenizer_config.json whose chat template goes before the model's own."""
     predict_route: str | None = None
     """One more path for `POST /vertex`, as Vertex AI wants to choose it."""
     health_route: str | None = None

@@ -151,6 +151,10 @@ HTTP = (
         "vertex-health-route", "server.health_route", "One more path for GET /health.", env="AIP_HEALTH_ROUTE",
         must_start="/"
     ),
+    _tgi(
+        "tokenizer-config-path", "server.tokenizer_config_path",
+        "A tokenizer_config.json whose chat template goes before the model's own."
+    ),
     _own("served-model-name", "server.served_model_name", "Name of the model in replies; default its id."),
     _own(
         "reasoning-parser", "server.reasoning_parser",
@@ -280,7 +284,6 @@ _REFUSED = {
     "rope-scaling": "positions scale as the model's config.json says",
     "rope-factor": "positions scale as the model's config.json says",
     "weights-cache-override": "give the directory itself as --model-id",
-    "tokenizer-config-path": "put the file into the model's directory and serve that",
     "ngrok": "there is no tunnel; put a proxy in front",
 }
 _BOOLEAN = {

@@ -110,7 +110,11 @@ class Session:
         """Find the model, start the engine, open the doors, and return never but by an error."""
         self._backend.say("looking for the model")
         model = await _detached(self._find)
-        tokenizer = asyncio.create_task(asyncio.to_thread(TextTokenizer.from_path, model.path, _kind(model)))
+        tokenizer = asyncio.create_task(
+            asyncio.to_thread(
+                TextTokenizer.from_path, model.path, _kind(model), self._server.tokenizer_config_path
+            )
+        )
         self._supervisor = Supervisor(
             self._command or engine_command(self._engine, model, self._run),
             socket=None if self._run.uds_path is None else Path(self._run.uds_path),

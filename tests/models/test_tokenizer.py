@@ -359,6 +359,20 @@ def test_what_a_template_reads_may_be_set_and_nothing_else(tmp_path: Path):
         TextTokenizer.from_path(broken).template_variables()
 
 
+def test_another_configuration_may_have_the_template(tmp_path: Path):
+    path = save(tmp_path / "model", {"chat_template": "theirs", "bos_token": "<s>"})
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"chat_template": "{{ bos_token }}{{ eos_token }}ours", "bos_token": "<b>"}))
+    assert TextTokenizer.from_path(path).apply_chat(MESSAGES) == "theirs"
+    assert TextTokenizer.from_path(path, config=other).apply_chat(MESSAGES).startswith("<b>")
+    assert TextTokenizer.from_path(path, config=other).apply_chat(MESSAGES).endswith("ours")
+    other.write_text("{}")
+    with pytest.raises(TokenizerError, match="no chat_template"):
+        TextTokenizer.from_path(path, config=other)
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        TextTokenizer.from_path(path, config=tmp_path / "absent.json")
+
+
 def test_a_template_sees_thinking_under_either_name(tmp_path: Path):
     template = "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}{% endfor %}"
     tokenizer = TextTokenizer.from_path(save(tmp_path, {"chat_template": template}))

@@ -40,6 +40,7 @@ WORKS: dict[str, tuple[str, str, Any]] = {
     "watermark-gamma": ("0.25", "engine.watermark_gamma", 0.25),
     "watermark-delta": ("4", "engine.watermark_delta", 4.0),
     "env": ("true", "run.show_env", True),
+    "tokenizer-config-path": ("/t", "server.tokenizer_config_path", "/t"),
     "max-client-batch-size": ("5", "server.max_client_batch_size", 5),
     "enable-prefill-logprobs": ("false", "server.prompt_logprobs", False),
     "disable-grammar-support": ("true", "server.disable_grammar_support", True),
@@ -58,7 +59,7 @@ NOTED = {
 
 REFUSED = {
     "quantize": "awq", "kv-cache-dtype": "fp8_e5m2", "speculate": "2", "lora-adapters": "a", "rope-scaling": "linear",
-    "rope-factor": "2.0", "weights-cache-override": "/w", "tokenizer-config-path": "/t", "ngrok": "true",
+    "rope-factor": "2.0", "weights-cache-override": "/w", "ngrok": "true",
 }  # fmt: skip
 """Answers would differ from what was asked for."""
 

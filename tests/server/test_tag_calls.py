@@ -1,10 +1,12 @@
 """Grammars of calls in tags: what they allow is what the schema of each argument says, and reads back as that."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
+from llguidance import LLMatcher
 
 from xlane.server.call_rules import CallRules
 from xlane.server.errors import Invalid
@@ -13,8 +15,8 @@ from xlane.server.tool_formats import GLM, QWEN_CODER, ToolFormat
 from xlane.server.tool_parser import CallArguments, ToolParser
 from xlane.server.tools import Tool, ToolUse
 
-from ..support.byte_tokenizer import ByteTokenizer
-from ..support.obedient import allows, obedient_ids
+from ..support.byte_tokenizer import END_OF_TURN, SPECIAL, ByteTokenizer
+from ..support.obedient import TOKENIZER, allows, obedient_ids
 from .test_tool_parser import coder, glm
 
 
@@ -73,6 +75,34 @@ def test_what_a_model_is_brought_to_write_is_valid(form: ToolFormat):
     }  # fmt: skip
     text = bytes(i for i in obedient_ids(grammar_of(form, schema), 400) if i < 256).decode(errors="replace")
     jsonschema.validate(arguments_of(form, text, schema), schema)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_tags_that_are_control_tokens_are_written_as_such(parallel: bool):
+    mark = SPECIAL[END_OF_TURN]
+
+    class Marked(ByteTokenizer):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [END_OF_TURN] if text == mark else super().encode(text, add_special_tokens)
+
+    assert GLM.tags is not None
+    form = replace(GLM, tags=replace(GLM.tags, value_close=mark))
+    tools = (
+        Tool(
+            "f", parameters={"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "null"}}}
+        ),
+    )
+    calls = CallRules(form, ToolUse(tools, "auto", tools, parallel), Marked())
+    grammar = Grammar(f"start: answer\n{calls.chosen()}\n", calls.parts).text()
+    ids: list[int] = []
+    for piece in (
+        "So: <tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x",
+        "\n<arg_key>n</arg_key>\n<arg_value>null",
+    ):
+        ids += [*piece.encode(), END_OF_TURN]
+    matcher = LLMatcher(TOKENIZER, grammar)
+    assert matcher.try_consume_tokens([*ids, *b"\n</tool_call>"]) == len(ids) + len(b"\n</tool_call>")
+    assert matcher.is_accepting()
 
 
 def test_a_tool_that_names_no_arguments_takes_any():
