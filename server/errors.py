@@ -250,6 +250,9 @@ def error_response(error: Exception, path: str) -> Response:
         status, body = problem.row.openai_status, problem.openai()
     else:
         status, body = problem.row.tgi_status, problem.tgi()
+    if speaks_openai(path):
+        # OpenAI's and Anthropic's clients ask again after any 409, 429 or 5xx, unless they are told better.
+        headers["x-should-retry"] = "false" if problem.retry_after_s is None else "true"
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from xlane.engine import Overloaded, Request, StepOutput, TokenOutput
+from xlane.engine import EngineLost, Overloaded, Request, RequestFailed, StepOutput, TokenOutput
 from xlane.server import flags
 from xlane.server.cli import Settings, choose, settle
 from xlane.server.config import ServerConfig
@@ -294,3 +294,18 @@ def test_a_wait_is_one_that_clients_keep_to(rig: Rig):
     rig.engine.refuse_with = Overloaded("full", 900.0)
     answer = rig.chat()
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "120")
+    assert answer.headers["x-should-retry"] == "true"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_clients_ask_again_only_where_that_may_help(rig: Rig, path: str):
+    body = {"messages": [USER], "input": "a", "max_tokens": 2}
+    for error, again in (
+        (EngineLost("gone"), "true"),
+        (RequestFailed("NaN"), "false"),
+        (ValueError("bug"), "false"),
+    ):
+        rig.engine.refuse_with = error
+        answer = rig.post(path, **body)
+        assert answer.status_code >= 500
+        assert answer.headers["x-should-retry"] == again
