@@ -56,6 +56,9 @@ class Kernels(Protocol):
         window: int | None,
         scale: float,
         one_token_rows: bool,
+        softcap: float | None = None,
+        slopes: tuple[float, ...] = (),
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """Write keys and values into the pages of their rows, then attend the queries causally -> [T, N, H].
 
@@ -64,5 +67,8 @@ class Kernels(Protocol):
         A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
         very call included. `one_token_rows` promises rows == arange(T) (a decode step). Query head n reads kv head
         n // G. The pool arrays are consumed.
+
+        A score s, scaled, becomes softcap tanh(s / softcap); then `slopes` (one a query head) times the distance to the
+        key is taken off. `sinks` [K, G] are scores of nothing: they take part in the softmax and add no value.
         """
         ...

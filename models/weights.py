@@ -4,9 +4,10 @@ A format (safetensors, GGUF) implements `TensorSource`; a table of `Recipe`s say
 `Weights` joins the two into the `WeightSource` that the loader reads. Knows no file format, no family and no device.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -65,38 +66,50 @@ class Recipe:
     """What one parameter is made of. `{i}` in a name stands for the layer."""
 
     kind: Literal["plain", "qkv", "gate_up"]
-    """`plain`: one tensor of the same shape. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …].
-    `gate_up`: gate, then up, [2, F, …]."""
+    """`plain`: one tensor. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …]. `gate_up`: gate, then up,
+    [2, F, …]."""
     names: tuple[str, ...]
+    """Of `qkv` and `gate_up`, one name stands for one tensor with the parts below each other."""
+    merged: int = 1
+    """Of `plain`: the tensor has this many of the parameter's first axes as one, [K * … * H, …] for [K, …, H, …]."""
+    transposed: bool = False
+    """The tensor is stored inputs first (GPT-2)."""
 
     def of_layer(self, layer: str) -> "Recipe":
         """This recipe with its layer filled in."""
-        return Recipe(self.kind, tuple(name.replace("{i}", layer) for name in self.names))
+        return replace(self, names=tuple(name.replace("{i}", layer) for name in self.names))
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shapes, outputs first, of what a parameter of this logical shape is put together from."""
+        if self.kind == "plain":
+            return ((math.prod(shape[: self.merged]), *shape[self.merged :]),)
+        if self.kind == "gate_up":
+            return (shape[1:],) * 2
+        kv_heads, members, head_dim, *rest = shape
+        queries, keys = (kv_heads * (members - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
+        return (queries, keys, keys)
 
     def source_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shape each source must have for a parameter of this logical shape."""
-        if self.kind == "plain":
-            return (shape,)
-        if self.kind == "gate_up":
-            return (shape[1:],) * 2
-        kv_heads, parts, head_dim, *rest = shape
-        queries, keys = (kv_heads * (parts - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
-        return (queries, keys, keys)
+        parts = self.parts(shape)
+        if len(parts) > len(self.names):
+            parts = ((sum(part[0] for part in parts), *parts[0][1:]),)
+        return tuple(part[::-1] for part in parts) if self.transposed else parts
 
 
-def plain(name: str) -> Recipe:
-    """One tensor as it is."""
-    return Recipe("plain", (name,))
+def plain(name: str, merged: int = 1, *, transposed: bool = False) -> Recipe:
+    """One tensor as it is, or with its first axes to be told apart."""
+    return Recipe("plain", (name,), merged, transposed)
 
 
-def qkv(query: str, key: str, value: str) -> Recipe:
-    """Three projections fused, grouped by kv head."""
-    return Recipe("qkv", (query, key, value))
+def qkv(*names: str, transposed: bool = False) -> Recipe:
+    """Three projections (of queries, keys, values) fused, grouped by kv head; or one tensor that has them in this order."""
+    return Recipe("qkv", names, transposed=transposed)
 
 
-def gate_up(gate: str, up: str) -> Recipe:
-    """Two feed-forward projections, stacked."""
-    return Recipe("gate_up", (gate, up))
+def gate_up(*names: str) -> Recipe:
+    """Two feed-forward projections, stacked; or one tensor that has them below each other."""
+    return Recipe("gate_up", names)
 
 
 class Weights:
@@ -171,28 +184,47 @@ def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Inde
     """Read a slice of one parameter from its sources, in `spec.dtype`."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
     dtype = np.dtype(spec.dtype)
+    read = _rows_of(recipe, tensors, spec.shape)
     if recipe.kind == "plain":
-        rows = tensors.read_rows(recipe.names[0], *bounds[0])
+        inner = spec.shape[1 : recipe.merged]
+        low, high = (bound * math.prod(inner) for bound in bounds[0])
+        rows = read(0, low, high).reshape(bounds[0][1] - bounds[0][0], *spec.shape[1:])
         return np.ascontiguousarray(rows[(slice(None), *index[1:])], dtype)
     out = np.empty([stop - start for start, stop in bounds], dtype)
     if recipe.kind == "gate_up":
         for place, which in enumerate(range(*bounds[0])):
-            rows = tensors.read_rows(recipe.names[which], *bounds[1])
-            out[place] = rows[(slice(None), *index[2:])]
+            out[place] = read(which, *bounds[1])[(slice(None), *index[2:])]
         return out
     # [k, parts, h, …]: which of the G queries, the key and the value lie in the slice
     first_head, last_head = bounds[0]
     group, head_dim = spec.shape[1] - 2, spec.shape[2]
-    for name, width, start in zip(recipe.names, (group, 1, 1), (0, group, group + 1), strict=True):
+    for part, (width, start) in enumerate(((group, 0), (1, group), (1, group + 1))):
         low, high = (min(max(bound - start, 0), width) for bound in bounds[1])
         if low == high:
             continue
-        rows = tensors.read_rows(name, first_head * width * head_dim, last_head * width * head_dim)
+        rows = read(part, first_head * width * head_dim, last_head * width * head_dim)
         heads = rows.reshape(last_head - first_head, width, head_dim, *spec.shape[3:])
         out[:, start + low - bounds[1][0] : start + high - bounds[1][0]] = heads[
             (slice(None), slice(low, high), *index[2:])
         ]
     return out
+
+
+def _rows_of(
+    recipe: Recipe, tensors: TensorSource, shape: tuple[int, ...]
+) -> Callable[[int, int, int], np.ndarray]:
+    """What reads rows start … stop-1 of a part, wherever it lies."""
+    sizes = [part[0] for part in recipe.parts(shape)]
+    joined = len(sizes) > len(recipe.names)
+
+    def read(part: int, start: int, stop: int) -> np.ndarray:
+        name, first = (recipe.names[0], sum(sizes[:part])) if joined else (recipe.names[part], 0)
+        if not recipe.transposed:
+            return tensors.read_rows(name, first + start, first + stop)
+        whole = tensors.read_rows(name, 0, tensors.shape(name)[0])
+        return whole.T[first + start : first + stop]
+
+    return read
 
 
 def refuse_if_any(problems: Sequence[str]) -> None:

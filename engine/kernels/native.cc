@@ -385,6 +385,13 @@ inline vec exp_nonpositive(vec x) {
   return x < -87.0f ? vec{} : y;
 }
 
+// cap tanh(s / cap), by tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|).
+inline vec soft_capped(vec s, float cap) {
+  const vec x = s * (1.0f / cap), size = x < 0.0f ? -x : x;
+  const vec e = exp_nonpositive(size * -2.0f), y = (1.0f - e) / (1.0f + e) * cap;
+  return x < 0.0f ? -y : y;
+}
+
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
 inline float largest(vec v) {
@@ -462,7 +469,8 @@ struct Queries {
 // Everything one call knows. Letters: T tokens, N query heads, K kv heads, G = N / K, H head size, W tokens per page.
 struct Attend {
   i64 T, N, K, H, P, W, pmax, G, padded, window;  // padded: H rounded up to whole panels; window 0: none
-  float scale;
+  float scale, softcap;  // softcap 0: none
+  const float *slopes, *sinks;  // [N], of the query heads; null: none
   const float* qkv;  // [T, K, G + 2, H]
   float *kpool, *vpool, *out;
   const int32_t *positions, *rows, *table;
@@ -537,7 +545,11 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
   }
   std::memset(sum, 0, R * H * sizeof(float));
   std::memset(mass, 0, R * 16 * sizeof(float));
-  for (i64 r = 0; r < R; ++r) best[r] = -INFINITY;
+  // A sink is a key already seen, whose value is 0.
+  for (i64 r = 0; r < R; ++r) {
+    best[r] = a.sinks ? a.sinks[qs.head * G + (qs.begin + r) % G] : -INFINITY;
+    if (a.sinks) mass[r * 16] = 1;
+  }
 
   for (i64 block = first / KEYS * KEYS; block <= last; block += KEYS) {
     const i64 skip = std::max<i64>(0, first - block) / 16;  // leading groups of 16 nobody sees
@@ -562,6 +574,12 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
     for (i64 r = 0; r < R; ++r) {
       float* s = score + r * KEYS;
       const i64 p = a.position(qs, r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
+      if (a.softcap > 0)
+        for (i64 j = skip * 16; j < groups * 16; j += LANES) store(s + j, soft_capped(load(s + j), a.softcap));
+      if (a.slopes) {
+        const float slope = a.slopes[qs.head * G + (qs.begin + r) % G];
+        for (i64 j = skip * 16; j < groups * 16; ++j) s[j] += slope * static_cast<float>(j - to);
+      }
       if (from > skip * 16 || to < groups * 16 - 1)
         for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > to ? -INFINITY : s[j];
       vec top = load(s + skip * 16);
@@ -639,7 +657,8 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
                   F32x4 kpool, F32x4 vpool, I32x1 positions,
                   I32x1 rows, I32x2 table,
                   ffi::Result<F32x3> out, ffi::Result<F32x4> kout,
-                  ffi::Result<F32x4> vout, int64_t window, float scale) {
+                  ffi::Result<F32x4> vout, ffi::RemainingArgs more, int64_t window, float scale, float softcap,
+                  ffi::Span<const float> slopes) {
   Attend a;
   a.T = qkv.dimensions()[0], a.G = qkv.dimensions()[2] - 2, a.H = qkv.dimensions()[3];
   a.K = kpool.dimensions()[0], a.P = kpool.dimensions()[1], a.W = kpool.dimensions()[2], a.pmax = table.dimensions()[1];
@@ -649,7 +668,15 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
     return bad("qkv, the pools and the batch do not fit together");
   if (kpool.typed_data() != kout->typed_data() || vpool.typed_data() != vout->typed_data())
     return bad("the pools must be updated in place");
-  a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale;
+  a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale, a.softcap = softcap;
+  if (slopes.size() != 0 && static_cast<i64>(slopes.size()) != a.N) return bad("there must be a slope for each query head");
+  a.slopes = slopes.size() ? slopes.begin() : nullptr, a.sinks = nullptr;
+  if (more.size() > 0) {
+    auto sinks = more.get<F32x2>(0);
+    if (!sinks.has_value() || sinks->dimensions()[0] != a.K || sinks->dimensions()[1] != a.G)
+      return bad("there must be a sink for each query head");
+    a.sinks = sinks->typed_data();
+  }
   a.qkv = qkv.typed_data(), a.out = out->typed_data();
   a.kpool = kout->typed_data(), a.vpool = vout->typed_data();
   a.positions = positions.typed_data(), a.rows = rows.typed_data(), a.table = table.typed_data();
@@ -716,5 +743,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
                                   .Ret<F32x3>()
                                   .Ret<F32x4>()
                                   .Ret<F32x4>()
+                                  .RemainingArgs()
                                   .Attr<int64_t>("window")
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<ffi::Span<const float>>("slopes"));

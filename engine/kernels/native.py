@@ -19,7 +19,7 @@ from .build import build
 
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
 LINEAR = "xlane_linear.1"
-ATTEND = "xlane_attend.2"
+ATTEND = "xlane_attend.3"
 
 _lock = threading.Lock()
 _registered: list["NativeKernels"] = []  # XLA takes a target's name once per process
@@ -50,19 +50,31 @@ class NativeKernels:
         window: int | None,
         scale: float,
         one_token_rows: bool,
+        softcap: float | None = None,
+        slopes: tuple[float, ...] = (),
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """Write the keys and values of qkv float32[T, K, G+2, H] into their pages in place, then attend its queries.
 
         `one_token_rows` is not needed: the kernel finds the runs of tokens itself.
         """
         _require_float32("attend", qkv=qkv, k_pool=kv.k, v_pool=kv.v)
+        if sinks is not None:
+            _require_float32("attend", sinks=sinks)
         del one_token_rows
         tokens, kv_heads, members, head_dim = qkv.shape
         out = jax.ShapeDtypeStruct((tokens, kv_heads * (members - 2), head_dim), qkv.dtype)
         results = (out, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kv))
         call = jax.ffi.ffi_call(ATTEND, results, input_output_aliases={1: 1, 2: 2})
         arguments = (qkv, kv.k, kv.v, batch.positions, batch.rows, batch.table)
-        out, k_pool, v_pool = call(*arguments, window=np.int64(window or 0), scale=np.float32(scale))
+        out, k_pool, v_pool = call(
+            *arguments,
+            *(() if sinks is None else (sinks,)),
+            window=np.int64(window or 0),
+            scale=np.float32(scale),
+            softcap=np.float32(softcap or 0.0),
+            slopes=np.array(slopes, np.float32),
+        )
         return out, KvLayer(k_pool, v_pool)
 
 

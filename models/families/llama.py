@@ -8,8 +8,9 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import UnsupportedModel
-from .hf import Fields, Rope
+from .hf import Fields
 from .hf_names import IGNORED_TENSORS, WEIGHTS
+from .hf_rope import Rope
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
@@ -37,6 +38,9 @@ def common(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     rope_theta: float = 10000.0,
+    rotary_dim: int | None = None,
+    norm_eps: str = "rms_norm_eps",
+    norm_eps_default: float = 1e-6,
 ) -> dict[str, Any]:
     """The fields of ModelConfig that all these families write alike; the arguments are a family's own defaults."""
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
@@ -44,7 +48,8 @@ def common(
         head_dim = _divide("hidden_size", hidden, "num_attention_heads", heads)
     kv_heads = fields.integer("num_key_value_heads", kv_heads or heads)
     _divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-    rope = Rope(fields, rope_theta)
+    context = fields.integer("max_position_embeddings", max_positions)
+    rope = Rope(fields, rope_theta, width=rotary_dim or head_dim, max_positions=context)
     bos = fields.ids("bos_token_id")
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -54,8 +59,9 @@ def common(
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "ffn_size": fields.integer("intermediate_size"),
-        "max_positions": fields.integer("max_position_embeddings", max_positions),
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "max_positions": rope.max_positions,
+        "norm_eps": fields.number(norm_eps, norm_eps_default),
+        "rotary_dim": rotary_dim,
         "rope_theta": rope.theta,
         "rope_scaling": rope.scaling,
         "rope_linear_factor": rope.linear_factor,

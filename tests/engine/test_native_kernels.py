@@ -16,7 +16,8 @@ import pytest
 from xlane.engine.kernels import build as building
 from xlane.engine.kernels.build import COMPILERS, Built, build
 from xlane.engine.kernels.native import NativeKernels, native_kernels
-from xlane.models.kernels import KvLayer, PagedBatch
+from xlane.models.attention import XlaKernels
+from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.models.spec import pack
 
 HAS_COMPILER = any(shutil.which(name) for name in COMPILERS)
@@ -181,25 +182,50 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.concatenate([grouped, k[:, :, None], v[:, :, None]], axis=2)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What some models do to scores; static."""
+
+    softcap: float | None = None
+    slopes: tuple[float, ...] = ()
+
+
 def attend(
-    kernels: NativeKernels, case: Case, window: int | None = None
+    kernels: Kernels,
+    case: Case,
+    window: int | None = None,
+    scores: Scores = Scores(),
+    sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
     kv = KvLayer(jnp.array(case.k_pool), jnp.array(case.v_pool))
     out, kv = _attend(
-        kernels, window, jnp.asarray(case.q), jnp.asarray(case.k), jnp.asarray(case.v), kv, batch
+        kernels,
+        window,
+        jnp.asarray(case.q),
+        jnp.asarray(case.k),
+        jnp.asarray(case.v),
+        kv,
+        batch,
+        scores,
+        sinks,
     )
     return np.asarray(out), np.asarray(kv.k), np.asarray(kv.v)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _attend(kernels, window, q, k, v, kv, batch):
+@partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=5)
+def _attend(kernels, window, q, k, v, kv, batch, scores, sinks):
     """One function for all tests, so that launches of one shape are compiled once."""
     scale = q.shape[-1] ** -0.5
-    return kernels.attend(fused(q, k, v), kv, batch, window=window, scale=scale, one_token_rows=False)
+    return kernels.attend(
+        fused(q, k, v), kv, batch, window=window, scale=scale, one_token_rows=False,
+        softcap=scores.softcap, slopes=scores.slopes, sinks=sinks,
+    )  # fmt: skip
 
 
-def reference(case: Case, window: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reference(
+    case: Case, window: int | None = None, asked: Scores = Scores(), sinks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Write, then attend, one query at a time in float64."""
     k_pool, v_pool = case.k_pool.copy(), case.v_pool.copy()
     page = k_pool.shape[2]
@@ -218,8 +244,15 @@ def reference(case: Case, window: int | None = None) -> tuple[np.ndarray, np.nda
             scores = (
                 k_pool[head, ids, seen % page].astype(np.float64) @ case.q[t, n] * case.q.shape[-1] ** -0.5
             )
-            weights = np.exp(scores - scores.max())
-            out[t, n] = weights @ v_pool[head, ids, seen % page].astype(np.float64) / weights.sum()
+            if asked.softcap:
+                scores = asked.softcap * np.tanh(scores / asked.softcap)
+            if asked.slopes:
+                scores = scores - asked.slopes[n] * (p - seen)
+            sink = -np.inf if sinks is None else sinks.reshape(-1)[n]
+            top = max(scores.max(), sink)
+            weights = np.exp(scores - top)
+            total = weights.sum() + np.exp(sink - top)
+            out[t, n] = weights @ v_pool[head, ids, seen % page].astype(np.float64) / total
     return out, k_pool, v_pool
 
 
@@ -259,6 +292,32 @@ def test_attend_page_sizes(kernels: NativeKernels, runs: list[tuple[int, int]], 
 @pytest.mark.parametrize("page", [8, 16, 64])
 def test_attend_windows(kernels: NativeKernels, runs: list[tuple[int, int]], window: int, page: int) -> None:
     agree(kernels, make_case(runs, kv_heads=2, group=3, head=16, page=page), window)
+
+
+@pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("scores", "sinks", "window"),
+    [
+        (Scores(softcap=1.5), None, None),
+        (Scores(slopes=(0.5, 0.25, 0.1, 0.01, 0.3, 0.7)), None, None),
+        (Scores(), np.array([[0.5, -9, 3], [90, 0, -90]], np.float32), None),
+        (Scores(softcap=3.0, slopes=(0.5,) * 6), np.ones((2, 3), np.float32), 20),
+    ],
+    ids=["softcap", "slopes", "sinks", "all"],
+)
+def test_attend_scores_of_other_models(
+    kernels: NativeKernels,
+    runs: list[tuple[int, int]],
+    scores: Scores,
+    sinks: np.ndarray | None,
+    window: int | None,
+) -> None:
+    case = make_case(runs, kv_heads=2, group=3, head=20, page=16, padding=2)
+    want = reference(case, window, scores, sinks)
+    for computes in (kernels, XlaKernels("cpu")):
+        got = attend(computes, case, window, scores, sinks)
+        np.testing.assert_allclose(got[0], want[0], rtol=0, atol=5e-6)
+        np.testing.assert_array_equal(got[1], want[1])
 
 
 def test_attend_never_follows_a_page_left_behind_by_the_window(kernels: NativeKernels) -> None:

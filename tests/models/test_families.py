@@ -1,7 +1,9 @@
 """config.json to ModelConfig: what transformers writes is understood, what it would change is refused by name."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.tiny import TINY_KINDS, tiny_model
@@ -9,6 +11,7 @@ from xlane.models.config import Llama3Rope, ModelConfig
 from xlane.models.errors import UnsupportedModel
 from xlane.models.families import llama
 from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
+from xlane.models.rope import inverse_frequencies
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -95,10 +98,47 @@ def test_default_rope_of_transformers_5():
     assert (config.rope_theta, config.rope_scaling, config.rope_linear_factor) == (1e6, None, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mrope"])
-def test_other_rope_scalings_are_refused_by_name(kind: str):
-    with pytest.raises(UnsupportedModel, match=rf"'{kind}' is not supported.*linear, llama3"):
-        read(rope_scaling={"rope_type": kind, "factor": 2.0})
+def test_other_rope_scalings_are_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"'mrope' is not supported.*linear, llama3"):
+        read(rope_scaling={"rope_type": "mrope", "factor": 2.0})
+
+
+def test_yarn_and_dynamic_stretch_the_context():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert read("Qwen2", rope_scaling=yarn).max_positions == 4 * 4096
+    assert read("Qwen2", rope_scaling=yarn, max_position_embeddings=40960).max_positions == 40960
+    assert read(rope_scaling={"type": "dynamic", "factor": 2.0}).max_positions == 2 * 4096
+
+
+@pytest.mark.parametrize("context", [64, 512])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+        {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.5] * 32, "long_factor": [2.0] * 31 + [9.0]},
+        LLAMA3_ROPE,
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_frequencies_are_those_of_transformers(rope: dict[str, Any], context: int):
+    """For every rescaling, at a served context within the original one and beyond it."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = LlamaConfig(**{**LLAMA, "max_position_embeddings": 128}, rope_scaling=dict(rope))
+    if rope["rope_type"] == "longrope":
+        # transformers takes the factor from the two contexts where the configuration has both.
+        theirs.original_max_position_embeddings, theirs.max_position_embeddings = 128, 512
+        config = read(original_max_position_embeddings=128, max_position_embeddings=512, rope_scaling=rope)
+    else:
+        config = read(max_position_embeddings=128, rope_scaling=rope)
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, "cpu", seq_len=context)
+    config = replace(config, max_positions=context)
+    np.testing.assert_allclose(inverse_frequencies(config), expected, rtol=2e-6)
+    assert getattr(config.rope_scaling, "attention_factor", 1.0) == pytest.approx(factor)
 
 
 def test_mistral_windows():
@@ -130,7 +170,7 @@ def test_a_window_over_all_layers_or_none_names_no_layers():
 
 def test_qwen3():
     config = read("Qwen3", head_dim=128, attention_bias=False)
-    assert (config.qk_norm, config.head_dim, config.qkv_bias) == (True, 128, False)
+    assert (config.qk_norm, config.head_dim, config.qkv_bias) == ("head", 128, False)
     assert read("Qwen3").head_dim == 128, "transformers' default, not the quotient"
 
 

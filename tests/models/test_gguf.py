@@ -131,7 +131,7 @@ def test_every_architecture_configures_a_model(tmp_path: Path, arch: str):
     assert (config.vocab_size, config.head_dim, config.eos_ids) == (tiny.V, 32, (2, 5))
     assert not config.tied_embeddings
     assert config.qkv_bias == (arch == "qwen2")
-    assert config.qk_norm == (arch == "qwen3")
+    assert config.qk_norm == ("head" if arch == "qwen3" else None)
     assert config.window is None
 
 
