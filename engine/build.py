@@ -113,6 +113,9 @@ def design(
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     kernels, note = _kernels(config, platform, placement, dtype, report)
+    most = _most_tokens(config, model)
+    # Some rotary scalings follow from the context that is served, whatever the model was made for.
+    model = replace(model, max_positions=most)
     graph = DecoderGraph.of(model, dtype, packed=kernels.packed)
     defaults = DEFAULTS[platform]
     lanes = config.lanes or defaults.lanes
@@ -120,7 +123,6 @@ def design(
         raise PlanError(
             f"{lanes} lanes cannot be split over data_parallel={placement.data_size}: choose a multiple"
         )
-    most = _most_tokens(config, model)
     chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
     segments = min(SEGMENTS, lanes)
     itemsize = jnp.dtype(dtype).itemsize

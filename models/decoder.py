@@ -80,7 +80,7 @@ class Layer(nnx.Module):
             q, k, v = jnp.split(qkv, (group, group + 1), axis=2)
             qkv = jnp.concatenate([self._normed(self.q_norm, q), self._normed(self.k_norm, k), v], axis=2)
         if self.rotates:
-            qkv = rotate(qkv, *(step.local_rotation if self.local else step.rotation), c)
+            qkv = rotate(qkv, step.local_rotation if self.local else step.rotation, c)
         attended, kv = step.kernels.attend(
             qkv,
             kv,

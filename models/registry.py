@@ -11,7 +11,22 @@ from typing import Any, Protocol
 
 from .config import ModelConfig
 from .errors import UnsupportedModel
-from .families import llama, mistral, qwen2, qwen3, smollm3
+from .families import (
+    cohere,
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    olmo2,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from .families.hf import eos_ids
 from .weights import Recipe
 
@@ -35,8 +50,17 @@ class Family(Protocol):
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "CohereForCausalLM": cohere,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "GemmaForCausalLM": gemma,
+    "GraniteForCausalLM": granite,
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
+    "Olmo2ForCausalLM": olmo2,
+    "OlmoForCausalLM": olmo,
+    "Phi3ForCausalLM": phi3,
+    "PhiForCausalLM": phi,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "SmolLM3ForCausalLM": smollm3,

@@ -98,12 +98,13 @@ def rotation(config: ModelConfig, positions: jax.Array, local: bool = False) -> 
     return jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
 
 
-def rotate(qkv: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig) -> jax.Array:
-    """Turn the heads of a fused qkv [T, K, G+2, H] by their positions' angles, in float32, returned in its dtype.
+def rotate(qkv: jax.Array, turning: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:
+    """Turn the heads of a fused qkv [T, K, G+2, H] by their positions' angles (`rotation`'s cos and sin), in float32, returned in its dtype.
 
     One expression over the whole array, so that it becomes one loop: three would run side by side on the threads that
     the matmul kernels wait for.
     """
+    cos, sin = turning
     wide = qkv.astype(jnp.float32)
     return (wide * cos + _partners(wide, config) * sin).astype(qkv.dtype)
 

@@ -5,16 +5,20 @@ Knows no checkpoint names (families do) and no devices (sharding does).
 The paths and logical shapes of a decoder (letters as in the room's docstring, G = N/K):
 
     embed.weight                 [V, D]
-    layers.{i}.attn_norm.scale   [D]
+    positions.weight             [rows, D]        learned positions
+    embed_norm.scale             [D]              (every norm.scale: .bias too)
+    layers.{i}.attn_norm.scale   [D]              (and attn_post_norm)
     layers.{i}.qkv.weight        [K, G+2, H, D]   per kv head: its G query heads, its key head, its value head
     layers.{i}.qkv.bias          [K, G+2, H]
-    layers.{i}.q_norm.scale      [H]              (and k_norm)
+    layers.{i}.q_norm.scale      [H]              (and k_norm; [K, G, H] for one a head, [N*H] over all heads)
+    layers.{i}.sinks             [K, G]
     layers.{i}.out.weight        [D, N*H]         (out.bias [D])
-    layers.{i}.mlp_norm.scale    [D]
+    layers.{i}.mlp_norm.scale    [D]              (and mlp_post_norm)
     layers.{i}.gate_up.weight    [2, F, D]        gate, then up (gate_up.bias [2, F])
+    layers.{i}.up.weight         [F, D]           instead, where there is no gate (up.bias [F])
     layers.{i}.down.weight       [D, F]           (down.bias [D])
     norm.scale                   [D]
-    head.weight                  [V, D]           absent when embeddings are tied
+    head.weight                  [V, D]           absent when embeddings are tied (head.bias [V])
 """
 
 import math

