@@ -12,20 +12,30 @@ from typing import Any, Protocol
 from .config import ModelConfig
 from .errors import UnsupportedModel
 from .families import (
+    bloom,
     cohere,
+    cohere2,
+    falcon,
     gemma,
     gemma2,
     gemma3,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
     granite,
     llama,
     mistral,
+    mpt,
     olmo,
     olmo2,
+    opt,
     phi,
     phi3,
     qwen2,
     qwen3,
     smollm3,
+    starcoder2,
 )
 from .families.hf import eos_ids
 from .weights import Recipe
@@ -50,13 +60,23 @@ class Family(Protocol):
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "BloomForCausalLM": bloom,
+    "Cohere2ForCausalLM": cohere2,
     "CohereForCausalLM": cohere,
+    "FalconForCausalLM": falcon,
+    "GPT2LMHeadModel": gpt2,
+    "GPTBigCodeForCausalLM": gpt_bigcode,
+    "GPTJForCausalLM": gptj,
+    "GPTNeoXForCausalLM": gpt_neox,
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
     "GemmaForCausalLM": gemma,
     "GraniteForCausalLM": granite,
     "LlamaForCausalLM": llama,
+    "MPTForCausalLM": mpt,
     "MistralForCausalLM": mistral,
+    "MptForCausalLM": mpt,
+    "OPTForCausalLM": opt,
     "Olmo2ForCausalLM": olmo2,
     "OlmoForCausalLM": olmo,
     "Phi3ForCausalLM": phi3,
@@ -64,6 +84,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "SmolLM3ForCausalLM": smollm3,
+    "Starcoder2ForCausalLM": starcoder2,
 }
 
 

@@ -74,10 +74,15 @@ class Recipe:
     """Of `plain`: the tensor has this many of the parameter's first axes as one, [K * … * H, …] for [K, …, H, …]."""
     transposed: bool = False
     """The tensor is stored inputs first (GPT-2)."""
+    otherwise: "Recipe | None" = None
+    """What it is made of where the first of `names` is not in the checkpoint."""
 
     def of_layer(self, layer: str) -> "Recipe":
         """This recipe with its layer filled in."""
-        return replace(self, names=tuple(name.replace("{i}", layer) for name in self.names))
+        otherwise = self.otherwise and self.otherwise.of_layer(layer)
+        return replace(
+            self, names=tuple(name.replace("{i}", layer) for name in self.names), otherwise=otherwise
+        )
 
     def parts(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes, outputs first, of what a parameter of this logical shape is put together from."""
@@ -112,6 +117,11 @@ def gate_up(*names: str) -> Recipe:
     return Recipe("gate_up", names)
 
 
+def either(recipe: Recipe, otherwise: Recipe) -> Recipe:
+    """The first where the checkpoint has its tensors, else the second."""
+    return replace(recipe, otherwise=otherwise)
+
+
 class Weights:
     """A `WeightSource` out of named tensors and a table of recipes."""
 
@@ -126,12 +136,13 @@ class Weights:
             ignored: regular expressions (whole name) of tensors that need not be used.
         """
         self._tensors = tensors
+        self._present = frozenset(tensors.names())
         self._table = table
+        self._missing_prefix = _missing_prefix(self._present, table)
         self._ignored = tuple(re.compile(pattern) for pattern in ignored)
 
     def check(self, specs: Sequence[ParamSpec]) -> None:
         """Every spec mapped, every tensor present, well shaped and used. Raises CheckpointError listing what is not."""
-        present = set(self._tensors.names())
         used: set[str] = set()
         problems: list[str] = []
         for spec in specs:
@@ -140,9 +151,10 @@ class Weights:
                 problems.append(f"parameter {spec.path} has no entry in the weight table")
                 continue
             used.update(recipe.names)
-            problems += self._misfits(spec, recipe, present)
-        for name in sorted(present - used):
-            if not any(pattern.fullmatch(name) for pattern in self._ignored):
+            problems += self._misfits(spec, recipe)
+        for name in sorted(self._present - used):
+            whole = self._missing_prefix + name
+            if not any(p.fullmatch(name) or p.fullmatch(whole) for p in self._ignored):
                 problems.append(
                     f"{self._tensors.where(name)}: tensor {name} is used by no parameter of this model"
                 )
@@ -157,15 +169,24 @@ class Weights:
 
     def _find(self, path: str) -> Recipe | None:
         match = re.match(r"layers\.(\d+)\.", path)
-        if match is None:
-            return self._table.get(path)
-        recipe = self._table.get("layers.{i}." + path[match.end() :])
-        return recipe and recipe.of_layer(match[1])
+        recipe = self._table.get("layers.{i}." + path[match.end() :] if match else path)
+        if recipe is None:
+            return None
+        if match:
+            recipe = recipe.of_layer(match[1])
+        recipe = self._without_prefix(recipe)
+        if recipe.otherwise and recipe.names[0] not in self._present:
+            return self._without_prefix(recipe.otherwise)
+        return recipe
 
-    def _misfits(self, spec: ParamSpec, recipe: Recipe, present: set[str]) -> list[str]:
+    def _without_prefix(self, recipe: Recipe) -> Recipe:
+        names = tuple(name.removeprefix(self._missing_prefix) for name in recipe.names)
+        return replace(recipe, names=names)
+
+    def _misfits(self, spec: ParamSpec, recipe: Recipe) -> list[str]:
         problems: list[str] = []
         for name, expected in zip(recipe.names, recipe.source_shapes(spec.shape), strict=True):
-            if name not in present:
+            if name not in self._present:
                 problems.append(f"tensor {name} is missing (needed for {spec.path})")
                 continue
             where, found = self._tensors.where(name), self._tensors.shape(name)
@@ -178,6 +199,15 @@ class Weights:
             except CheckpointError as error:
                 problems.append(str(error))
         return problems
+
+
+def _missing_prefix(present: frozenset[str], table: Mapping[str, Recipe]) -> str:
+    """What the names of a checkpoint lack that was saved without its head ("transformer." in GPT-2's), seen by the embedding."""
+    recipe = table.get("embed.weight")
+    if recipe is None or recipe.names[0] in present:
+        return ""
+    first, _, rest = recipe.names[0].partition(".")
+    return first + "." if rest in present else ""
 
 
 def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Index) -> np.ndarray:

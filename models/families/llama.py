@@ -37,20 +37,23 @@ def common(
     max_positions: int,
     kv_heads: int | None = None,
     head_dim: int | None = None,
-    rope_theta: float = 10000.0,
+    ffn_size: int | None = None,
+    rope_theta: float | None = 10000.0,
     rotary_dim: int | None = None,
     norm_eps: str | None = "rms_norm_eps",
     norm_eps_default: float = 1e-6,
 ) -> dict[str, Any]:
     """The fields of ModelConfig that all these families write alike; the arguments are a family's own defaults. `norm_eps` is
-    the key's name, None where no key says it."""
+    the key's name, None where no key says it; `rope_theta` None is for models that do not rotate."""
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if not (head_dim := fields.optional_integer("head_dim") or head_dim):
         head_dim = _divide("hidden_size", hidden, "num_attention_heads", heads)
     kv_heads = fields.integer("num_key_value_heads", kv_heads or heads)
     _divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
     context = fields.integer("max_position_embeddings", max_positions)
-    rope = Rope(fields, rope_theta, width=rotary_dim or head_dim, max_positions=context)
+    rope = (
+        Rope(fields, rope_theta, width=rotary_dim or head_dim, max_positions=context) if rope_theta else None
+    )
     bos = fields.ids("bos_token_id")
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -59,13 +62,13 @@ def common(
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "ffn_size": fields.integer("intermediate_size"),
-        "max_positions": rope.max_positions,
+        "ffn_size": fields.integer("intermediate_size", ffn_size),
+        "max_positions": rope.max_positions if rope else context,
         "norm_eps": fields.number(norm_eps, norm_eps_default) if norm_eps else norm_eps_default,
         "rotary_dim": rotary_dim,
-        "rope_theta": rope.theta,
-        "rope_scaling": rope.scaling,
-        "rope_linear_factor": rope.linear_factor,
+        "rope_theta": rope.theta if rope else None,
+        "rope_scaling": rope.scaling if rope else None,
+        "rope_linear_factor": rope.linear_factor if rope else 1.0,
         "bos_id": bos[0] if bos else None,
         "eos_ids": fields.ids("eos_token_id"),
     }

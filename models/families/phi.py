@@ -20,6 +20,8 @@ WEIGHTS = table(out="self_attn.dense", up="mlp.fc1", down="mlp.fc2", norm="model
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Translate config.json, refusing what is not understood."""
     fields = Fields(config)
+    # The first releases brought code of their own, which transformers has long since taken in.
+    fields.skip("auto_map")
     if fields.flag("qk_layernorm", False):
         raise UnsupportedModel("config.json: qk_layernorm = True is not supported for Phi")
     result = ModelConfig(

@@ -19,6 +19,8 @@ WEIGHTS = table(queries_keys_values=("self_attn.qkv_proj",), gates=("mlp.gate_up
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Translate config.json, refusing what is not understood."""
     fields = Fields(config)
+    # The first releases brought code of their own, which transformers has long since taken in.
+    fields.skip("auto_map")
     bias = fields.flag("attention_bias", False)
     result = ModelConfig(
         family="phi3",

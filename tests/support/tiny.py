@@ -4,6 +4,7 @@ The independent witness of decoder and loader. Seeded, float32; every weight is 
 scales included (transformers would leave those at 0 and 1, where a mistake does not show).
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -84,6 +85,31 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("Olmo", {"clip_qkv": 0.7}),
     "olmo2": ("Olmo2", {}),
     "cohere": ("Cohere", {"use_qk_norm": True, "tie_word_embeddings": True, "logit_scale": 0.3}),
+    "cohere2": ("Cohere2", {"tie_word_embeddings": True, "sliding_window": 5, "sliding_window_pattern": 2}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox-serial": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0}),
+    "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
+    "falcon-7b": ("Falcon", {"tie_word_embeddings": True}),
+    "falcon-40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": (
+        "Falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True, "num_attention_heads": 4},
+    ),
+    "gpt2": (
+        "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True}),
+    "gpt_bigcode": (
+        "GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True},
+    ),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, "seq_length": 256, "tie_word_embeddings": True}),
+    "bloom-odd-heads": (
+        "Bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48, "seq_length": 256, "tie_word_embeddings": True},
+    ),
+    "mpt": (
+        "Mpt",
+        {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "tie_word_embeddings": True,
+         "attn_config": {"clip_qkv": 0.7, "attn_type": "multihead_attention"}},
+    ),
     "llama-yarn": (
         "Llama",
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}},
@@ -102,8 +128,14 @@ def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str 
     import transformers
 
     name, options = _KINDS[kind]
-    model_class = getattr(transformers, f"{name}ForCausalLM")
-    config = model_class.config_class(**{**_BASE, **options})
+    model_class = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    known = {
+        *inspect.signature(model_class.config_class.__init__).parameters,
+        "tie_word_embeddings",
+        "pad_token_id",
+    }
+    base = {key: value for key, value in _BASE.items() if key in known}
+    config = model_class.config_class(**{**base, **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config)
@@ -134,7 +166,9 @@ def hf_model(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    # transformers 4.57's plain attention adds Falcon's ALiBi twice, to the scores and again with the mask.
+    how = "sdpa" if path.name.startswith("falcon") else "eager"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=how)
     return model.eval()
 
 
