@@ -1,12 +1,15 @@
 """config.json to ModelConfig: what transformers writes is understood, what it would change is refused by name."""
 
+import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.support.tiny import TINY_KINDS, tiny_model
+from xlane.models.catalogue import markdown
 from xlane.models.config import Llama3Rope, ModelConfig
 from xlane.models.errors import UnsupportedModel
 from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
@@ -315,6 +318,17 @@ def test_what_transformers_writes_is_read(kind: str, tmp_path_factory: pytest.Te
     if types:
         expected = [theirs.sliding_window if kind == "sliding_attention" else None for kind in types]
         assert [config.layer_window(layer) for layer in range(config.layers)] == expected
+
+
+def test_the_page_of_models_is_current():
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert page.read_text() == markdown(), "run: python -m xlane.models.catalogue > docs/models.md"
+
+
+def test_every_architecture_is_tried():
+    tried = {kind.split("-")[0] for kind in TINY_KINDS}
+    known = {inspect.getmodule(family.config_from_hf) for family in ARCHITECTURES.values()}
+    assert {module.__name__.rsplit(".", 1)[1] for module in known if module} == tried
 
 
 def test_a_directory_without_a_readable_configuration(tmp_path):
