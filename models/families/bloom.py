@@ -10,11 +10,11 @@ from ..config import ModelConfig
 from ..errors import UnsupportedModel
 from .gpt import alibi_slopes, gpt, renamed
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="transformer.h.{i}.",
     embed="transformer.word_embeddings",
     embed_norm="transformer.word_embeddings_layernorm",
@@ -24,7 +24,7 @@ WEIGHTS = table(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
     norm="transformer.ln_f",
-)
+).table()
 
 OWN_NAMES = {
     "n_embed": "hidden_size",

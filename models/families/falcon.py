@@ -10,11 +10,11 @@ from ..config import ModelConfig
 from ..weights import either, plain
 from .gpt import alibi_slopes, gpt, renamed
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-_NAMES = table(
+_NAMES = Names(
     layer="transformer.h.{i}.",
     embed="transformer.word_embeddings",
     queries_keys_values=("self_attention.query_key_value",),
@@ -23,7 +23,7 @@ _NAMES = table(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
     norm="transformer.ln_f",
-)
+).table()
 WEIGHTS = {**_NAMES} | {
     f"layers.{{i}}.{branch}_norm.{path}": either(
         plain(f"transformer.h.{{i}}.ln_{branch}.{kind}"), _NAMES[f"layers.{{i}}.{branch}_norm.{path}"]

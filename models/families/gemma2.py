@@ -10,16 +10,16 @@ from typing import Any
 from ..config import ModelConfig
 from .gemma import gemma
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 from .llama import windows
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     attn_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
-)
+).table()
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

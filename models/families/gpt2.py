@@ -10,11 +10,11 @@ from ..config import ModelConfig
 from ..errors import UnsupportedModel
 from .gpt import gpt, renamed
 from .hf import Fields
-from .hf_names import table
+from .hf_names import Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="transformer.h.{i}.",
     embed="transformer.wte",
     positions="transformer.wpe",
@@ -26,7 +26,7 @@ WEIGHTS = table(
     down="mlp.c_proj",
     norm="transformer.ln_f",
     transposed=True,
-)
+).table()
 IGNORED_TENSORS = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight")
 
 SUMMARY = (

@@ -11,11 +11,11 @@ from ..errors import UnsupportedModel
 from .gpt import gpt, renamed
 from .gpt2 import IGNORED_TENSORS, SUMMARY
 from .hf import Fields
-from .hf_names import table
+from .hf_names import Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="transformer.h.{i}.",
     embed="transformer.wte",
     positions="transformer.wpe",
@@ -27,7 +27,7 @@ WEIGHTS = table(
     up="mlp.c_fc",
     down="mlp.c_proj",
     norm="transformer.ln_f",
-)
+).table()
 
 HOW_IT_RAN = (
     "attention_softmax_in_fp32",

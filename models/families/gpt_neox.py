@@ -9,12 +9,12 @@ from typing import Any
 from ..config import ModelConfig
 from .gpt import gpt, renamed
 from .hf import Fields
-from .hf_names import table
+from .hf_names import Names
 from .llama import rotary_width
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="gpt_neox.layers.{i}.",
     embed="gpt_neox.embed_in",
     queries_keys_values=("attention.query_key_value",),
@@ -24,7 +24,7 @@ WEIGHTS = table(
     down="mlp.dense_4h_to_h",
     norm="gpt_neox.final_layer_norm",
     head="embed_out",
-)
+).table()
 IGNORED_TENSORS = (
     r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     r"gpt_neox\.rotary_emb\.inv_freq",

@@ -9,11 +9,11 @@ from typing import Any
 from ..config import ModelConfig
 from .gpt import gpt, renamed
 from .hf import Fields
-from .hf_names import table
+from .hf_names import Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="transformer.h.{i}.",
     embed="transformer.wte",
     attn_norm="ln_1",
@@ -22,7 +22,7 @@ WEIGHTS = table(
     up="mlp.fc_in",
     down="mlp.fc_out",
     norm="transformer.ln_f",
-)
+).table()
 IGNORED_TENSORS = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight")
 
 

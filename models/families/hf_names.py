@@ -1,70 +1,84 @@
 """What each parameter of the decoder is made of in a Hugging Face checkpoint: tables from a few names. Data."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..weights import Recipe, gate_up, plain, qkv
 
 
-def table(
-    *,
-    layer: str = "model.layers.{i}.",
-    embed: str = "model.embed_tokens",
-    positions: str = "",
-    embed_norm: str = "",
-    attn_norm: str = "input_layernorm",
-    attn_post_norm: str = "",
-    mlp_norm: str = "post_attention_layernorm",
-    mlp_post_norm: str = "",
-    queries_keys_values: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    by_head: bool = False,
-    out: str = "self_attn.o_proj",
-    gates: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
-    up: str = "",
-    down: str = "mlp.down_proj",
-    norm: str = "model.norm",
-    head: str = "lm_head",
-    transposed: bool = False,
-) -> Mapping[str, Recipe]:
-    """Parameter path to recipe, for weights and biases (norms: scales and biases). A model uses those it has.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """What a family calls the parts of its network; Llama's names, which many use, unless told otherwise. "" where it has
+    none."""
 
-    `layer` is what the names of a layer's tensors begin with. `queries_keys_values` are three tensors, or one that has them
-    below each other, for all heads or (`by_head`) for every kv head. `gates` are the gate and what it multiplies, or one
-    tensor with both; `up` is the first projection of a feed-forward without a gate. `transposed`: linear maps are stored
-    inputs first.
-    """
-    found: dict[str, Recipe] = {}
-    for path, name in (("embed", embed), ("positions", positions), ("head", head)):
-        if name:
-            found |= {f"{path}.{kind}": plain(f"{name}.{kind}") for kind in ("weight", "bias")}
-    in_layer = "layers.{i}."
-    norms = {
-        "embed_norm": embed_norm,
-        "norm": norm,
-        in_layer + "attn_norm": attn_norm and layer + attn_norm,
-        in_layer + "attn_post_norm": attn_post_norm and layer + attn_post_norm,
-        in_layer + "mlp_norm": mlp_norm and layer + mlp_norm,
-        in_layer + "mlp_post_norm": mlp_post_norm and layer + mlp_post_norm,
-        in_layer + "q_norm": layer + "self_attn.q_norm",
-        in_layer + "k_norm": layer + "self_attn.k_norm",
-    }
-    for path, name in norms.items():
-        if name:
-            found |= {f"{path}.scale": plain(f"{name}.weight"), f"{path}.bias": plain(f"{name}.bias")}
-    for kind in ("weight", "bias"):
-        names = tuple(f"{layer}{name}.{kind}" for name in queries_keys_values)
-        turned = transposed and kind == "weight"
-        found |= {
-            f"{in_layer}qkv.{kind}": plain(names[0], 3) if by_head else qkv(*names, transposed=turned),
-            f"{in_layer}out.{kind}": plain(f"{layer}{out}.{kind}", transposed=turned),
-            f"{in_layer}gate_up.{kind}": gate_up(*(f"{layer}{name}.{kind}" for name in gates)),
-            f"{in_layer}up.{kind}": plain(f"{layer}{up}.{kind}", transposed=turned),
-            f"{in_layer}down.{kind}": plain(f"{layer}{down}.{kind}", transposed=turned),
+    layer: str = "model.layers.{i}."
+    """What the names of a layer's tensors begin with; those of its parts follow."""
+    embed: str = "model.embed_tokens"
+    positions: str = ""
+    embed_norm: str = ""
+    attn_norm: str = "input_layernorm"
+    attn_post_norm: str = ""
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_post_norm: str = ""
+    queries_keys_values: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Three tensors, or one that has them below each other."""
+    by_head: bool = False
+    """That one has them below each other for every kv head, not for all together."""
+    out: str = "self_attn.o_proj"
+    gates: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """The gate and what it multiplies, or one tensor with both."""
+    up: str = ""
+    """The first projection of a feed-forward without a gate."""
+    down: str = "mlp.down_proj"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    transposed: bool = False
+    """Linear maps are stored inputs first."""
+
+    def table(self) -> Mapping[str, Recipe]:
+        """Parameter path to recipe, for weights and biases (norms: scales and biases). A model uses those it has."""
+        around = {"embed": self.embed, "positions": self.positions, "head": self.head}
+        found = {
+            f"{path}.{kind}": plain(f"{name}.{kind}")
+            for path, name in around.items()
+            if name
+            for kind in ("weight", "bias")
         }
-    return found
+        return found | self._norms() | self._linear("weight") | self._linear("bias")
+
+    def _norms(self) -> dict[str, Recipe]:
+        in_layer = {
+            "attn_norm": self.attn_norm,
+            "attn_post_norm": self.attn_post_norm,
+            "mlp_norm": self.mlp_norm,
+            "mlp_post_norm": self.mlp_post_norm,
+            "q_norm": "self_attn.q_norm",
+            "k_norm": "self_attn.k_norm",
+        }
+        names = {"embed_norm": self.embed_norm, "norm": self.norm} | {
+            f"layers.{{i}}.{path}": name and self.layer + name for path, name in in_layer.items()
+        }
+        return {
+            f"{path}.{ours}": plain(f"{name}.{theirs}")
+            for path, name in names.items()
+            if name
+            for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+        }
+
+    def _linear(self, kind: str) -> dict[str, Recipe]:
+        fused = tuple(f"{self.layer}{name}.{kind}" for name in self.queries_keys_values)
+        turned = self.transposed and kind == "weight"
+        found = {
+            "qkv": plain(fused[0], 3) if self.by_head else qkv(*fused, transposed=turned),
+            "out": plain(f"{self.layer}{self.out}.{kind}", transposed=turned),
+            "gate_up": gate_up(*(f"{self.layer}{name}.{kind}" for name in self.gates)),
+            "up": plain(f"{self.layer}{self.up}.{kind}", transposed=turned),
+            "down": plain(f"{self.layer}{self.down}.{kind}", transposed=turned),
+        }
+        return {f"layers.{{i}}.{path}.{kind}": recipe for path, recipe in found.items()}
 
 
-WEIGHTS = table()
-"""Llama's names, which many families use."""
+WEIGHTS = Names().table()
 
 # Tensors that a checkpoint may hold for nothing: frequencies that follow from the configuration, and the head when it
 # is the embedding (an untied model has a parameter made of it, and misses it if it is not there).

@@ -10,11 +10,11 @@ from ..config import ModelConfig
 from ..errors import UnsupportedModel
 from .gpt import alibi_slopes, gpt, renamed
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="transformer.blocks.{i}.",
     embed="transformer.wte",
     attn_norm="norm_1",
@@ -24,7 +24,7 @@ WEIGHTS = table(
     up="ffn.up_proj",
     down="ffn.down_proj",
     norm="transformer.norm_f",
-)
+).table()
 
 OWN_NAMES = {
     "d_model": "hidden_size",

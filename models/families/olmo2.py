@@ -8,17 +8,17 @@ from typing import Any
 
 from ..config import ModelConfig
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 from .llama import common
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     attn_norm="",
     attn_post_norm="post_attention_layernorm",
     mlp_norm="",
     mlp_post_norm="post_feedforward_layernorm",
-)
+).table()
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

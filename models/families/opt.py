@@ -10,11 +10,11 @@ from ..config import ModelConfig
 from ..errors import UnsupportedModel
 from .gpt import gpt, renamed
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(
+WEIGHTS = Names(
     layer="model.decoder.layers.{i}.",
     embed="model.decoder.embed_tokens",
     positions="model.decoder.embed_positions",
@@ -24,7 +24,7 @@ WEIGHTS = table(
     up="fc1",
     down="fc2",
     norm="model.decoder.final_layer_norm",
-)
+).table()
 
 SPARE_ROWS = 2
 """Of the table of positions, before the first."""

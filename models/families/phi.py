@@ -9,12 +9,12 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import UnsupportedModel
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 from .llama import common, rotary_width
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(out="self_attn.dense", up="mlp.fc1", down="mlp.fc2", norm="model.final_layernorm")
+WEIGHTS = Names(out="self_attn.dense", up="mlp.fc1", down="mlp.fc2", norm="model.final_layernorm").table()
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..config import ModelConfig
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 from .llama import common, rotary_width
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(queries_keys_values=("self_attn.qkv_proj",), gates=("mlp.gate_up_proj",))
+WEIGHTS = Names(queries_keys_values=("self_attn.qkv_proj",), gates=("mlp.gate_up_proj",)).table()
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

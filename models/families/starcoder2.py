@@ -9,11 +9,11 @@ from typing import Any
 from ..config import ModelConfig
 from .gpt import gpt
 from .hf import Fields
-from .hf_names import IGNORED_TENSORS, table
+from .hf_names import IGNORED_TENSORS, Names
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
-WEIGHTS = table(up="mlp.c_fc", down="mlp.c_proj")
+WEIGHTS = Names(up="mlp.c_fc", down="mlp.c_proj").table()
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
