@@ -513,6 +513,15 @@ void add_block(const Attend& a, const Queries& qs, i64 from, Ahead& ahead) {
   }
 }
 
+// What some models do to the scores s[begin … end) of one query, the key at its own position being s[own]. Out of line: in
+// the loop over rows it would cost the models without it their registers.
+__attribute__((noinline)) void adjust(const Attend& a, i64 head, float* s, i64 begin, i64 end, i64 own) {
+  if (a.softcap > 0)
+    for (i64 j = begin; j < end; j += LANES) store(s + j, soft_capped(load(s + j), a.softcap));
+  if (a.slopes)
+    for (i64 j = begin; j < end; ++j) s[j] += a.slopes[head] * static_cast<float>(j - own);
+}
+
 // `following`: what this thread does next, or null; its first keys are fetched while the last ones here are used.
 void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
   const i64 R = qs.end - qs.begin, H = a.padded, G = a.G;
@@ -545,6 +554,7 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
   }
   std::memset(sum, 0, R * H * sizeof(float));
   std::memset(mass, 0, R * 16 * sizeof(float));
+  const bool adjusts = a.softcap > 0 || a.slopes;
   // A sink is a key already seen, whose value is 0.
   for (i64 r = 0; r < R; ++r) {
     best[r] = a.sinks ? a.sinks[qs.head * G + (qs.begin + r) % G] : -INFINITY;
@@ -574,12 +584,7 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
     for (i64 r = 0; r < R; ++r) {
       float* s = score + r * KEYS;
       const i64 p = a.position(qs, r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
-      if (a.softcap > 0)
-        for (i64 j = skip * 16; j < groups * 16; j += LANES) store(s + j, soft_capped(load(s + j), a.softcap));
-      if (a.slopes) {
-        const float slope = a.slopes[qs.head * G + (qs.begin + r) % G];
-        for (i64 j = skip * 16; j < groups * 16; ++j) s[j] += slope * static_cast<float>(j - to);
-      }
+      if (adjusts) adjust(a, qs.head * G + (qs.begin + r) % G, s, skip * 16, groups * 16, to);
       if (from > skip * 16 || to < groups * 16 - 1)
         for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > to ? -INFINITY : s[j];
       vec top = load(s + skip * 16);
