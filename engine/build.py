@@ -166,7 +166,10 @@ def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
         )
     split = placement.model_size
     # A vocabulary that does not divide is whole on every device; of these a whole copy would be the model itself.
-    for name, size in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size)):
+    parts = {"kv_heads": model.kv_heads, "ffn_size": model.ffn_size}
+    if model.experts:
+        parts |= {"experts": model.experts.count, "shared_ffn_size": model.experts.shared_ffn_size}
+    for name, size in parts.items():
         if size % split:
             raise PlanError(
                 f"{name}={size} of this model cannot be split over {split} devices: lower --num-shard"
@@ -178,7 +181,7 @@ def _kernels(
     config: EngineConfig, platform: str, placement: Placement, dtype: str, report: Progress
 ) -> tuple[Kernels, str]:
     """Choose who computes; the note says which and why."""
-    plain = XlaKernels(platform)
+    plain = XlaKernels(platform, None if placement.single else placement)
     if config.kernels == "xla":
         return plain, "xla (asked for)"
     if platform != "cpu" or not placement.single or dtype != "float32":

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..sharding.mesh import Placement
+from .grouped import in_turns, ragged
 from .kernels import KvLayer, PagedBatch
 
 BLOCK_TOKENS = 128
@@ -27,8 +29,10 @@ class XlaKernels:
     name = "xla"
     packed = False
 
-    def __init__(self, platform: str) -> None:
+    def __init__(self, platform: str, placement: Placement | None = None) -> None:
+        """`placement` is how several devices are arranged; None for one."""
         self._cpu = platform == "cpu"
+        self.placement = placement
 
     def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
         """x [T, D] @ weight [..., D] -> [T, outputs]."""
@@ -48,6 +52,11 @@ class XlaKernels:
                 (((1,), (weight.ndim - 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
+        return product.reshape(x.shape[0], outputs).astype(x.dtype)
+
+    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
+        """See `Kernels.grouped_linear`."""
+        product = in_turns(x, weight, sizes) if self._cpu else ragged(x, weight, sizes)
         return product.reshape(x.shape[0], outputs).astype(x.dtype)
 
     def attend(

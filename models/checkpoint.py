@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError
+from .mxfp4 import Mxfp4Tensors
 from .weights import Recipe, Weights, refuse_if_any
 
 SINGLE = "model.safetensors"
@@ -100,7 +101,17 @@ class SafetensorsSource:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries start … stop-1 of the first axis, in a fresh array."""
-        tensor, dtype = self._tensors[name], self.dtype(name)
+        return self._read(name, self.dtype(name), start, stop)
+
+    def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The same of a tensor of one byte a value, which means something only together with others."""
+        tensor = self._tensors[name]
+        if _BITS[tensor.dtype] != 8:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is {tensor.dtype}; bytes (U8) are expected")
+        return self._read(name, np.dtype(np.uint8), start, stop)
+
+    def _read(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        tensor = self._tensors[name]
         out = np.empty((stop - start, *tensor.shape[1:]), dtype)
         row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
         _pread_into(out, tensor.file, tensor.offset + start * row_bytes)
@@ -109,7 +120,7 @@ class SafetensorsSource:
 
 def open_checkpoint(directory: Path, table: Mapping[str, Recipe], ignored: Iterable[str] = ()) -> Weights:
     """The weights of a model in Hugging Face's layout, by a family's table. Raises CheckpointError."""
-    return Weights(open_safetensors(directory), table, ignored)
+    return Weights(Mxfp4Tensors(open_safetensors(directory)), table, ignored)
 
 
 def open_safetensors(directory: Path) -> SafetensorsSource:

@@ -42,6 +42,8 @@ class LongRope:
     long_factors: tuple[float, ...]
     original_max_position: int
     attention_factor: float
+    long_attention_factor: float
+    """What rotated queries and keys are multiplied by, with each set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,34 @@ class DynamicRope:
 
 RopeScaling = Llama3Rope | YarnRope | LongRope | DynamicRope
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A feed-forward made of many, of which each token goes through few (Shazeer et al. 2017). All of them have a gate."""
+
+    count: int
+    """X"""
+    chosen: int
+    """Of them, those that a token goes through."""
+    ffn_size: int
+    """F of each."""
+    shares: Literal["softmax", "sparsemixer"] = "softmax"
+    """How much a token takes of each: a softmax over all experts, or SparseMixer's (Liu et al. 2024, `mixer_jitter`)."""
+    normalized: bool = True
+    """The shares of those chosen are made to add up to 1."""
+    mixer_jitter: float = 0.0
+    """SparseMixer looks at the best expert and those that are worse by at most twice this part."""
+    router_bias: bool = False
+    bias: bool = False
+    """Biases on both projections of each expert."""
+    shared_ffn_size: int = 0
+    """F of one more that every token goes through; 0 for none."""
+    shared_gate: bool = False
+    """A token takes of that one what a sigmoid of a projection of its own says."""
+    layers: tuple[bool, ...] = ()
+    """Per layer: experts instead of one feed-forward? Empty means every layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +171,11 @@ class ModelConfig:
     gated: bool = True
     """The activation of one projection multiplies another one."""
     mlp_bias: bool = False
+    gate_limit: float | None = None
+    """The gate is cut above this, what it multiplies also below (gpt-oss)."""
+    gate_plus_one: bool = False
+    """What the gate multiplies is stored as its distance from 1 (gpt-oss)."""
+    experts: Experts | None = None
 
     # Around the layers
     embedding_scale: float = 1.0
@@ -162,6 +196,11 @@ class ModelConfig:
     def layer_window(self, layer: int) -> int | None:
         """The sliding window of one layer, or None."""
         return self.window if not self.window_layers or self.window_layers[layer] else None
+
+    def layer_experts(self, layer: int) -> Experts | None:
+        """The experts of one layer, or None where it has one feed-forward."""
+        experts = self.experts
+        return experts if experts and (not experts.layers or experts.layers[layer]) else None
 
     def layer_rotates(self, layer: int) -> bool:
         """Whether one layer uses rotary positions."""

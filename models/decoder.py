@@ -16,8 +16,9 @@ from flax import nnx
 from ..sharding.axes import Constrain
 from .attention import default_scale
 from .config import ModelConfig
+from .experts import RoutedFeedForward
 from .kernels import Kernels, KvLayer, PagedBatch
-from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, param, softcap
+from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, gated, param, softcap
 from .norms import norm
 from .rope import rotate, rotation
 from .spec import ParamSpec
@@ -28,7 +29,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, index: int, style: Style) -> None:
         c = config
-        # Nothing here may depend on the index but these three: layers that are alike are traced once.
+        # Nothing here may depend on the index but these four (`experts` below): layers that are alike are traced once.
         self.config, self.window = config, c.layer_window(index)
         self.rotates, self.local = c.layer_rotates(index), c.layer_rotates_locally(index)
         group = c.heads // c.kv_heads
@@ -47,12 +48,16 @@ class Layer(nnx.Module):
         self.out = Linear((c.hidden_size, c.heads * c.head_dim), (None, "heads"), c.output_bias, style)
         self.attn_post_norm = norm(c, style, c.hidden_size) if c.post_norms else None
         self.mlp_norm = norm(c, style, c.hidden_size) if c.pre_norms and not c.shared_norm else None
+        experts = c.layer_experts(index)
+        self.experts = RoutedFeedForward(c, experts, style) if experts else None
+        self.mlp_post_norm = norm(c, style, c.hidden_size) if c.post_norms else None
+        if experts:
+            return
         if c.gated:
             self.gate_up = Linear((2, c.ffn_size, c.hidden_size), (None, "ffn", None), c.mlp_bias, style)
         else:
             self.up = Linear((c.ffn_size, c.hidden_size), ("ffn", None), c.mlp_bias, style)
         self.down = Linear((c.hidden_size, c.ffn_size), (None, "ffn"), c.mlp_bias, style)
-        self.mlp_post_norm = norm(c, style, c.hidden_size) if c.post_norms else None
 
     def __call__(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         """x [T, D] -> the same, with this layer's keys and values written."""
@@ -100,11 +105,13 @@ class Layer(nnx.Module):
         return head_norm(flat).reshape(x.shape)
 
     def _feed_forward(self, x: jax.Array, step: "_Step") -> jax.Array:
-        activate = ACTIVATIONS[self.config.activation]
+        if self.experts is not None:
+            return self.experts(x, step.batch.positions >= 0, step.kernels)
         if not self.config.gated:
+            activate = ACTIVATIONS[self.config.activation]
             return self.down(activate(self.up(x, step.kernels)), step.kernels)
         gate_up = self.gate_up(x, step.kernels).reshape(x.shape[0], 2, self.config.ffn_size)
-        return self.down(activate(gate_up[:, 0]) * gate_up[:, 1], step.kernels)
+        return self.down(gated(self.config, gate_up[:, 0], gate_up[:, 1]), step.kernels)
 
 
 def _head_norm(c: ModelConfig, style: Style, members: int) -> Any:
@@ -234,4 +241,4 @@ class DecoderGraph:
 
 
 def _fields(spec: ParamSpec) -> tuple:
-    return spec.shape, spec.dtype, spec.axes, spec.packed
+    return spec.shape, spec.dtype, spec.axes, spec.packed, spec.stacked

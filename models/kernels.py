@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import jax
 
+from ..sharding.mesh import Placement
+
 
 class PagedBatch(NamedTuple):
     """Where the T tokens of one launch stand. A pytree of int32 arrays."""
@@ -45,6 +47,16 @@ class Kernels(Protocol):
 
     def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
         """x [T, D] times a stored weight -> [T, outputs], accumulated in float32, in x's dtype."""
+        ...
+
+    @property
+    def placement(self) -> Placement | None:
+        """How devices are arranged, where they are several."""
+        ...
+
+    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
+        """Rows x [S, D] in groups behind each other, `sizes` int32[X] of them, each group times a stored weight of its own,
+        [X, …, D] in all -> [S, outputs] as `linear` does; rows behind the last group may give anything finite."""
         ...
 
     def attend(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import Activation
+from .config import Activation, ModelConfig
 from .kernels import Kernels
 from .spec import PANEL, ParamSpec
 
@@ -20,6 +20,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_sigmoid": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
@@ -34,10 +35,14 @@ class Style:
 
 
 def param(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str, packed: bool = False
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: str,
+    packed: bool = False,
+    stacked: bool = False,
 ) -> nnx.Param:
     """A parameter that carries its own description. Built under `nnx.eval_shape`, so nothing is allocated."""
-    spec = ParamSpec("", shape, dtype, axes, packed)
+    spec = ParamSpec("", shape, dtype, axes, packed, stacked)
     return nnx.Param(jnp.zeros(spec.stored_shape, dtype), spec=spec)
 
 
@@ -87,6 +92,16 @@ class Positions(nnx.Module):
     def __call__(self, positions: jax.Array) -> jax.Array:
         """int32[T] -> [T, D]; padding (-1) reads the first."""
         return self.weight[...][jnp.maximum(positions, 0) + self.offset]
+
+
+def gated(config: ModelConfig, gate: jax.Array, multiplied: jax.Array) -> jax.Array:
+    """What a gate leaves of the other projection."""
+    if config.gate_limit is not None:
+        gate = jnp.minimum(gate, config.gate_limit)
+        multiplied = jnp.clip(multiplied, -config.gate_limit, config.gate_limit)
+    if config.gate_plus_one:
+        multiplied = multiplied + 1
+    return ACTIVATIONS[config.activation](gate) * multiplied
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

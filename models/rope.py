@@ -35,7 +35,7 @@ def inverse_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
         case YarnRope() as scaling:
             frequencies = _yarn(frequencies, scaling, theta, width)
         case LongRope() as scaling:
-            long = config.max_positions > scaling.original_max_position
+            long = _is_long(scaling, config)
             frequencies = frequencies / np.array(scaling.long_factors if long else scaling.short_factors)
     return (frequencies / config.rope_linear_factor).astype(np.float32)
 
@@ -73,13 +73,28 @@ def _growth(scaling: DynamicRope, context: int) -> float:
     return scaling.factor * stretch - (scaling.factor - 1)
 
 
+def _is_long(scaling: LongRope, config: ModelConfig) -> bool:
+    return config.max_positions > scaling.original_max_position
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What rotated queries and keys are multiplied by."""
+    match config.rope_scaling:
+        case YarnRope() as scaling:
+            return scaling.attention_factor
+        case LongRope() as scaling:
+            long = _is_long(scaling, config)
+            return scaling.long_attention_factor if long else scaling.attention_factor
+        case _:
+            return 1.0
+
+
 def rotation(config: ModelConfig, positions: jax.Array, local: bool = False) -> tuple[jax.Array, jax.Array]:
     """positions int32[T] -> (cos, sin) float32[T, 1, G+2, H] for heads laid out as in a fused qkv: each kv head's queries
     and its key turn, its value stands still. In float32: bfloat16 cannot tell far positions apart."""
     angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, local)[None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if not local and isinstance(config.rope_scaling, YarnRope | LongRope):
-        factor = config.rope_scaling.attention_factor
+    if not local and (factor := attention_factor(config)) != 1.0:
         cos, sin = cos * factor, sin * factor
     turns = (np.arange(config.heads // config.kv_heads + 2) <= config.heads // config.kv_heads)[
         None, None, :, None

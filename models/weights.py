@@ -65,11 +65,12 @@ class WeightSource(Protocol):
 class Recipe:
     """What one parameter is made of. `{i}` in a name stands for the layer."""
 
-    kind: Literal["plain", "qkv", "gate_up"]
+    kind: Literal["plain", "qkv", "gate_up", "alternating"]
     """`plain`: one tensor. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …]. `gate_up`: gate, then up,
-    [2, F, …]."""
+    [2, F, …]. `alternating`: experts whose rows are gate and up in turns, [X, 2, F, …]."""
     names: tuple[str, ...]
-    """Of `qkv` and `gate_up`, one name stands for one tensor with the parts below each other."""
+    """Of `qkv` and `gate_up`, one name stands for one tensor with the parts below each other. `{e}` stands for the expert:
+    then this is what each entry of the parameter's first axis is made of."""
     merged: int = 1
     """Of `plain`: the tensor has this many of the parameter's first axes as one, [K * … * H, …] for [K, …, H, …]."""
     transposed: bool = False
@@ -80,9 +81,19 @@ class Recipe:
     def of_layer(self, layer: str) -> "Recipe":
         """This recipe with its layer filled in."""
         otherwise = self.otherwise and self.otherwise.of_layer(layer)
-        return replace(
-            self, names=tuple(name.replace("{i}", layer) for name in self.names), otherwise=otherwise
-        )
+        return replace(self._filled("{i}", layer), otherwise=otherwise)
+
+    def of_expert(self, expert: int) -> "Recipe":
+        """This recipe with its expert filled in."""
+        return self._filled("{e}", str(expert))
+
+    @property
+    def by_expert(self) -> bool:
+        """Each expert has tensors of its own."""
+        return "{e}" in self.names[0]
+
+    def _filled(self, mark: str, value: str) -> "Recipe":
+        return replace(self, names=tuple(name.replace(mark, value) for name in self.names))
 
     def parts(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes, outputs first, of what a parameter of this logical shape is put together from."""
@@ -90,16 +101,25 @@ class Recipe:
             return ((math.prod(shape[: self.merged]), *shape[self.merged :]),)
         if self.kind == "gate_up":
             return (shape[1:],) * 2
+        if self.kind == "alternating":
+            return ((shape[0], 2 * shape[2], *shape[3:]),)
         kv_heads, members, head_dim, *rest = shape
         queries, keys = (kv_heads * (members - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
         return (queries, keys, keys)
+
+    def sources(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """Every tensor that a parameter of this logical shape is made of, with the shape it must have."""
+        if not self.by_expert:
+            return list(zip(self.names, self.source_shapes(shape), strict=True))
+        experts = (self.of_expert(expert) for expert in range(shape[0]))
+        return [source for expert in experts for source in expert.sources(shape[1:])]
 
     def source_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shape each source must have for a parameter of this logical shape."""
         parts = self.parts(shape)
         if len(parts) > len(self.names):
             parts = ((sum(part[0] for part in parts), *parts[0][1:]),)
-        return tuple(part[::-1] for part in parts) if self.transposed else parts
+        return tuple((*part[:-2], part[-1], part[-2]) for part in parts) if self.transposed else parts
 
 
 def plain(name: str, merged: int = 1, *, transposed: bool = False) -> Recipe:
@@ -115,6 +135,11 @@ def qkv(*names: str, transposed: bool = False) -> Recipe:
 def gate_up(*names: str) -> Recipe:
     """Two feed-forward projections, stacked; or one tensor that has them below each other."""
     return Recipe("gate_up", names)
+
+
+def alternating(name: str, *, transposed: bool = False) -> Recipe:
+    """One tensor with all experts' gates and what they multiply, row by row in turns."""
+    return Recipe("alternating", (name,), transposed=transposed)
 
 
 def either(recipe: Recipe, otherwise: Recipe) -> Recipe:
@@ -150,7 +175,7 @@ class Weights:
             if recipe is None:
                 problems.append(f"parameter {spec.path} has no entry in the weight table")
                 continue
-            used.update(recipe.names)
+            used.update(name for name, _ in recipe.sources(spec.shape))
             problems += self._misfits(spec, recipe)
         for name in sorted(self._present - used):
             whole = self._missing_prefix + name
@@ -175,7 +200,7 @@ class Weights:
         if match:
             recipe = recipe.of_layer(match[1])
         recipe = self._without_prefix(recipe)
-        if recipe.otherwise and recipe.names[0] not in self._present:
+        if recipe.otherwise and recipe.of_expert(0).names[0] not in self._present:
             return self._without_prefix(recipe.otherwise)
         return recipe
 
@@ -185,7 +210,7 @@ class Weights:
 
     def _misfits(self, spec: ParamSpec, recipe: Recipe) -> list[str]:
         problems: list[str] = []
-        for name, expected in zip(recipe.names, recipe.source_shapes(spec.shape), strict=True):
+        for name, expected in recipe.sources(spec.shape):
             if name not in self._present:
                 problems.append(f"tensor {name} is missing (needed for {spec.path})")
                 continue
@@ -214,12 +239,20 @@ def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Inde
     """Read a slice of one parameter from its sources, in `spec.dtype`."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
     dtype = np.dtype(spec.dtype)
+    if recipe.by_expert:
+        one = replace(spec, shape=spec.shape[1:])
+        experts = range(*bounds[0])
+        return np.stack([assemble(recipe.of_expert(e), tensors, one, index[1:]) for e in experts])
     read = _rows_of(recipe, tensors, spec.shape)
     if recipe.kind == "plain":
         inner = spec.shape[1 : recipe.merged]
         low, high = (bound * math.prod(inner) for bound in bounds[0])
         rows = read(0, low, high).reshape(bounds[0][1] - bounds[0][0], *spec.shape[1:])
         return np.ascontiguousarray(rows[(slice(None), *index[1:])], dtype)
+    if recipe.kind == "alternating":
+        rows = read(0, *bounds[0])
+        pairs = rows.reshape(len(rows), spec.shape[2], 2, *spec.shape[3:]).swapaxes(1, 2)
+        return np.ascontiguousarray(pairs[(slice(None), *index[1:])], dtype)
     out = np.empty([stop - start for start, stop in bounds], dtype)
     if recipe.kind == "gate_up":
         for place, which in enumerate(range(*bounds[0])):
@@ -251,6 +284,8 @@ def _rows_of(
         name, first = (recipe.names[0], sum(sizes[:part])) if joined else (recipe.names[part], 0)
         if not recipe.transposed:
             return tensors.read_rows(name, first + start, first + stop)
+        if len(tensors.shape(name)) > 2:
+            return tensors.read_rows(name, first + start, first + stop).swapaxes(-1, -2)
         whole = tensors.read_rows(name, 0, tensors.shape(name)[0])
         return whole.T[first + start : first + stop]
 

@@ -336,13 +336,10 @@ struct Linear {
   }
 };
 
-ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) {
-  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1];
-  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > w.dimensions()[0] * PANEL)
-    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
-  if (T == 0 || N == 0) return ffi::Error::Success();
-  const Linear job{x.typed_data(), w.typed_data(), y->typed_data(), T, D, N};
-
+// y [T, N] = x [T, D] times the packed weight w.
+void multiply(ffi::ThreadPool& pool, const float* x, const float* w, float* y, i64 T, i64 D, i64 N) {
+  if (T == 0 || N == 0) return;
+  const Linear job{x, w, y, T, D, N};
   const float* shared = T == 1 ? job.x : nullptr;
   const bool each = T > 1 && T <= 16;  // every worker packs for itself: cheaper than waiting for each other
   if (T > 16) {
@@ -359,6 +356,30 @@ ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) 
     }
     job.run(rows, begin, end);
   });
+}
+
+ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) {
+  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1];
+  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > w.dimensions()[0] * PANEL)
+    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
+  multiply(pool, x.typed_data(), w.typed_data(), y->typed_data(), T, D, N);
+  return ffi::Error::Success();
+}
+
+// Rows in groups behind each other, each group with a weight of its own: experts. A group without rows costs nothing.
+ffi::Error grouped(ffi::ThreadPool pool, F32x2 x, F32x4 w, I32x1 sizes, ffi::Result<F32x2> y) {
+  const i64 S = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1], panels = w.dimensions()[1];
+  if (w.dimensions()[2] != D || w.dimensions()[3] != PANEL || y->dimensions()[0] != S || N > panels * PANEL ||
+      sizes.dimensions()[0] != w.dimensions()[0])
+    return ffi::Error::InvalidArgument("xlane grouped: x [S, D], w [X, panels, D, 16], sizes [X] and y [S, N] do not fit together");
+  i64 row = 0;
+  for (i64 g = 0; g < w.dimensions()[0]; ++g) {
+    const i64 count = sizes.typed_data()[g];
+    if (count < 0 || row + count > S) return ffi::Error::InvalidArgument("xlane grouped: more rows in groups than there are");
+    multiply(pool, x.typed_data() + row * D, w.typed_data() + g * panels * D * PANEL, y->typed_data() + row * N, count, D, N);
+    row += count;
+  }
+  std::memset(y->typed_data() + row * N, 0, (S - row) * N * sizeof(float));
   return ffi::Error::Success();
 }
 
@@ -735,6 +756,14 @@ extern "C" const char* xlane_isa() { return kIsa; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear, linear,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32x2>().Arg<F32x3>().Ret<F32x2>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_grouped, grouped,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x2>()
+                                  .Arg<F32x4>()
+                                  .Arg<I32x1>()
+                                  .Ret<F32x2>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
                               ffi::Ffi::Bind()

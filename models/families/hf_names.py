@@ -78,6 +78,27 @@ class Names:
         return {f"layers.{{i}}.{path}.{kind}": recipe for path, recipe in found.items()}
 
 
+def experts(
+    router: str, gates: tuple[str, ...], down: str, shared: str = "", layer: str = "model.layers.{i}."
+) -> Mapping[str, Recipe]:
+    """The part of a table for layers of experts: names with `{e}` for the expert, and what those of the shared one begin
+    with."""
+    found = {
+        "router.weight": plain(f"{layer}{router}.weight"),
+        "gate_up.weight": gate_up(*(f"{layer}{name}.weight" for name in gates)),
+        "down.weight": plain(f"{layer}{down}.weight"),
+    }
+    if shared:
+        found |= {
+            "shared.gate_up.weight": gate_up(
+                *(f"{layer}{shared}.{name}.weight" for name in ("gate_proj", "up_proj"))
+            ),
+            "shared.down.weight": plain(f"{layer}{shared}.down_proj.weight"),
+            "shared_gate.weight": plain(f"{layer}{shared}_gate.weight"),
+        }
+    return {f"layers.{{i}}.experts.{path}": recipe for path, recipe in found.items()}
+
+
 WEIGHTS = Names().table()
 
 # Tensors that a checkpoint may hold for nothing: frequencies that follow from the configuration, and the head when it

@@ -70,12 +70,16 @@ class Rope:
         factor = rope.optional_number("factor") or 1.0
         # Beside the model's own context, the file's factor means nothing.
         factor = self.max_positions / original if original != self.max_positions else factor
+        # Phi-MoE names what the others compute.
+        short, long = rope.optional_number("short_mscale"), rope.optional_number("long_mscale")
         usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
+        usual = rope.number("attention_factor", usual)
         return LongRope(
             short_factors=rope.numbers("short_factor", self._width // 2),
             long_factors=rope.numbers("long_factor", self._width // 2),
             original_max_position=original,
-            attention_factor=rope.number("attention_factor", usual),
+            attention_factor=short or usual,
+            long_attention_factor=long or usual,
         )
 
 

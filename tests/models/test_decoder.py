@@ -23,7 +23,19 @@ PAGE_TOKENS, PAGES, WIDTH = 4, 24, 8
 TOLERANCE = 1e-4
 """Largest error relative to the largest logit, float32. Never relaxed."""
 
-SPLIT_KINDS = ("gemma2", "gemma3", "phi3", "phi", "olmo2", "cohere", "bloom", "gpt2", "falcon-40b")
+SPLIT_KINDS = (
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi",
+    "olmo2",
+    "cohere",
+    "bloom",
+    "gpt2",
+    "falcon-40b",
+    "mixtral",
+    "gpt_oss",
+)
 
 OURS = np.random.default_rng(1).integers(3, 131, 23).tolist()
 OTHER = np.random.default_rng(2).integers(3, 131, 9).tolist()
@@ -130,7 +142,7 @@ def test_a_split_model_gives_the_same_logits(kind: str, models: Path) -> None:
     """Over two devices, a prefill and a decode; one kind for each way in which parameters can be split."""
     path = tiny_model(kind, models)
     ours = hf_logits(path, OURS)
-    network = Network(path, XlaKernels("cpu"), devices=2)
+    network = Network(path, XlaKernels("cpu", make_placement(1, 2)), devices=2)
     split = [p for p in network.params if p.sharding.shard_shape(p.shape) != p.shape]
     assert sum(p.size for p in split) > 0.7 * sum(p.size for p in network.params)
     first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)

@@ -13,7 +13,7 @@ from xlane.models.catalogue import markdown
 from xlane.models.config import Llama3Rope, ModelConfig
 from xlane.models.errors import UnsupportedModel
 from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
-from xlane.models.rope import inverse_frequencies
+from xlane.models.rope import attention_factor, inverse_frequencies
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -140,7 +140,7 @@ def test_frequencies_are_those_of_transformers(rope: dict[str, Any], context: in
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, "cpu", seq_len=context)
     config = replace(config, max_positions=context)
     np.testing.assert_allclose(inverse_frequencies(config), expected, rtol=2e-6)
-    assert getattr(config.rope_scaling, "attention_factor", 1.0) == pytest.approx(factor)
+    assert attention_factor(config) == pytest.approx(factor)
 
 
 def test_mistral_windows():

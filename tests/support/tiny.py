@@ -110,6 +110,21 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
         {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "tie_word_embeddings": True,
          "attn_config": {"clip_qkv": 0.7, "attn_type": "multihead_attention"}},
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48,
+         "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "phimoe": ("Phimoe", {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3}),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "head_dim": 16, "sliding_window": 5,
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}},
+    ),
     "llama-yarn": (
         "Llama",
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}},
