@@ -22,7 +22,11 @@ heads.
 
 Each family is tried on tiny random models against transformers: the logits of prefills (in chunks, beside another
 sequence) and of decodes over page borders agree to 1e-4 of the largest, with weights packed for the native CPU kernels and
-without; several are also split over two devices.
+without; several are also split over two devices. Each also answers through the real engine as transformers does, on one
+device and over two.
+
+Layers of experts are computed for the experts that are chosen and no others, and the experts are split over the devices of
+the model axis. MXFP4 weights (gpt-oss) are dequantised.
 
 | family | `architectures` | what it is |
 |---|---|---|

@@ -35,7 +35,8 @@ class RoutedFeedForward(nnx.Module):
         stacks = (*self.gate_up.arrays(), *self.down.arrays())
 
         def compute(first: jax.Array | int, rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]):
-            return self._routed(*rows, first, stacks, kernels)
+            x, chosen, shares = rows
+            return self._routed(x, chosen, shares, first, stacks, kernels)
 
         rows = (x, chosen, shares)
         if kernels.placement is None:
