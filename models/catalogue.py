@@ -26,7 +26,7 @@ without; several are also split over two devices. Each also answers through the 
 device and over two.
 
 Layers of experts are computed for the experts that are chosen and no others, and the experts are split over the devices of
-the model axis. MXFP4 weights (gpt-oss) are dequantised.
+the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
 
 | family | `architectures` | what it is |
 |---|---|---|

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError
+from .fp8 import FP8, Fp8Tensors
 from .mxfp4 import Mxfp4Tensors
 from .weights import Recipe, Weights, refuse_if_any
 
@@ -29,6 +30,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": FP8,
 }
 # Bits, not bytes: newer types are narrower than a byte. Only the size of those is understood.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
@@ -120,7 +122,7 @@ class SafetensorsSource:
 
 def open_checkpoint(directory: Path, table: Mapping[str, Recipe], ignored: Iterable[str] = ()) -> Weights:
     """The weights of a model in Hugging Face's layout, by a family's table. Raises CheckpointError."""
-    return Weights(Mxfp4Tensors(open_safetensors(directory)), table, ignored)
+    return Weights(Fp8Tensors(Mxfp4Tensors(open_safetensors(directory))), table, ignored)
 
 
 def open_safetensors(directory: Path) -> SafetensorsSource:

@@ -5,7 +5,7 @@ Modules describe the network and its parameters. They are split once, at start, 
 positions, KV). Knows nothing of lanes, sampling or where kernels come from.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -230,7 +230,7 @@ class DecoderGraph:
         abstract = nnx.eval_shape(lambda: Decoder(config, Style(dtype, packed)))
         graph, state = nnx.split(abstract)
         specs = tuple(
-            ParamSpec(".".join(map(str, path)), *_fields(param.get_metadata()["spec"]))
+            replace(param.get_metadata()["spec"], path=".".join(map(str, path)))
             for path, param in nnx.to_flat_state(state)
         )
         return cls(graph, jax.tree.structure(state), specs)
@@ -238,7 +238,3 @@ class DecoderGraph:
     def merge(self, params: tuple[jax.Array, ...]) -> Decoder:
         """Parameters in the order of `specs` -> a decoder. While tracing only."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
-
-
-def _fields(spec: ParamSpec) -> tuple:
-    return spec.shape, spec.dtype, spec.axes, spec.packed, spec.stacked

@@ -32,8 +32,6 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Translate config.json, refusing what is not understood."""
     fields = Fields(config)
     skip_training(fields)
-    if (config.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        fields.skip("quantization_config")  # the tensors say themselves which of them are
     # Other names of what is read below.
     fields.skip("experts_per_token", "initial_context_length", "hidden_act")
     layers, bias = fields.integer("num_hidden_layers"), fields.flag("attention_bias", True)

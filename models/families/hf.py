@@ -132,6 +132,8 @@ class Fields:
         for key, value in self._config.items():
             if key in self._taken or key in IGNORABLE or value is None:
                 continue
+            if key == "quantization_config" and _by_tensor(value):
+                continue
             if key in HARMLESS and value == HARMLESS[key]:
                 continue
             raise self._refusal(key, value, _advice(key))
@@ -148,9 +150,17 @@ class Fields:
         return UnsupportedModel(f"{self._where}: {key} = {shown[:200]}: {why}")
 
 
+def _by_tensor(quantization: Any) -> bool:
+    """The tensors say themselves how they are quantised."""
+    if not isinstance(quantization, dict):
+        return False
+    method, form = quantization.get("quant_method"), quantization.get("format")
+    return method in ("fp8", "mxfp4") or (method == "compressed-tensors" and form == "float-quantized")
+
+
 def _advice(key: str) -> str:
     if key == "quantization_config":
-        return "weights quantised this way are not supported; use the original weights or a GGUF file"
+        return "weights quantised this way are not supported; use the original weights, FP8 or a GGUF file"
     if key == "auto_map":
         return "the model brings its own code, which is never run here"
     return "this option is not understood, and leaving it out could change the model's answers"
