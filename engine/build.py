@@ -113,6 +113,9 @@ def design(
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     kernels, note = _kernels(config, platform, placement, dtype, report)
+    most = _most_tokens(config, model)
+    # Some rotary scalings follow from the context that is served, whatever the model was made for.
+    model = replace(model, max_positions=most)
     graph = DecoderGraph.of(model, dtype, packed=kernels.packed)
     defaults = DEFAULTS[platform]
     lanes = config.lanes or defaults.lanes
@@ -120,7 +123,6 @@ def design(
         raise PlanError(
             f"{lanes} lanes cannot be split over data_parallel={placement.data_size}: choose a multiple"
         )
-    most = _most_tokens(config, model)
     chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
     segments = min(SEGMENTS, lanes)
     itemsize = jnp.dtype(dtype).itemsize
@@ -164,7 +166,10 @@ def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
         )
     split = placement.model_size
     # A vocabulary that does not divide is whole on every device; of these a whole copy would be the model itself.
-    for name, size in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size)):
+    parts = {"kv_heads": model.kv_heads, "ffn_size": model.ffn_size}
+    if model.experts:
+        parts |= {"experts": model.experts.count, "shared_ffn_size": model.experts.shared_ffn_size}
+    for name, size in parts.items():
         if size % split:
             raise PlanError(
                 f"{name}={size} of this model cannot be split over {split} devices: lower --num-shard"
@@ -176,7 +181,7 @@ def _kernels(
     config: EngineConfig, platform: str, placement: Placement, dtype: str, report: Progress
 ) -> tuple[Kernels, str]:
     """Choose who computes; the note says which and why."""
-    plain = XlaKernels(platform)
+    plain = XlaKernels(platform, None if placement.single else placement)
     if config.kernels == "xla":
         return plain, "xla (asked for)"
     if platform != "cpu" or not placement.single or dtype != "float32":

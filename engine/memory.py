@@ -70,7 +70,12 @@ def machine_bytes() -> int:
 
 def estimate_temp_bytes(config: ModelConfig, launch_tokens: int, result_rows: int, itemsize: int) -> int:
     """What the largest program needs beside its arguments: activations of a chunk, and a few copies of its logits."""
-    per_token = 4 * config.hidden_size + 3 * config.ffn_size + 6 * config.heads * config.head_dim
+    ffn = config.ffn_size
+    if config.experts:
+        # Each of a token's experts has a row of its own, in and out.
+        one = config.experts.ffn_size + config.hidden_size
+        ffn = max(ffn, config.experts.chosen * one + config.experts.shared_ffn_size)
+    per_token = 4 * config.hidden_size + 3 * ffn + 6 * config.heads * config.head_dim
     return launch_tokens * per_token * max(itemsize, 4) + 8 * result_rows * config.vocab_size * 4
 
 

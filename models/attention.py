@@ -6,10 +6,14 @@ longest row (decode) or the last block (prefill) ends. Softmax is accumulated bl
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ..sharding.mesh import Placement
+from .grouped import in_turns, ragged
 from .kernels import KvLayer, PagedBatch
 
 BLOCK_TOKENS = 128
@@ -25,8 +29,10 @@ class XlaKernels:
     name = "xla"
     packed = False
 
-    def __init__(self, platform: str) -> None:
+    def __init__(self, platform: str, placement: Placement | None = None) -> None:
+        """`placement` is how several devices are arranged; None for one."""
         self._cpu = platform == "cpu"
+        self.placement = placement
 
     def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
         """x [T, D] @ weight [..., D] -> [T, outputs]."""
@@ -48,6 +54,11 @@ class XlaKernels:
             )
         return product.reshape(x.shape[0], outputs).astype(x.dtype)
 
+    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
+        """See `Kernels.grouped_linear`."""
+        product = in_turns(x, weight, sizes) if self._cpu else ragged(x, weight, sizes)
+        return product.reshape(x.shape[0], outputs).astype(x.dtype)
+
     def attend(
         self,
         qkv: jax.Array,
@@ -57,6 +68,9 @@ class XlaKernels:
         window: int | None,
         scale: float,
         one_token_rows: bool,
+        softcap: float | None = None,
+        slopes: tuple[float, ...] = (),
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
@@ -65,7 +79,9 @@ class XlaKernels:
         # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
         grouped = qkv[:, :, :group].swapaxes(0, 1).astype(jnp.float32) * scale
         attend = _attend_rows if one_token_rows else _attend_packed
-        out = attend(grouped, kv, batch, window)
+        by_head = np.array(slopes, np.float32).reshape(kv_heads, 1, group, 1) if slopes else None
+        adjust = _adjustment(softcap, by_head)
+        out = attend(grouped, kv, batch, window, adjust, sinks)
         return out.swapaxes(0, 1).reshape(tokens, kv_heads * group, head_dim).astype(qkv.dtype), kv
 
 
@@ -113,7 +129,24 @@ def _visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     return seen if window is None else seen & (key > query - window)
 
 
-def _attend_rows(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None) -> jax.Array:
+Adjust = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Scores, query positions, key positions -> scores."""
+
+
+def _adjustment(softcap: float | None, slopes: np.ndarray | None) -> Adjust:
+    """What happens to scaled scores before the softmax. slopes float32[K, 1, G, 1], or None."""
+
+    def adjust(scores: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        return scores if slopes is None else scores + slopes * (key - query).astype(jnp.float32)
+
+    return adjust
+
+
+def _attend_rows(
+    q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None, adjust: Adjust, sinks: jax.Array | None
+) -> jax.Array:
     """Decode: row t has one query. q [K, T, G, H] -> the same shape."""
     kv_heads, rows, group, head_dim = q.shape
     page_tokens = kv.k.shape[2]
@@ -128,14 +161,17 @@ def _attend_rows(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | Non
         pages = jax.lax.dynamic_slice_in_dim(table, block * count, count, axis=1)
         scores = jnp.einsum("ktgh,ktsh->ktgs", q, gather(kv.k, pages))
         keys = _keys(block, size)
+        scores = adjust(scores, position, keys)
         values = jnp.where((keys <= position).swapaxes(2, 3), gather(kv.v, pages), 0.0)
         return _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ktsh->ktgh")
 
     blocks = (batch.positions.max() + size) // size
-    return _run(blocks, body, (kv_heads, rows, group), head_dim)
+    return _run(blocks, body, (kv_heads, rows, group), head_dim, sinks)
 
 
-def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None) -> jax.Array:
+def _attend_packed(
+    q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None, adjust: Adjust, sinks: jax.Array | None
+) -> jax.Array:
     """Prefill: several rows' tokens side by side. Each turn takes one block of one row. q [K, T, G, H]."""
     kv_heads, tokens, group, head_dim = q.shape
     page_tokens = kv.k.shape[2]
@@ -155,6 +191,7 @@ def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | N
         pages = jax.lax.dynamic_slice(table, (row, block * count), (1, count))[0]
         scores = jnp.einsum("ktgh,ksh->ktgs", q, gather(kv.k, pages))
         keys = _keys(block, size)
+        scores = adjust(scores, position, keys)
         values = jnp.where((keys < held[row]).swapaxes(2, 3)[0], gather(kv.v, pages), 0.0)
         new = _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ksh->ktgh")
         # What a row holds must not reach another's tokens, not even as 0 times NaN.
@@ -163,16 +200,16 @@ def _attend_packed(q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | N
             jnp.where(mine if x.ndim == 3 else mine[..., None], x, old) for x, old in zip(new, carry)
         )
 
-    return _run(ends[-1], body, (kv_heads, tokens, group), head_dim)
+    return _run(ends[-1], body, (kv_heads, tokens, group), head_dim, sinks)
 
 
-def _run(turns: jax.Array, body, shape: tuple[int, ...], head_dim: int) -> jax.Array:
-    """Loop `body` and normalise; queries that saw nothing (padding) give 0."""
-    start = (
-        jnp.full(shape, MASKED, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
-    )
+def _run(turns: jax.Array, body, shape: tuple[int, ...], head_dim: int, sinks: jax.Array | None) -> jax.Array:
+    """Loop `body` and normalise; queries that saw nothing (padding) give 0. A sink [K, G] is a key already seen, of value 0."""
+    maximum, total = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    if sinks is not None:
+        maximum = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, :], shape)
+        total = jnp.ones(shape, jnp.float32)
+    start = (maximum, total, jnp.zeros((*shape, head_dim), jnp.float32))
     _, total, acc = jax.lax.fori_loop(0, turns, body, start)
     return acc / jnp.where(total > 0, total, 1.0)[..., None]
 

@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError
+from .fp8 import FP8, Fp8Tensors
+from .mxfp4 import Mxfp4Tensors
 from .weights import Recipe, Weights, refuse_if_any
 
 SINGLE = "model.safetensors"
@@ -28,6 +30,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": FP8,
 }
 # Bits, not bytes: newer types are narrower than a byte. Only the size of those is understood.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
@@ -100,7 +103,17 @@ class SafetensorsSource:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries start … stop-1 of the first axis, in a fresh array."""
-        tensor, dtype = self._tensors[name], self.dtype(name)
+        return self._read(name, self.dtype(name), start, stop)
+
+    def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The same of a tensor of one byte a value, which means something only together with others."""
+        tensor = self._tensors[name]
+        if _BITS[tensor.dtype] != 8:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is {tensor.dtype}; bytes (U8) are expected")
+        return self._read(name, np.dtype(np.uint8), start, stop)
+
+    def _read(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        tensor = self._tensors[name]
         out = np.empty((stop - start, *tensor.shape[1:]), dtype)
         row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
         _pread_into(out, tensor.file, tensor.offset + start * row_bytes)
@@ -109,7 +122,7 @@ class SafetensorsSource:
 
 def open_checkpoint(directory: Path, table: Mapping[str, Recipe], ignored: Iterable[str] = ()) -> Weights:
     """The weights of a model in Hugging Face's layout, by a family's table. Raises CheckpointError."""
-    return Weights(open_safetensors(directory), table, ignored)
+    return Weights(Fp8Tensors(Mxfp4Tensors(open_safetensors(directory))), table, ignored)
 
 
 def open_safetensors(directory: Path) -> SafetensorsSource:

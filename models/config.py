@@ -4,6 +4,7 @@ Knows no checkpoint format: `families/*` read config.json or GGUF metadata into 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +15,75 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnRope:
+    """Peng et al. 2023 (`rope_type: yarn`): slow waves are stretched, fast ones kept, those between blended by a ramp."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    """Turns within the original context at which a wave is kept, and at which it is wholly stretched."""
+    original_max_position: int
+    attention_factor: float
+    """What rotated queries and keys are multiplied by."""
+    truncate: bool = True
+    """The ramp begins and ends at whole dimensions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRope:
+    """Ding et al. 2024 (`rope_type: longrope`, Phi-3): every frequency has a divisor of its own, one set for contexts up to
+    the original length and one for longer ones. Which of the two follows from `ModelConfig.max_positions`, the same for all
+    texts: keys that were rotated by one set mean nothing to queries rotated by the other."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position: int
+    attention_factor: float
+    long_attention_factor: float
+    """What rotated queries and keys are multiplied by, with each set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicRope:
+    """`rope_type: dynamic`: the base grows with the context (`ModelConfig.max_positions`) beyond the original one."""
+
+    factor: float
+    original_max_position: int
+
+
+RopeScaling = Llama3Rope | YarnRope | LongRope | DynamicRope
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A feed-forward made of many, of which each token goes through few (Shazeer et al. 2017). All of them have a gate."""
+
+    count: int
+    """X"""
+    chosen: int
+    """Of them, those that a token goes through."""
+    ffn_size: int
+    """F of each."""
+    shares: Literal["softmax", "sparsemixer"] = "softmax"
+    """How much a token takes of each: a softmax over all experts, or SparseMixer's (Liu et al. 2024, `mixer_jitter`)."""
+    normalized: bool = True
+    """The shares of those chosen are made to add up to 1."""
+    mixer_jitter: float = 0.0
+    """SparseMixer looks at the best expert and those that are worse by at most twice this part."""
+    router_bias: bool = False
+    bias: bool = False
+    """Biases on both projections of each expert."""
+    shared_ffn_size: int = 0
+    """F of one more that every token goes through; 0 for none."""
+    shared_gate: bool = False
+    """A token takes of that one what a sigmoid of a projection of its own says."""
+    layers: tuple[bool, ...] = ()
+    """Per layer: experts instead of one feed-forward? Empty means every layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,25 +108,87 @@ class ModelConfig:
     """F"""
     max_positions: int
     """The context the model was made for, in tokens."""
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Rope | None = None
+
+    # Positions
+    rope_theta: float | None
+    """Base of the rotary frequencies; None if no layer rotates."""
+    rope_scaling: RopeScaling | None = None
     rope_linear_factor: float = 1.0
     """Positions are divided by this (`rope_type: linear`)."""
     rope_layers: tuple[bool, ...] = ()
     """Per layer: rotate queries and keys? Empty means every layer does (SmolLM3 skips some)."""
+    rope_local_theta: float | None = None
+    """Base of the layers with a window, which then are never rescaled (Gemma 3); None means they rotate as the others."""
+    rotary_dim: int | None = None
+    """The first this many dimensions of a head rotate; None means all."""
+    rope_interleaved: bool = False
+    """Neighbouring dimensions are a pair (GPT-J, Cohere), not the two halves of a head."""
+    learned_positions: int = 0
+    """Rows of a table of position vectors added to the embeddings; 0 for none."""
+    position_offset: int = 0
+    """Row of that table for position 0 (OPT)."""
+    alibi_slopes: tuple[float, ...] = ()
+    """Per query head: what a score loses for each token of distance (Press et al. 2021); empty for none."""
+
+    # Norms
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float
+    norm_scale: bool = True
+    norm_bias: bool = False
+    norm_plus_one: bool = False
+    """Scales are stored as their distance from 1 (Gemma)."""
+    pre_norms: bool = True
+    """Attention and feed-forward read the stream through a norm."""
+    post_norms: bool = False
+    """What they return passes a norm before it is added to the stream."""
+    parallel: bool = False
+    """Both read the same stream, and their sum is added to it."""
+    shared_norm: bool = False
+    """With `parallel`: both read it through the same norm."""
+
+    # Attention
     window: int | None = None
     """Sliding window in tokens: a query sees itself and the `window` - 1 tokens before it."""
     window_layers: tuple[bool, ...] = ()
     """Per layer: is `window` applied? Empty means every layer (when `window` is set)."""
-    tied_embeddings: bool = False
-    """The output head is the embedding."""
     qkv_bias: bool = False
     output_bias: bool = False
     """Bias on the attention's output projection."""
+    qk_norm: Literal["head", "each_head", "row"] | None = None
+    """A norm of queries and of keys before the rotation: over each head with one scale for all (Qwen3) or one of its own
+    (Cohere), or over all heads together (OLMo 2)."""
+    qkv_clip: float | None = None
+    """Queries, keys and values are cut to this absolute value (OLMo, MPT)."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None means 1/sqrt(H)."""
+    attention_softcap: float | None = None
+    """Scores s become c tanh(s / c)."""
+    attention_sinks: bool = False
+    """Each query head has a learned score that takes its share of the softmax and gives nothing (gpt-oss)."""
+
+    # Feed-forward
+    activation: Activation = "silu"
+    gated: bool = True
+    """The activation of one projection multiplies another one."""
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMS norm over each head of queries and keys before the rotation (Qwen3)."""
+    gate_limit: float | None = None
+    """The gate is cut above this, what it multiplies also below (gpt-oss)."""
+    gate_plus_one: bool = False
+    """What the gate multiplies is stored as its distance from 1 (gpt-oss)."""
+    experts: Experts | None = None
+
+    # Around the layers
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    residual_scale: float = 1.0
+    """What attention and feed-forward return is multiplied by before it is added (Granite)."""
+    tied_embeddings: bool = False
+    """The output head is the embedding."""
+    head_bias: bool = False
+    logits_scale: float = 1.0
+    logits_softcap: float | None = None
+    """Logits l become c tanh(l / c)."""
+
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     """Ids that end a text, from generation_config.json when there is one."""
@@ -65,6 +197,15 @@ class ModelConfig:
         """The sliding window of one layer, or None."""
         return self.window if not self.window_layers or self.window_layers[layer] else None
 
+    def layer_experts(self, layer: int) -> Experts | None:
+        """The experts of one layer, or None where it has one feed-forward."""
+        experts = self.experts
+        return experts if experts and (not experts.layers or experts.layers[layer]) else None
+
     def layer_rotates(self, layer: int) -> bool:
         """Whether one layer uses rotary positions."""
-        return not self.rope_layers or self.rope_layers[layer]
+        return self.rope_theta is not None and (not self.rope_layers or self.rope_layers[layer])
+
+    def layer_rotates_locally(self, layer: int) -> bool:
+        """Whether one layer turns by `rope_local_theta`."""
+        return self.rope_local_theta is not None and self.layer_window(layer) is not None

@@ -5,8 +5,7 @@ Modules describe the network and its parameters. They are split once, at start, 
 positions, KV). Knows nothing of lanes, sampling or where kernels come from.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,128 +16,122 @@ from flax import nnx
 from ..sharding.axes import Constrain
 from .attention import default_scale
 from .config import ModelConfig
+from .experts import RoutedFeedForward
 from .kernels import Kernels, KvLayer, PagedBatch
+from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, gated, param, softcap
+from .norms import norm
 from .rope import rotate, rotation
-from .spec import PANEL, ParamSpec
-
-
-def _param(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str, packed: bool = False
-) -> nnx.Param:
-    """A parameter that carries its own description. Built under `nnx.eval_shape`, so nothing is allocated."""
-    spec = ParamSpec("", shape, dtype, axes, packed)
-    return nnx.Param(jnp.zeros(spec.stored_shape, dtype), spec=spec)
-
-
-@dataclass(frozen=True, slots=True)
-class _Style:
-    """How parameters are stored."""
-
-    dtype: str
-    packed: bool
-
-
-class Linear(nnx.Module):
-    """y = x W^T + b. The weight's last axis is contracted; its other axes are the outputs."""
-
-    def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str | None, ...], bias: bool, style: _Style
-    ) -> None:
-        self.outputs = math.prod(shape[:-1])
-        self.weight = _param(shape, axes, style.dtype, style.packed)
-        self.bias = _param(shape[:-1], axes[:-1], style.dtype) if bias else None
-
-    def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
-        """x [T, D] -> [T, outputs]."""
-        y = kernels.linear(x, self.weight[...], self.outputs)
-        return y if self.bias is None else y + self.bias[...].reshape(1, -1)
-
-
-class RmsNorm(nnx.Module):
-    """Zhang and Sennrich 2019, over the last axis, in float32."""
-
-    def __init__(self, size: int, eps: float, style: _Style) -> None:
-        self.eps = eps
-        self.scale = _param((size,), (None,), style.dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        # As a dot: a plain reduction becomes a tree of them on CPU, four loops for each norm of a step instead of two.
-        squares = jnp.einsum("...d,...d->...", wide, wide, precision=jax.lax.Precision.HIGHEST)[..., None]
-        normed = wide * jax.lax.rsqrt(squares / x.shape[-1] + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-class Embedding(nnx.Module):
-    """Token vectors; the same array is the output head of models with tied embeddings."""
-
-    def __init__(self, vocab: int, size: int, style: _Style) -> None:
-        self.vocab = vocab
-        self.packed = style.packed
-        self.weight = _param((vocab, size), ("vocab", None), style.dtype, style.packed)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32[T] -> [T, D]."""
-        weight = self.weight[...]
-        return weight[tokens // PANEL, :, tokens % PANEL] if self.packed else weight[tokens]
-
-    def logits(self, x: jax.Array, kernels: Kernels) -> jax.Array:
-        """x [T, D] -> float32[T, V]."""
-        return kernels.linear(x, self.weight[...], self.vocab).astype(jnp.float32)
+from .spec import ParamSpec
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention, then pre-norm gated feed-forward, each added to the stream."""
+    """Attention and feed-forward, each added to the stream, with norms before them, behind them or both."""
 
-    def __init__(self, config: ModelConfig, index: int, style: _Style) -> None:
+    def __init__(self, config: ModelConfig, index: int, style: Style) -> None:
         c = config
-        # Nothing here may depend on the index but these two: layers that are alike are traced once.
-        self.config, self.window, self.rotates = config, c.layer_window(index), c.layer_rotates(index)
-        groups = c.heads // c.kv_heads + 2
-        self.attn_norm = RmsNorm(c.hidden_size, c.norm_eps, style)
+        # Nothing here may depend on the index but these four (`experts` below): layers that are alike are traced once.
+        self.config, self.window = config, c.layer_window(index)
+        self.rotates, self.local = c.layer_rotates(index), c.layer_rotates_locally(index)
+        group = c.heads // c.kv_heads
+        self.attn_norm = norm(c, style, c.hidden_size) if c.pre_norms else None
         self.qkv = Linear(
-            (c.kv_heads, groups, c.head_dim, c.hidden_size), ("kv_heads", None, None, None), c.qkv_bias, style
+            (c.kv_heads, group + 2, c.head_dim, c.hidden_size),
+            ("kv_heads", None, None, None),
+            c.qkv_bias,
+            style,
         )
-        self.q_norm = RmsNorm(c.head_dim, c.norm_eps, style) if c.qk_norm else None
-        self.k_norm = RmsNorm(c.head_dim, c.norm_eps, style) if c.qk_norm else None
+        self.q_norm = _head_norm(c, style, group) if c.qk_norm else None
+        self.k_norm = _head_norm(c, style, 1) if c.qk_norm else None
+        self.sinks = (
+            param((c.kv_heads, group), ("kv_heads", None), style.dtype) if c.attention_sinks else None
+        )
         self.out = Linear((c.hidden_size, c.heads * c.head_dim), (None, "heads"), c.output_bias, style)
-        self.mlp_norm = RmsNorm(c.hidden_size, c.norm_eps, style)
-        self.gate_up = Linear((2, c.ffn_size, c.hidden_size), (None, "ffn", None), c.mlp_bias, style)
+        self.attn_post_norm = norm(c, style, c.hidden_size) if c.post_norms else None
+        self.mlp_norm = norm(c, style, c.hidden_size) if c.pre_norms and not c.shared_norm else None
+        experts = c.layer_experts(index)
+        self.experts = RoutedFeedForward(c, experts, style) if experts else None
+        self.mlp_post_norm = norm(c, style, c.hidden_size) if c.post_norms else None
+        if experts:
+            return
+        if c.gated:
+            self.gate_up = Linear((2, c.ffn_size, c.hidden_size), (None, "ffn", None), c.mlp_bias, style)
+        else:
+            self.up = Linear((c.ffn_size, c.hidden_size), ("ffn", None), c.mlp_bias, style)
         self.down = Linear((c.hidden_size, c.ffn_size), (None, "ffn"), c.mlp_bias, style)
 
     def __call__(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         """x [T, D] -> the same, with this layer's keys and values written."""
-        attended, kv = self._attention(self.attn_norm(x), kv, step)
-        x = x + self.out(attended, step.kernels)
-        return x + self._feed_forward(self.mlp_norm(x), step), kv
+        read = _through(self.attn_norm, x)
+        attended, kv = self._attention(read, kv, step)
+        attended = self._added(_through(self.attn_post_norm, self.out(attended, step.kernels)))
+        if not self.config.parallel:
+            x = x + attended
+        if not self.config.shared_norm:
+            read = _through(self.mlp_norm, x)
+        fed = self._added(_through(self.mlp_post_norm, self._feed_forward(read, step)))
+        return x + (attended + fed if self.config.parallel else fed), kv
+
+    def _added(self, branch: jax.Array) -> jax.Array:
+        scale = self.config.residual_scale
+        return branch if scale == 1.0 else branch * jnp.asarray(scale, branch.dtype)
 
     def _attention(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         c, tokens = self.config, x.shape[0]
         group = c.heads // c.kv_heads
         qkv = self.qkv(x, step.kernels).reshape(tokens, c.kv_heads, group + 2, c.head_dim)
+        if c.qkv_clip is not None:
+            qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = jnp.split(qkv, (group, group + 1), axis=2)
-            qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
+            qkv = jnp.concatenate([self._normed(self.q_norm, q), self._normed(self.k_norm, k), v], axis=2)
         if self.rotates:
-            qkv = rotate(qkv, *step.rotation)
+            qkv = rotate(qkv, step.local_rotation if self.local else step.rotation, c)
         attended, kv = step.kernels.attend(
             qkv,
             kv,
             step.batch,
             window=self.window,
-            scale=default_scale(c.head_dim),
+            scale=c.attention_scale or default_scale(c.head_dim),
             one_token_rows=step.one_token_rows,
+            softcap=c.attention_softcap,
+            slopes=c.alibi_slopes,
+            sinks=None if self.sinks is None else self.sinks[...],
         )
         return attended.reshape(tokens, c.heads * c.head_dim), kv
 
+    def _normed(self, head_norm: Any, x: jax.Array) -> jax.Array:
+        """Queries [T, K, G, H] or keys [T, K, 1, H], each head for itself or all together."""
+        flat = x.reshape(len(x), -1) if self.config.qk_norm == "row" else x
+        return head_norm(flat).reshape(x.shape)
+
     def _feed_forward(self, x: jax.Array, step: "_Step") -> jax.Array:
+        if self.experts is not None:
+            return self.experts(x, step.batch.positions >= 0, step.kernels)
+        if not self.config.gated:
+            activate = ACTIVATIONS[self.config.activation]
+            return self.down(activate(self.up(x, step.kernels)), step.kernels)
         gate_up = self.gate_up(x, step.kernels).reshape(x.shape[0], 2, self.config.ffn_size)
-        return self.down(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], step.kernels)
+        return self.down(gated(self.config, gate_up[:, 0], gate_up[:, 1]), step.kernels)
+
+
+def _head_norm(c: ModelConfig, style: Style, members: int) -> Any:
+    """The norm of `members` heads (queries, or the key) of every kv head."""
+    match c.qk_norm:
+        case "row":
+            return norm(c, style, c.kv_heads * members * c.head_dim)
+        case "each_head":
+            return norm(c, style, c.kv_heads, members, c.head_dim)
+        case _:
+            return norm(c, style, c.head_dim)
+
+
+def _through(layer_norm: Any, x: jax.Array) -> jax.Array:
+    return x if layer_norm is None else layer_norm(x)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["batch", "rotation"],
+    data_fields=["batch", "rotation", "local_rotation"],
     meta_fields=["kernels", "one_token_rows"],
 )
 @dataclass(frozen=True, slots=True)
@@ -146,7 +139,9 @@ class _Step:
     """What every layer of one call shares. A pytree: kernels and mode are static."""
 
     batch: PagedBatch
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, ...]
+    local_rotation: tuple[jax.Array, ...]
+    """Empty where no layer needs it."""
     kernels: Kernels
     one_token_rows: bool
 
@@ -163,13 +158,19 @@ def _run_layer(
 class Decoder(nnx.Module):
     """The whole network. Build it with `DecoderGraph.of`."""
 
-    def __init__(self, config: ModelConfig, style: _Style) -> None:
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, style)
-        self.layers = nnx.List(Layer(config, index, style) for index in range(config.layers))
-        self.norm = RmsNorm(config.hidden_size, config.norm_eps, style)
+    def __init__(self, config: ModelConfig, style: Style) -> None:
+        c = self.config = config
+        self.embed = Embedding(c.vocab_size, c.hidden_size, style)
+        self.positions = (
+            Positions(c.learned_positions, c.hidden_size, c.position_offset, style)
+            if c.learned_positions
+            else None
+        )
+        self.embed_norm = norm(c, style, c.hidden_size) if c.embedding_norm else None
+        self.layers = nnx.List(Layer(c, index, style) for index in range(c.layers))
+        self.norm = norm(c, style, c.hidden_size)
         self.head = (
-            None if config.tied_embeddings else Embedding(config.vocab_size, config.hidden_size, style)
+            None if c.tied_embeddings else Embedding(c.vocab_size, c.hidden_size, style, bias=c.head_bias)
         )
 
     def __call__(
@@ -183,8 +184,15 @@ class Decoder(nnx.Module):
         one_token_rows: bool,
     ) -> tuple[jax.Array, tuple[KvLayer, ...]]:
         """tokens int32[T] at their rows and positions -> (hidden [T, D] after the last norm, the new KV)."""
-        step = _Step(batch, rotation(self.config, batch.positions), kernels, one_token_rows)
-        x = constrain(self.embed(tokens), ("tokens", None))
+        turns = self.config.rope_theta is not None
+        step = _Step(
+            batch,
+            rotation(self.config, batch.positions) if turns else (),
+            rotation(self.config, batch.positions, local=True) if self.config.rope_local_theta else (),
+            kernels,
+            one_token_rows,
+        )
+        x = constrain(self._embedded(tokens, batch), ("tokens", None))
         new_kv = []
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, layer_kv = _run_layer(*nnx.split(layer), x, layer_kv, step)
@@ -192,9 +200,20 @@ class Decoder(nnx.Module):
             new_kv.append(layer_kv)
         return self.norm(x), tuple(new_kv)
 
+    def _embedded(self, tokens: jax.Array, batch: PagedBatch) -> jax.Array:
+        x = self.embed(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(batch.positions)
+        return _through(self.embed_norm, x)
+
     def logits(self, hidden: jax.Array, kernels: Kernels) -> jax.Array:
         """hidden [T, D] -> float32[T, V]."""
-        return (self.head or self.embed).logits(hidden, kernels)
+        c, logits = self.config, (self.head or self.embed).logits(hidden, kernels)
+        if c.logits_scale != 1.0:
+            logits = logits * c.logits_scale
+        return logits if c.logits_softcap is None else softcap(logits, c.logits_softcap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +227,10 @@ class DecoderGraph:
     @classmethod
     def of(cls, config: ModelConfig, dtype: str, *, packed: bool = False) -> "DecoderGraph":
         """Describe a decoder without allocating anything."""
-        abstract = nnx.eval_shape(lambda: Decoder(config, _Style(dtype, packed)))
+        abstract = nnx.eval_shape(lambda: Decoder(config, Style(dtype, packed)))
         graph, state = nnx.split(abstract)
         specs = tuple(
-            ParamSpec(".".join(map(str, path)), *_fields(param.get_metadata()["spec"]))
+            replace(param.get_metadata()["spec"], path=".".join(map(str, path)))
             for path, param in nnx.to_flat_state(state)
         )
         return cls(graph, jax.tree.structure(state), specs)
@@ -219,7 +238,3 @@ class DecoderGraph:
     def merge(self, params: tuple[jax.Array, ...]) -> Decoder:
         """Parameters in the order of `specs` -> a decoder. While tracing only."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
-
-
-def _fields(spec: ParamSpec) -> tuple:
-    return spec.shape, spec.dtype, spec.axes, spec.packed

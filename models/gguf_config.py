@@ -175,8 +175,14 @@ def _rope_scaling(file: GgufFile, read: _Reader, head_dim: int) -> dict[str, Any
         return _llama3_scaling(file, read.number("rope.freq_base", 10000.0), head_dim)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    # Whatever else it is (yarn, longrope), the family is asked and refuses it by its name.
-    return {"rope_type": kind, "factor": factor}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        # Absent, or 0 in old files: the context that the file names.
+        scaling["original_max_position_embeddings"] = (
+            read.integer("rope.scaling.original_context_length", 0) or None
+        )
+    # Whatever else it is, the family is asked and refuses what it lacks by its name.
+    return scaling
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import jax
 
+from ..sharding.mesh import Placement
+
 
 class PagedBatch(NamedTuple):
     """Where the T tokens of one launch stand. A pytree of int32 arrays."""
@@ -47,6 +49,16 @@ class Kernels(Protocol):
         """x [T, D] times a stored weight -> [T, outputs], accumulated in float32, in x's dtype."""
         ...
 
+    @property
+    def placement(self) -> Placement | None:
+        """How devices are arranged, where they are several."""
+        ...
+
+    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
+        """Rows x [S, D] in groups behind each other, `sizes` int32[X] of them, each group times a stored weight of its own,
+        [X, …, D] in all -> [S, outputs] as `linear` does; rows behind the last group may give anything finite."""
+        ...
+
     def attend(
         self,
         qkv: jax.Array,
@@ -56,6 +68,9 @@ class Kernels(Protocol):
         window: int | None,
         scale: float,
         one_token_rows: bool,
+        softcap: float | None = None,
+        slopes: tuple[float, ...] = (),
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """Write keys and values into the pages of their rows, then attend the queries causally -> [T, N, H].
 
@@ -64,5 +79,8 @@ class Kernels(Protocol):
         A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
         very call included. `one_token_rows` promises rows == arange(T) (a decode step). Query head n reads kv head
         n // G. The pool arrays are consumed.
+
+        A score s, scaled, becomes softcap tanh(s / softcap); then `slopes` (one a query head) times the distance to the
+        key is taken off. `sinks` [K, G] are scores of nothing: they take part in the softmax and add no value.
         """
         ...

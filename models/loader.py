@@ -64,7 +64,7 @@ def _reader(
         return lambda index: source.read(spec, index or _whole(spec))
     # A split along the inputs takes a piece of every row: one read of all rows serves all shards.
     whole = source.read(spec, _whole(spec))
-    stored = pack(whole) if spec.packed else whole
+    stored = pack(whole, spec.stacked) if spec.packed else whole
     return lambda index: np.ascontiguousarray(stored[index or ...])
 
 

@@ -11,7 +11,37 @@ from typing import Any, Protocol
 
 from .config import ModelConfig
 from .errors import UnsupportedModel
-from .families import llama, mistral, qwen2, qwen3, smollm3
+from .families import (
+    bloom,
+    cohere,
+    cohere2,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmo,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    starcoder2,
+)
 from .families.hf import eos_ids
 from .weights import Recipe
 
@@ -35,11 +65,37 @@ class Family(Protocol):
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "BloomForCausalLM": bloom,
+    "Cohere2ForCausalLM": cohere2,
+    "CohereForCausalLM": cohere,
+    "FalconForCausalLM": falcon,
+    "GPT2LMHeadModel": gpt2,
+    "GPTBigCodeForCausalLM": gpt_bigcode,
+    "GPTJForCausalLM": gptj,
+    "GPTNeoXForCausalLM": gpt_neox,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "GemmaForCausalLM": gemma,
+    "GptOssForCausalLM": gpt_oss,
+    "GraniteForCausalLM": granite,
     "LlamaForCausalLM": llama,
+    "MPTForCausalLM": mpt,
     "MistralForCausalLM": mistral,
+    "MixtralForCausalLM": mixtral,
+    "MptForCausalLM": mpt,
+    "OPTForCausalLM": opt,
+    "Olmo2ForCausalLM": olmo2,
+    "OlmoForCausalLM": olmo,
+    "Phi3ForCausalLM": phi3,
+    "PhiForCausalLM": phi,
+    "PhimoeForCausalLM": phimoe,
+    "PhiMoEForCausalLM": phimoe,
     "Qwen2ForCausalLM": qwen2,
+    "Qwen2MoeForCausalLM": qwen2_moe,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
     "SmolLM3ForCausalLM": smollm3,
+    "Starcoder2ForCausalLM": starcoder2,
 }
 
 

@@ -5,16 +5,26 @@ Knows no checkpoint names (families do) and no devices (sharding does).
 The paths and logical shapes of a decoder (letters as in the room's docstring, G = N/K):
 
     embed.weight                 [V, D]
-    layers.{i}.attn_norm.scale   [D]
+    positions.weight             [rows, D]        learned positions
+    embed_norm.scale             [D]              (every norm.scale: .bias too)
+    layers.{i}.attn_norm.scale   [D]              (and attn_post_norm)
     layers.{i}.qkv.weight        [K, G+2, H, D]   per kv head: its G query heads, its key head, its value head
     layers.{i}.qkv.bias          [K, G+2, H]
-    layers.{i}.q_norm.scale      [H]              (and k_norm)
+    layers.{i}.q_norm.scale      [H]              (and k_norm; [K, G, H] for one a head, [N*H] over all heads)
+    layers.{i}.sinks             [K, G]
     layers.{i}.out.weight        [D, N*H]         (out.bias [D])
-    layers.{i}.mlp_norm.scale    [D]
+    layers.{i}.mlp_norm.scale    [D]              (and mlp_post_norm)
     layers.{i}.gate_up.weight    [2, F, D]        gate, then up (gate_up.bias [2, F])
+    layers.{i}.up.weight         [F, D]           instead, where there is no gate (up.bias [F])
     layers.{i}.down.weight       [D, F]           (down.bias [D])
+    layers.{i}.experts.…                          instead of these, where a layer has X experts:
+      router.weight              [X, D]           (router.bias [X])
+      gate_up.weight             [X, 2, F, D]     (gate_up.bias [X, 2, F])
+      down.weight                [X, D, F]        (down.bias [X, D])
+      shared.gate_up.weight      [2, F, D]        and shared.down.weight [D, F]: one for every token
+      shared_gate.weight         [1, D]
     norm.scale                   [D]
-    head.weight                  [V, D]           absent when embeddings are tied
+    head.weight                  [V, D]           absent when embeddings are tied (head.bias [V])
 """
 
 import math
@@ -38,6 +48,8 @@ class ParamSpec:
     """Logical axis names, one per dimension; None is never split."""
     packed: bool = False
     """Stored as panels (`pack`), for the native CPU kernels; never together with a sharded mesh."""
+    stacked: bool = False
+    """The first axis counts weights that are packed each for itself."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -45,7 +57,8 @@ class ParamSpec:
         if not self.packed:
             return self.shape
         *outputs, inputs = self.shape
-        return (-(-math.prod(outputs) // PANEL), inputs, PANEL)
+        count = outputs[:1] if self.stacked else []
+        return (*count, -(-math.prod(outputs[len(count) :]) // PANEL), inputs, PANEL)
 
     @property
     def nbytes(self) -> int:
@@ -53,8 +66,11 @@ class ParamSpec:
         return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
 
 
-def pack(weight: np.ndarray) -> np.ndarray:
-    """[..., inputs] -> [ceil(outputs/PANEL), inputs, PANEL]: each panel streams through memory in order. Zero padded."""
+def pack(weight: np.ndarray, stacked: bool = False) -> np.ndarray:
+    """[..., inputs] -> [ceil(outputs/PANEL), inputs, PANEL]: each panel streams through memory in order. Zero padded. With
+    `stacked` each entry of the first axis for itself."""
+    if stacked:
+        return np.stack([pack(one) for one in weight])
     flat = weight.reshape(-1, weight.shape[-1])
     outputs, inputs = flat.shape
     panels = -(-outputs // PANEL)

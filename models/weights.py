@@ -4,9 +4,10 @@ A format (safetensors, GGUF) implements `TensorSource`; a table of `Recipe`s say
 `Weights` joins the two into the `WeightSource` that the loader reads. Knows no file format, no family and no device.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -64,39 +65,86 @@ class WeightSource(Protocol):
 class Recipe:
     """What one parameter is made of. `{i}` in a name stands for the layer."""
 
-    kind: Literal["plain", "qkv", "gate_up"]
-    """`plain`: one tensor of the same shape. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …].
-    `gate_up`: gate, then up, [2, F, …]."""
+    kind: Literal["plain", "qkv", "gate_up", "alternating"]
+    """`plain`: one tensor. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …]. `gate_up`: gate, then up,
+    [2, F, …]. `alternating`: experts whose rows are gate and up in turns, [X, 2, F, …]."""
     names: tuple[str, ...]
+    """Of `qkv` and `gate_up`, one name stands for one tensor with the parts below each other. `{e}` stands for the expert:
+    then this is what each entry of the parameter's first axis is made of."""
+    merged: int = 1
+    """Of `plain`: the tensor has this many of the parameter's first axes as one, [K * … * H, …] for [K, …, H, …]."""
+    transposed: bool = False
+    """The tensor is stored inputs first (GPT-2)."""
+    otherwise: "Recipe | None" = None
+    """What it is made of where the first of `names` is not in the checkpoint."""
 
     def of_layer(self, layer: str) -> "Recipe":
         """This recipe with its layer filled in."""
-        return Recipe(self.kind, tuple(name.replace("{i}", layer) for name in self.names))
+        otherwise = self.otherwise and self.otherwise.of_layer(layer)
+        return replace(self._filled("{i}", layer), otherwise=otherwise)
+
+    def of_expert(self, expert: int) -> "Recipe":
+        """This recipe with its expert filled in."""
+        return self._filled("{e}", str(expert))
+
+    @property
+    def by_expert(self) -> bool:
+        """Each expert has tensors of its own."""
+        return "{e}" in self.names[0]
+
+    def _filled(self, mark: str, value: str) -> "Recipe":
+        return replace(self, names=tuple(name.replace(mark, value) for name in self.names))
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shapes, outputs first, of what a parameter of this logical shape is put together from."""
+        if self.kind == "plain":
+            return ((math.prod(shape[: self.merged]), *shape[self.merged :]),)
+        if self.kind == "gate_up":
+            return (shape[1:],) * 2
+        if self.kind == "alternating":
+            return ((shape[0], 2 * shape[2], *shape[3:]),)
+        kv_heads, members, head_dim, *rest = shape
+        queries, keys = (kv_heads * (members - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
+        return (queries, keys, keys)
+
+    def sources(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """Every tensor that a parameter of this logical shape is made of, with the shape it must have."""
+        if not self.by_expert:
+            return list(zip(self.names, self.source_shapes(shape), strict=True))
+        experts = (self.of_expert(expert) for expert in range(shape[0]))
+        return [source for expert in experts for source in expert.sources(shape[1:])]
 
     def source_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shape each source must have for a parameter of this logical shape."""
-        if self.kind == "plain":
-            return (shape,)
-        if self.kind == "gate_up":
-            return (shape[1:],) * 2
-        kv_heads, parts, head_dim, *rest = shape
-        queries, keys = (kv_heads * (parts - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
-        return (queries, keys, keys)
+        parts = self.parts(shape)
+        if len(parts) > len(self.names):
+            parts = ((sum(part[0] for part in parts), *parts[0][1:]),)
+        return tuple((*part[:-2], part[-1], part[-2]) for part in parts) if self.transposed else parts
 
 
-def plain(name: str) -> Recipe:
-    """One tensor as it is."""
-    return Recipe("plain", (name,))
+def plain(name: str, merged: int = 1, *, transposed: bool = False) -> Recipe:
+    """One tensor as it is, or with its first axes to be told apart."""
+    return Recipe("plain", (name,), merged, transposed)
 
 
-def qkv(query: str, key: str, value: str) -> Recipe:
-    """Three projections fused, grouped by kv head."""
-    return Recipe("qkv", (query, key, value))
+def qkv(*names: str, transposed: bool = False) -> Recipe:
+    """Three projections (of queries, keys, values) fused, grouped by kv head; or one tensor that has them in this order."""
+    return Recipe("qkv", names, transposed=transposed)
 
 
-def gate_up(gate: str, up: str) -> Recipe:
-    """Two feed-forward projections, stacked."""
-    return Recipe("gate_up", (gate, up))
+def gate_up(*names: str) -> Recipe:
+    """Two feed-forward projections, stacked; or one tensor that has them below each other."""
+    return Recipe("gate_up", names)
+
+
+def alternating(name: str, *, transposed: bool = False) -> Recipe:
+    """One tensor with all experts' gates and what they multiply, row by row in turns."""
+    return Recipe("alternating", (name,), transposed=transposed)
+
+
+def either(recipe: Recipe, otherwise: Recipe) -> Recipe:
+    """The first where the checkpoint has its tensors, else the second."""
+    return replace(recipe, otherwise=otherwise)
 
 
 class Weights:
@@ -113,12 +161,13 @@ class Weights:
             ignored: regular expressions (whole name) of tensors that need not be used.
         """
         self._tensors = tensors
+        self._present = frozenset(tensors.names())
         self._table = table
+        self._missing_prefix = _missing_prefix(self._present, table)
         self._ignored = tuple(re.compile(pattern) for pattern in ignored)
 
     def check(self, specs: Sequence[ParamSpec]) -> None:
         """Every spec mapped, every tensor present, well shaped and used. Raises CheckpointError listing what is not."""
-        present = set(self._tensors.names())
         used: set[str] = set()
         problems: list[str] = []
         for spec in specs:
@@ -126,10 +175,11 @@ class Weights:
             if recipe is None:
                 problems.append(f"parameter {spec.path} has no entry in the weight table")
                 continue
-            used.update(recipe.names)
-            problems += self._misfits(spec, recipe, present)
-        for name in sorted(present - used):
-            if not any(pattern.fullmatch(name) for pattern in self._ignored):
+            used.update(name for name, _ in recipe.sources(spec.shape))
+            problems += self._misfits(spec, recipe)
+        for name in sorted(self._present - used):
+            whole = self._missing_prefix + name
+            if not any(p.fullmatch(name) or p.fullmatch(whole) for p in self._ignored):
                 problems.append(
                     f"{self._tensors.where(name)}: tensor {name} is used by no parameter of this model"
                 )
@@ -144,15 +194,24 @@ class Weights:
 
     def _find(self, path: str) -> Recipe | None:
         match = re.match(r"layers\.(\d+)\.", path)
-        if match is None:
-            return self._table.get(path)
-        recipe = self._table.get("layers.{i}." + path[match.end() :])
-        return recipe and recipe.of_layer(match[1])
+        recipe = self._table.get("layers.{i}." + path[match.end() :] if match else path)
+        if recipe is None:
+            return None
+        if match:
+            recipe = recipe.of_layer(match[1])
+        recipe = self._without_prefix(recipe)
+        if recipe.otherwise and recipe.of_expert(0).names[0] not in self._present:
+            return self._without_prefix(recipe.otherwise)
+        return recipe
 
-    def _misfits(self, spec: ParamSpec, recipe: Recipe, present: set[str]) -> list[str]:
+    def _without_prefix(self, recipe: Recipe) -> Recipe:
+        names = tuple(name.removeprefix(self._missing_prefix) for name in recipe.names)
+        return replace(recipe, names=names)
+
+    def _misfits(self, spec: ParamSpec, recipe: Recipe) -> list[str]:
         problems: list[str] = []
-        for name, expected in zip(recipe.names, recipe.source_shapes(spec.shape), strict=True):
-            if name not in present:
+        for name, expected in recipe.sources(spec.shape):
+            if name not in self._present:
                 problems.append(f"tensor {name} is missing (needed for {spec.path})")
                 continue
             where, found = self._tensors.where(name), self._tensors.shape(name)
@@ -167,32 +226,70 @@ class Weights:
         return problems
 
 
+def _missing_prefix(present: frozenset[str], table: Mapping[str, Recipe]) -> str:
+    """What the names of a checkpoint lack that was saved without its head ("transformer." in GPT-2's), seen by the embedding."""
+    recipe = table.get("embed.weight")
+    if recipe is None or recipe.names[0] in present:
+        return ""
+    first, _, rest = recipe.names[0].partition(".")
+    return first + "." if rest in present else ""
+
+
 def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Index) -> np.ndarray:
     """Read a slice of one parameter from its sources, in `spec.dtype`."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
     dtype = np.dtype(spec.dtype)
+    if recipe.by_expert:
+        one = replace(spec, shape=spec.shape[1:])
+        experts = range(*bounds[0])
+        return np.stack([assemble(recipe.of_expert(e), tensors, one, index[1:]) for e in experts])
+    read = _rows_of(recipe, tensors, spec.shape)
     if recipe.kind == "plain":
-        rows = tensors.read_rows(recipe.names[0], *bounds[0])
+        inner = spec.shape[1 : recipe.merged]
+        low, high = (bound * math.prod(inner) for bound in bounds[0])
+        rows = read(0, low, high).reshape(bounds[0][1] - bounds[0][0], *spec.shape[1:])
         return np.ascontiguousarray(rows[(slice(None), *index[1:])], dtype)
+    if recipe.kind == "alternating":
+        rows = read(0, *bounds[0])
+        pairs = rows.reshape(len(rows), spec.shape[2], 2, *spec.shape[3:]).swapaxes(1, 2)
+        return np.ascontiguousarray(pairs[(slice(None), *index[1:])], dtype)
     out = np.empty([stop - start for start, stop in bounds], dtype)
     if recipe.kind == "gate_up":
         for place, which in enumerate(range(*bounds[0])):
-            rows = tensors.read_rows(recipe.names[which], *bounds[1])
-            out[place] = rows[(slice(None), *index[2:])]
+            out[place] = read(which, *bounds[1])[(slice(None), *index[2:])]
         return out
     # [k, parts, h, …]: which of the G queries, the key and the value lie in the slice
     first_head, last_head = bounds[0]
     group, head_dim = spec.shape[1] - 2, spec.shape[2]
-    for name, width, start in zip(recipe.names, (group, 1, 1), (0, group, group + 1), strict=True):
+    for part, (width, start) in enumerate(((group, 0), (1, group), (1, group + 1))):
         low, high = (min(max(bound - start, 0), width) for bound in bounds[1])
         if low == high:
             continue
-        rows = tensors.read_rows(name, first_head * width * head_dim, last_head * width * head_dim)
+        rows = read(part, first_head * width * head_dim, last_head * width * head_dim)
         heads = rows.reshape(last_head - first_head, width, head_dim, *spec.shape[3:])
         out[:, start + low - bounds[1][0] : start + high - bounds[1][0]] = heads[
             (slice(None), slice(low, high), *index[2:])
         ]
     return out
+
+
+def _rows_of(
+    recipe: Recipe, tensors: TensorSource, shape: tuple[int, ...]
+) -> Callable[[int, int, int], np.ndarray]:
+    """What reads rows start … stop-1 of a part, wherever it lies."""
+    sizes = [part[0] for part in recipe.parts(shape)]
+    joined = len(sizes) > len(recipe.names)
+
+    def read(part: int, start: int, stop: int) -> np.ndarray:
+        name, first = (recipe.names[0], sum(sizes[:part])) if joined else (recipe.names[part], 0)
+        if not recipe.transposed:
+            return tensors.read_rows(name, first + start, first + stop)
+        if len(tensors.shape(name)) > 2:
+            return tensors.read_rows(name, first + start, first + stop).swapaxes(-1, -2)
+        whole = tensors.read_rows(name, 0, tensors.shape(name)[0])
+        return whole.T[first + start : first + stop]
+
+    return read
 
 
 def refuse_if_any(problems: Sequence[str]) -> None:

@@ -5,8 +5,9 @@ from typing import Literal
 
 import jax
 
-LogicalAxis = Literal["tokens", "kv_heads", "heads", "ffn", "vocab"]
-"""`tokens`: rows of a launch · `kv_heads`, `heads`: attention heads · `ffn`: feed-forward width · `vocab`: vocabulary."""
+LogicalAxis = Literal["tokens", "kv_heads", "heads", "ffn", "experts", "vocab"]
+"""`tokens`: rows of a launch · `kv_heads`, `heads`: attention heads · `ffn`: feed-forward width · `experts`:
+feed-forwards of which each token takes few · `vocab`: vocabulary."""
 
 MeshAxis = Literal["data", "model"]
 

@@ -1,6 +1,6 @@
 """Devices arranged as a grid of (data, model), and how arrays are laid on it. Knows axis names, not layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,25 @@ class Placement:
             else None
         )
         return jax.lax.with_sharding_constraint(logits, NamedSharding(self.mesh, PartitionSpec(over, None)))
+
+    def over_experts(
+        self, compute: Callable[..., jax.Array], rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]
+    ) -> jax.Array:
+        """While tracing: add up what every device makes of the experts it holds.
+
+        `compute(first, rows, stacks)` gets the number of its first expert, all experts' `rows` [T, …] of its part of the
+        launch and its own experts' part of `stacks` [X, …], and returns [T, …].
+        """
+        by_row = fitted(partition(("tokens",)), rows[0].shape[:1], self.mesh.shape)
+        by_expert = partition(("experts",))
+
+        def here(rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]) -> jax.Array:
+            first = jax.lax.axis_index("model") * stacks[0].shape[0]
+            return jax.lax.psum(compute(first, rows, stacks), "model")
+
+        return jax.shard_map(
+            here, mesh=self.mesh, in_specs=(by_row, by_expert), out_specs=by_row, check_vma=False
+        )(rows, stacks)
 
     def everywhere(self, tree: Any) -> Any:
         """While tracing: give every device the whole of these arrays."""

@@ -11,6 +11,7 @@ RULES: dict[LogicalAxis, MeshAxis] = {
     "kv_heads": "model",
     "heads": "model",
     "ffn": "model",
+    "experts": "model",
     "vocab": "model",
 }
 """Megatron's split (Shoeybi et al. 2019): outputs of qkv and gate/up, inputs of the projections back."""

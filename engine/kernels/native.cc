@@ -336,13 +336,10 @@ struct Linear {
   }
 };
 
-ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) {
-  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1];
-  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > w.dimensions()[0] * PANEL)
-    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
-  if (T == 0 || N == 0) return ffi::Error::Success();
-  const Linear job{x.typed_data(), w.typed_data(), y->typed_data(), T, D, N};
-
+// y [T, N] = x [T, D] times the packed weight w.
+void multiply(ffi::ThreadPool& pool, const float* x, const float* w, float* y, i64 T, i64 D, i64 N) {
+  if (T == 0 || N == 0) return;
+  const Linear job{x, w, y, T, D, N};
   const float* shared = T == 1 ? job.x : nullptr;
   const bool each = T > 1 && T <= 16;  // every worker packs for itself: cheaper than waiting for each other
   if (T > 16) {
@@ -359,6 +356,30 @@ ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) 
     }
     job.run(rows, begin, end);
   });
+}
+
+ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) {
+  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1];
+  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > w.dimensions()[0] * PANEL)
+    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
+  multiply(pool, x.typed_data(), w.typed_data(), y->typed_data(), T, D, N);
+  return ffi::Error::Success();
+}
+
+// Rows in groups behind each other, each group with a weight of its own: experts. A group without rows costs nothing.
+ffi::Error grouped(ffi::ThreadPool pool, F32x2 x, F32x4 w, I32x1 sizes, ffi::Result<F32x2> y) {
+  const i64 S = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1], panels = w.dimensions()[1];
+  if (w.dimensions()[2] != D || w.dimensions()[3] != PANEL || y->dimensions()[0] != S || N > panels * PANEL ||
+      sizes.dimensions()[0] != w.dimensions()[0])
+    return ffi::Error::InvalidArgument("xlane grouped: x [S, D], w [X, panels, D, 16], sizes [X] and y [S, N] do not fit together");
+  i64 row = 0;
+  for (i64 g = 0; g < w.dimensions()[0]; ++g) {
+    const i64 count = sizes.typed_data()[g];
+    if (count < 0 || row + count > S) return ffi::Error::InvalidArgument("xlane grouped: more rows in groups than there are");
+    multiply(pool, x.typed_data() + row * D, w.typed_data() + g * panels * D * PANEL, y->typed_data() + row * N, count, D, N);
+    row += count;
+  }
+  std::memset(y->typed_data() + row * N, 0, (S - row) * N * sizeof(float));
   return ffi::Error::Success();
 }
 
@@ -383,6 +404,13 @@ inline vec exp_nonpositive(vec x) {
   ivec bits = (ivec)rounded - (ivec)splat(shift);
   vec y = (vec)((ivec)p + (bits << 23));
   return x < -87.0f ? vec{} : y;
+}
+
+// cap tanh(s / cap), by tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|).
+inline vec soft_capped(vec s, float cap) {
+  const vec x = s * (1.0f / cap), size = x < 0.0f ? -x : x;
+  const vec e = exp_nonpositive(size * -2.0f), y = (1.0f - e) / (1.0f + e) * cap;
+  return x < 0.0f ? -y : y;
 }
 
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
@@ -462,7 +490,8 @@ struct Queries {
 // Everything one call knows. Letters: T tokens, N query heads, K kv heads, G = N / K, H head size, W tokens per page.
 struct Attend {
   i64 T, N, K, H, P, W, pmax, G, padded, window;  // padded: H rounded up to whole panels; window 0: none
-  float scale;
+  float scale, softcap;  // softcap 0: none
+  const float *slopes, *sinks;  // [N], of the query heads; null: none
   const float* qkv;  // [T, K, G + 2, H]
   float *kpool, *vpool, *out;
   const int32_t *positions, *rows, *table;
@@ -505,6 +534,15 @@ void add_block(const Attend& a, const Queries& qs, i64 from, Ahead& ahead) {
   }
 }
 
+// What some models do to the scores s[begin … end) of one query, the key at its own position being s[own]. Out of line: in
+// the loop over rows it would cost the models without it their registers.
+__attribute__((noinline)) void adjust(const Attend& a, i64 head, float* s, i64 begin, i64 end, i64 own) {
+  if (a.softcap > 0)
+    for (i64 j = begin; j < end; j += LANES) store(s + j, soft_capped(load(s + j), a.softcap));
+  if (a.slopes)
+    for (i64 j = begin; j < end; ++j) s[j] += a.slopes[head] * static_cast<float>(j - own);
+}
+
 // `following`: what this thread does next, or null; its first keys are fetched while the last ones here are used.
 void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
   const i64 R = qs.end - qs.begin, H = a.padded, G = a.G;
@@ -537,7 +575,12 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
   }
   std::memset(sum, 0, R * H * sizeof(float));
   std::memset(mass, 0, R * 16 * sizeof(float));
-  for (i64 r = 0; r < R; ++r) best[r] = -INFINITY;
+  const bool adjusts = a.softcap > 0 || a.slopes;
+  // A sink is a key already seen, whose value is 0.
+  for (i64 r = 0; r < R; ++r) {
+    best[r] = a.sinks ? a.sinks[qs.head * G + (qs.begin + r) % G] : -INFINITY;
+    if (a.sinks) mass[r * 16] = 1;
+  }
 
   for (i64 block = first / KEYS * KEYS; block <= last; block += KEYS) {
     const i64 skip = std::max<i64>(0, first - block) / 16;  // leading groups of 16 nobody sees
@@ -562,6 +605,7 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
     for (i64 r = 0; r < R; ++r) {
       float* s = score + r * KEYS;
       const i64 p = a.position(qs, r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
+      if (adjusts) adjust(a, qs.head * G + (qs.begin + r) % G, s, skip * 16, groups * 16, to);
       if (from > skip * 16 || to < groups * 16 - 1)
         for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > to ? -INFINITY : s[j];
       vec top = load(s + skip * 16);
@@ -639,7 +683,8 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
                   F32x4 kpool, F32x4 vpool, I32x1 positions,
                   I32x1 rows, I32x2 table,
                   ffi::Result<F32x3> out, ffi::Result<F32x4> kout,
-                  ffi::Result<F32x4> vout, int64_t window, float scale) {
+                  ffi::Result<F32x4> vout, ffi::RemainingArgs more, int64_t window, float scale, float softcap,
+                  ffi::Span<const float> slopes) {
   Attend a;
   a.T = qkv.dimensions()[0], a.G = qkv.dimensions()[2] - 2, a.H = qkv.dimensions()[3];
   a.K = kpool.dimensions()[0], a.P = kpool.dimensions()[1], a.W = kpool.dimensions()[2], a.pmax = table.dimensions()[1];
@@ -649,7 +694,15 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
     return bad("qkv, the pools and the batch do not fit together");
   if (kpool.typed_data() != kout->typed_data() || vpool.typed_data() != vout->typed_data())
     return bad("the pools must be updated in place");
-  a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale;
+  a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale, a.softcap = softcap;
+  if (slopes.size() != 0 && static_cast<i64>(slopes.size()) != a.N) return bad("there must be a slope for each query head");
+  a.slopes = slopes.size() ? slopes.begin() : nullptr, a.sinks = nullptr;
+  if (more.size() > 0) {
+    auto sinks = more.get<F32x2>(0);
+    if (!sinks.has_value() || sinks->dimensions()[0] != a.K || sinks->dimensions()[1] != a.G)
+      return bad("there must be a sink for each query head");
+    a.sinks = sinks->typed_data();
+  }
   a.qkv = qkv.typed_data(), a.out = out->typed_data();
   a.kpool = kout->typed_data(), a.vpool = vout->typed_data();
   a.positions = positions.typed_data(), a.rows = rows.typed_data(), a.table = table.typed_data();
@@ -704,6 +757,14 @@ extern "C" const char* xlane_isa() { return kIsa; }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear, linear,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32x2>().Arg<F32x3>().Ret<F32x2>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_grouped, grouped,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x2>()
+                                  .Arg<F32x4>()
+                                  .Arg<I32x1>()
+                                  .Ret<F32x2>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -716,5 +777,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
                                   .Ret<F32x3>()
                                   .Ret<F32x4>()
                                   .Ret<F32x4>()
+                                  .RemainingArgs()
                                   .Attr<int64_t>("window")
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<ffi::Span<const float>>("slopes"));

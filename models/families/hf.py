@@ -7,9 +7,21 @@ tensors (`hf_names.py`).
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import Llama3Rope
+from ..config import Activation
 from ..errors import UnsupportedModel
 from .hf_keys import HARMLESS, IGNORABLE
+
+ACTIVATION_NAMES: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""transformers' names; those that differ only in how they are computed are one here."""
 
 
 class Fields:
@@ -40,6 +52,29 @@ class Fields:
         if type(value) not in (int, float) or not value > 0:
             raise self._refusal(key, value, "a positive number is expected")
         return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        """A positive number, or None when absent or null."""
+        return None if self._config.get(key) is None else self.number(key)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of so many positive numbers."""
+        value = self._take(key, None)
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or not all(type(x) in (int, float) and x > 0 for x in value)
+        ):
+            raise self._refusal(key, value, f"a list of {count} positive numbers is expected")
+        return tuple(float(x) for x in value)
+
+    def activation(self, *keys: str, default: str) -> Activation:
+        """The feed-forward's activation, by transformers' name, under the first of several keys that is there."""
+        name = self.text(*keys, default=default)
+        if name not in ACTIVATION_NAMES:
+            known = ", ".join(ACTIVATION_NAMES)
+            raise self._refusal(keys[0], name, f"this activation is not supported (supported: {known})")
+        return ACTIVATION_NAMES[name]
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -97,6 +132,8 @@ class Fields:
         for key, value in self._config.items():
             if key in self._taken or key in IGNORABLE or value is None:
                 continue
+            if key == "quantization_config" and _by_tensor(value):
+                continue
             if key in HARMLESS and value == HARMLESS[key]:
                 continue
             raise self._refusal(key, value, _advice(key))
@@ -113,47 +150,20 @@ class Fields:
         return UnsupportedModel(f"{self._where}: {key} = {shown[:200]}: {why}")
 
 
+def _by_tensor(quantization: Any) -> bool:
+    """The tensors say themselves how they are quantised."""
+    if not isinstance(quantization, dict):
+        return False
+    method, form = quantization.get("quant_method"), quantization.get("format")
+    return method in ("fp8", "mxfp4") or (method == "compressed-tensors" and form == "float-quantized")
+
+
 def _advice(key: str) -> str:
     if key == "quantization_config":
-        return "weights quantised this way are not supported; use the original weights or a GGUF file"
+        return "weights quantised this way are not supported; use the original weights, FP8 or a GGUF file"
     if key == "auto_map":
         return "the model brings its own code, which is never run here"
     return "this option is not understood, and leaving it out could change the model's answers"
-
-
-class Rope:
-    """Rotary positions as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes them."""
-
-    def __init__(self, fields: Fields, default_theta: float) -> None:
-        self.theta = fields.number("rope_theta", default_theta)
-        self.scaling: Llama3Rope | None = None
-        self.linear_factor = 1.0
-        old, new = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
-        if old and new:
-            raise UnsupportedModel("config.json has both rope_scaling and rope_parameters; keep one of them")
-        if rope := old or new:
-            self._read(rope)
-
-    def _read(self, rope: Fields) -> None:
-        self.theta = rope.number("rope_theta", self.theta)
-        kind = rope.text("type", "rope_type", default="default")
-        if kind == "linear":
-            self.linear_factor = rope.number("factor")
-        elif kind == "llama3":
-            self.scaling = Llama3Rope(
-                factor=rope.number("factor"),
-                low_freq_factor=rope.number("low_freq_factor"),
-                high_freq_factor=rope.number("high_freq_factor"),
-                original_max_position=rope.integer("original_max_position_embeddings"),
-            )
-            if self.scaling.high_freq_factor <= self.scaling.low_freq_factor:
-                raise UnsupportedModel(
-                    "config.json: rope high_freq_factor must be larger than low_freq_factor"
-                )
-        elif kind != "default":
-            known = "default, linear, llama3"
-            raise UnsupportedModel(f"config.json: rope type {kind!r} is not supported (supported: {known})")
-        rope.finish()
 
 
 def eos_ids(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import UnsupportedModel
-from .hf import Fields, Rope
+from .hf import Fields
 from .hf_names import IGNORED_TENSORS, WEIGHTS
+from .hf_rope import Rope
 
 __all__ = ["IGNORED_TENSORS", "WEIGHTS", "config_from_hf"]
 
@@ -36,15 +37,23 @@ def common(
     max_positions: int,
     kv_heads: int | None = None,
     head_dim: int | None = None,
-    rope_theta: float = 10000.0,
+    ffn_size: int | None = None,
+    rope_theta: float | None = 10000.0,
+    rotary_dim: int | None = None,
+    norm_eps: str | None = "rms_norm_eps",
+    norm_eps_default: float = 1e-6,
 ) -> dict[str, Any]:
-    """The fields of ModelConfig that all these families write alike; the arguments are a family's own defaults."""
+    """The fields of ModelConfig that all these families write alike; the arguments are a family's own defaults. `norm_eps` is
+    the key's name, None where no key says it; `rope_theta` None is for models that do not rotate."""
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if not (head_dim := fields.optional_integer("head_dim") or head_dim):
         head_dim = _divide("hidden_size", hidden, "num_attention_heads", heads)
     kv_heads = fields.integer("num_key_value_heads", kv_heads or heads)
     _divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-    rope = Rope(fields, rope_theta)
+    context = fields.integer("max_position_embeddings", max_positions)
+    rope = (
+        Rope(fields, rope_theta, width=rotary_dim or head_dim, max_positions=context) if rope_theta else None
+    )
     bos = fields.ids("bos_token_id")
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -53,15 +62,24 @@ def common(
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "ffn_size": fields.integer("intermediate_size"),
-        "max_positions": fields.integer("max_position_embeddings", max_positions),
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
-        "rope_theta": rope.theta,
-        "rope_scaling": rope.scaling,
-        "rope_linear_factor": rope.linear_factor,
+        "ffn_size": fields.integer("intermediate_size", ffn_size),
+        "max_positions": rope.max_positions if rope else context,
+        "norm_eps": fields.number(norm_eps, norm_eps_default) if norm_eps else norm_eps_default,
+        "rotary_dim": rotary_dim,
+        "rope_theta": rope.theta if rope else None,
+        "rope_scaling": rope.scaling if rope else None,
+        "rope_linear_factor": rope.linear_factor if rope else 1.0,
         "bos_id": bos[0] if bos else None,
         "eos_ids": fields.ids("eos_token_id"),
     }
+
+
+def rotary_width(fields: Fields, fraction: float, key: str = "partial_rotary_factor") -> int | None:
+    """How many dimensions of a head rotate; None if all do. `fraction` is the family's default."""
+    head_dim = fields.optional_integer("head_dim")
+    head_dim = head_dim or fields.integer("hidden_size") // fields.integer("num_attention_heads")
+    width = int(head_dim * fields.number(key, fraction))
+    return None if width == head_dim else width
 
 
 def windows(window: int | None, layer_types: tuple[Any, ...] | None) -> tuple[int | None, tuple[bool, ...]]:

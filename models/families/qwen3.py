@@ -25,7 +25,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=bias,
         output_bias=bias,
-        qk_norm=True,
+        qk_norm="head",
         window=window,
         window_layers=window_layers,
         **common(fields, max_positions=32768, kv_heads=32, head_dim=128),

@@ -1,40 +1,26 @@
 """The native CPU kernels against NumPy in float64, and the promise that a row's bits never depend on its neighbours."""
 
-import ctypes
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlane.engine.kernels import build as building
-from xlane.engine.kernels.build import COMPILERS, Built, build
+from xlane.engine.kernels.build import COMPILERS
 from xlane.engine.kernels.native import NativeKernels, native_kernels
-from xlane.models.kernels import KvLayer, PagedBatch
+from xlane.models.attention import XlaKernels
+from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.models.spec import pack
 
-HAS_COMPILER = any(shutil.which(name) for name in COMPILERS)
-needs_compiler = pytest.mark.skipif(
-    not HAS_COMPILER, reason=f"needs a C++ compiler: one of {', '.join(COMPILERS)}"
-)
-
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("native")
-
-
-@pytest.fixture(scope="session")
-def kernels(cache_dir: Path) -> NativeKernels:
-    if not HAS_COMPILER:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    if not any(shutil.which(name) for name in COMPILERS):
         pytest.skip(f"needs a C++ compiler: one of {', '.join(COMPILERS)}")
-    loaded = native_kernels(cache_dir)
+    loaded = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
     assert isinstance(loaded, NativeKernels), loaded
     return loaded
 
@@ -181,25 +167,50 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.concatenate([grouped, k[:, :, None], v[:, :, None]], axis=2)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What some models do to scores; static."""
+
+    softcap: float | None = None
+    slopes: tuple[float, ...] = ()
+
+
 def attend(
-    kernels: NativeKernels, case: Case, window: int | None = None
+    kernels: Kernels,
+    case: Case,
+    window: int | None = None,
+    scores: Scores = Scores(),
+    sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
     kv = KvLayer(jnp.array(case.k_pool), jnp.array(case.v_pool))
     out, kv = _attend(
-        kernels, window, jnp.asarray(case.q), jnp.asarray(case.k), jnp.asarray(case.v), kv, batch
+        kernels,
+        window,
+        jnp.asarray(case.q),
+        jnp.asarray(case.k),
+        jnp.asarray(case.v),
+        kv,
+        batch,
+        scores,
+        sinks,
     )
     return np.asarray(out), np.asarray(kv.k), np.asarray(kv.v)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _attend(kernels, window, q, k, v, kv, batch):
+@partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=5)
+def _attend(kernels, window, q, k, v, kv, batch, scores, sinks):
     """One function for all tests, so that launches of one shape are compiled once."""
     scale = q.shape[-1] ** -0.5
-    return kernels.attend(fused(q, k, v), kv, batch, window=window, scale=scale, one_token_rows=False)
+    return kernels.attend(
+        fused(q, k, v), kv, batch, window=window, scale=scale, one_token_rows=False,
+        softcap=scores.softcap, slopes=scores.slopes, sinks=sinks,
+    )  # fmt: skip
 
 
-def reference(case: Case, window: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reference(
+    case: Case, window: int | None = None, asked: Scores = Scores(), sinks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Write, then attend, one query at a time in float64."""
     k_pool, v_pool = case.k_pool.copy(), case.v_pool.copy()
     page = k_pool.shape[2]
@@ -218,8 +229,15 @@ def reference(case: Case, window: int | None = None) -> tuple[np.ndarray, np.nda
             scores = (
                 k_pool[head, ids, seen % page].astype(np.float64) @ case.q[t, n] * case.q.shape[-1] ** -0.5
             )
-            weights = np.exp(scores - scores.max())
-            out[t, n] = weights @ v_pool[head, ids, seen % page].astype(np.float64) / weights.sum()
+            if asked.softcap:
+                scores = asked.softcap * np.tanh(scores / asked.softcap)
+            if asked.slopes:
+                scores = scores - asked.slopes[n] * (p - seen)
+            sink = -np.inf if sinks is None else sinks.reshape(-1)[n]
+            top = max(scores.max(), sink)
+            weights = np.exp(scores - top)
+            total = weights.sum() + np.exp(sink - top)
+            out[t, n] = weights @ v_pool[head, ids, seen % page].astype(np.float64) / total
     return out, k_pool, v_pool
 
 
@@ -259,6 +277,32 @@ def test_attend_page_sizes(kernels: NativeKernels, runs: list[tuple[int, int]], 
 @pytest.mark.parametrize("page", [8, 16, 64])
 def test_attend_windows(kernels: NativeKernels, runs: list[tuple[int, int]], window: int, page: int) -> None:
     agree(kernels, make_case(runs, kv_heads=2, group=3, head=16, page=page), window)
+
+
+@pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("scores", "sinks", "window"),
+    [
+        (Scores(softcap=1.5), None, None),
+        (Scores(slopes=(0.5, 0.25, 0.1, 0.01, 0.3, 0.7)), None, None),
+        (Scores(), np.array([[0.5, -9, 3], [90, 0, -90]], np.float32), None),
+        (Scores(softcap=3.0, slopes=(0.5,) * 6), np.ones((2, 3), np.float32), 20),
+    ],
+    ids=["softcap", "slopes", "sinks", "all"],
+)
+def test_attend_scores_of_other_models(
+    kernels: NativeKernels,
+    runs: list[tuple[int, int]],
+    scores: Scores,
+    sinks: np.ndarray | None,
+    window: int | None,
+) -> None:
+    case = make_case(runs, kv_heads=2, group=3, head=20, page=16, padding=2)
+    want = reference(case, window, scores, sinks)
+    for computes in (kernels, XlaKernels("cpu")):
+        got = attend(computes, case, window, scores, sinks)
+        np.testing.assert_allclose(got[0], want[0], rtol=0, atol=5e-6)
+        np.testing.assert_array_equal(got[1], want[1])
 
 
 def test_attend_never_follows_a_page_left_behind_by_the_window(kernels: NativeKernels) -> None:
@@ -365,106 +409,3 @@ def test_attend_updates_the_pools_in_place(kernels: NativeKernels) -> None:
     before = [kv.k.unsafe_buffer_pointer() for kv in pools]
     _, after = compiled(jnp.asarray(case.q), jnp.asarray(case.k), pools, batch)
     assert [kv.k.unsafe_buffer_pointer() for kv in after] == before
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-import jax, jax.numpy as jnp
-from xlane.engine.kernels.native import NativeKernels, native_kernels
-kernels = native_kernels(Path(sys.argv[1]))
-assert isinstance(kernels, NativeKernels), kernels
-jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-x, weight = jnp.ones((3, 8)), jnp.full((2, 8, 16), 0.5)
-compiled = jax.jit(kernels.linear, static_argnums=2).lower(x, weight, 20).compile()
-print(float(compiled(x, weight).sum()), kernels.compile_s)
-"""
-
-
-def test_a_compiled_program_outlives_the_process(
-    kernels: NativeKernels, cache_dir: Path, tmp_path: Path
-) -> None:
-    """The second process finds the library and the program, and compiles neither."""
-    command = [sys.executable, "-c", PROGRAM, str(cache_dir), str(tmp_path)]
-
-    def run() -> tuple[str, set[str]]:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        return done.stdout, {path.name for path in tmp_path.iterdir() if not path.name.endswith("-atime")}
-
-    first, programs = run()
-    assert first == "240.0 0.0\n"
-    assert any("linear" in name for name in programs)
-    assert run() == (first, programs)
-
-
-# --- build ---
-
-
-def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
-    reason = build(tmp_path, search=str(tmp_path))
-    assert isinstance(reason, str)
-    assert "no C++ compiler" in reason
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    reason = build(tmp_path / "file" / "cache")
-    assert isinstance(reason, str)
-    assert "cannot write" in reason
-
-
-@needs_compiler
-def test_a_failing_compiler_is_a_reason(tmp_path: Path) -> None:
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'native.cc:1: error: out of luck' >&2\nexit 3\n")
-    broken.chmod(0o755)
-    reason = build(tmp_path / "cache", search=str(tmp_path))
-    assert isinstance(reason, str)
-    assert "status 3" in reason
-    assert "out of luck" in reason
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_built_once_then_found(kernels: NativeKernels, cache_dir: Path) -> None:
-    again = build(cache_dir)
-    assert isinstance(again, Built)
-    assert again.seconds == 0
-    assert [path.name for path in cache_dir.iterdir()] == [again.path.name]
-
-
-def test_the_key_follows_what_the_code_depends_on(
-    kernels: NativeKernels, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = next(found for name in COMPILERS if (found := shutil.which(name)))
-    here = building._key(compiler)
-    monkeypatch.setattr(building, "_cpu", lambda: "another machine")
-    assert building._key(compiler) != here
-
-
-@needs_compiler
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
-def test_a_damaged_library_is_built_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    source = tmp_path / "tiny.cc"
-    source.write_text('extern "C" int answer() { return 42; }\n')
-    monkeypatch.setattr(building, "_SOURCE", source)
-    first = build(tmp_path / "cache")
-    assert isinstance(first, Built)
-    content = first.path.read_bytes()
-    half = len(content) // 2
-    bad = {"empty": b"", "truncated": content[:half], "flipped": content[:half] + b"?" + content[half + 1 :]}[
-        damage
-    ]
-    first.path.write_bytes(bad)
-    again = build(tmp_path / "cache")
-    assert isinstance(again, Built)
-    assert again.path == first.path
-    assert again.seconds > 0
-    assert ctypes.CDLL(str(again.path)).answer() == 42
-    found = build(tmp_path / "cache")
-    assert isinstance(found, Built)
-    assert found.seconds == 0

@@ -18,7 +18,7 @@ from xlane.models.errors import CheckpointError
 from xlane.models.families.hf_names import IGNORED_TENSORS, WEIGHTS
 from xlane.models.registry import read_config
 from xlane.models.spec import ParamSpec
-from xlane.models.weights import Weights
+from xlane.models.weights import Weights, either, gate_up, plain, qkv
 
 TINY = ModelConfig(
     family="llama", vocab_size=7, hidden_size=4, layers=1, heads=6, kv_heads=2, head_dim=2, ffn_size=5,
@@ -113,6 +113,62 @@ def test_any_slice_equals_the_slice_of_the_whole(checkpoint: Path, path: str):
         bounds = [sorted(random.integers(0, size + 1, 2).tolist()) for size in spec.shape]
         index = tuple(slice(start, stop) for start, stop in bounds)
         np.testing.assert_array_equal(weights.read(spec, index), full[index])
+
+
+FUSED = {
+    "layers.{i}.qkv.weight": qkv("h.{i}.qkv", transposed=True),
+    "layers.{i}.qkv.bias": qkv("h.{i}.qkv_bias"),
+    "layers.{i}.gate_up.weight": gate_up("h.{i}.gate_up"),
+    "layers.{i}.by_head.weight": plain("h.{i}.by_head", 3),
+    "layers.{i}.down.weight": either(plain("h.{i}.newer"), plain("h.{i}.down", transposed=True)),
+}
+
+
+def test_joined_and_transposed_tensors_give_what_their_parts_would(tmp_path: Path):
+    random = np.random.default_rng(2)
+    q, k, v = (random.standard_normal((rows, 4), np.float32) for rows in (12, 4, 4))
+    gate, up, down = (random.standard_normal(shape, np.float32) for shape in ((5, 4), (5, 4), (4, 5)))
+    grouped = np.concatenate([q.reshape(2, 3, 2, 4), k.reshape(2, 1, 2, 4), v.reshape(2, 1, 2, 4)], axis=1)
+    tensors = {
+        "h.0.qkv": np.concatenate([q, k, v]).T.copy(),
+        "h.0.qkv_bias": np.concatenate([q, k, v])[:, 0].copy(),
+        "h.0.gate_up": np.concatenate([gate, up]),
+        "h.0.by_head": grouped.reshape(20, 4),
+        "h.0.down": down.T.copy(),
+    }
+    save_file(tensors, tmp_path / SINGLE)
+    weights = open_checkpoint(tmp_path, FUSED)
+    expected = {
+        "layers.0.qkv.weight": grouped,
+        "layers.0.qkv.bias": grouped[..., 0],
+        "layers.0.gate_up.weight": np.stack([gate, up]),
+        "layers.0.by_head.weight": grouped,
+        "layers.0.down.weight": down,
+    }
+    specs = [
+        ParamSpec(path, value.shape, "float32", (None,) * value.ndim) for path, value in expected.items()
+    ]
+    weights.check(specs)
+    for spec in specs:
+        for _ in range(20):
+            bounds = [sorted(random.integers(0, size + 1, 2).tolist()) for size in spec.shape]
+            index = tuple(slice(start, stop) for start, stop in bounds)
+            np.testing.assert_array_equal(weights.read(spec, index), expected[spec.path][index], spec.path)
+    save_file({**tensors, "h.0.newer": down}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"h\.0\.down is used by no parameter"):
+        open_checkpoint(tmp_path, FUSED).check(specs)
+
+
+def test_a_checkpoint_saved_without_its_head_is_read_by_the_names_it_has(tmp_path: Path):
+    tensors = tensors_of(TINY)
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file({**bare, "layers.0.self_attn.rotary_emb.inv_freq": np.ones(1, np.float32)}, tmp_path / SINGLE)
+    weights = opened(tmp_path)
+    weights.check(specs_by_hand(TINY))
+    spec = spec_of("layers.0.down.weight")
+    np.testing.assert_array_equal(
+        weights.read(spec, whole(spec)), tensors["model.layers.0.mlp.down_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])

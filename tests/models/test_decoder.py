@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.tiny import TINY_KINDS, hf_logits, tiny_model
 from xlane.engine.kernels.native import native_kernels
+from xlane.engine.programs import param_sharding
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
 from xlane.models.kernels import Kernels, KvLayer, PagedBatch
@@ -21,6 +22,20 @@ from xlane.sharding.mesh import make_placement
 PAGE_TOKENS, PAGES, WIDTH = 4, 24, 8
 TOLERANCE = 1e-4
 """Largest error relative to the largest logit, float32. Never relaxed."""
+
+SPLIT_KINDS = (
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi",
+    "olmo2",
+    "cohere",
+    "bloom",
+    "gpt2",
+    "falcon-40b",
+    "mixtral",
+    "gpt_oss",
+)
 
 OURS = np.random.default_rng(1).integers(3, 131, 23).tolist()
 OTHER = np.random.default_rng(2).integers(3, 131, 9).tolist()
@@ -44,14 +59,17 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class Network:
     """A tiny model with its KV pool, called directly."""
 
-    def __init__(self, path: Path, kernels: Kernels) -> None:
+    def __init__(self, path: Path, kernels: Kernels, devices: int = 1) -> None:
         opened = open_model(path)
         self.config = opened.config
         self.graph = DecoderGraph.of(opened.config, "float32", packed=kernels.packed)
-        self.placement = make_placement(1, 1)
+        self.placement = make_placement(1, devices)
         assert opened.source is not None
-        self.params = load_params(self.graph.specs, opened.source, lambda spec: self.placement.replicated)
+        self.params = load_params(
+            self.graph.specs, opened.source, lambda spec: param_sharding(self.placement, spec)
+        )
         pool = jnp.zeros((opened.config.kv_heads, PAGES, PAGE_TOKENS, opened.config.head_dim))
+        pool = jax.device_put(pool, self.placement.sharding(("kv_heads", None, None, None)))
         self.kv = tuple(KvLayer(pool, pool) for _ in range(opened.config.layers))
         self.kernels = kernels
         # Scattered on purpose: pages of a row are neither adjacent nor in order.
@@ -117,6 +135,20 @@ def test_logits_equal_transformers(kind: str, kernels: Kernels, models: Path) ->
     for position in range(17, len(OURS)):
         alone = network([OURS[position], 0], [0, 1], [position, -1], True)
         assert largest_error(alone[0], ours[position]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", SPLIT_KINDS)
+def test_a_split_model_gives_the_same_logits(kind: str, models: Path) -> None:
+    """Over two devices, a prefill and a decode; one kind for each way in which parameters can be split."""
+    path = tiny_model(kind, models)
+    ours = hf_logits(path, OURS)
+    network = Network(path, XlaKernels("cpu", make_placement(1, 2)), devices=2)
+    split = [p for p in network.params if p.sharding.shard_shape(p.shape) != p.shape]
+    assert sum(p.size for p in split) > 0.7 * sum(p.size for p in network.params)
+    first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)
+    assert largest_error(first[:10], ours[:10]) <= TOLERANCE
+    alone = network([0, OURS[10]], [1, 0], [-1, 10], True)
+    assert largest_error(alone[1], ours[10]) <= TOLERANCE
 
 
 def test_specs_follow_the_order_of_the_tree() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from xlane.models.config import YarnRope
 from xlane.models.errors import CheckpointError, UnsupportedModel
 from xlane.models.gguf import READABLE, GgufFile, GgufTensors, config_from_gguf
 from xlane.models.registry import config_from_hf
@@ -131,7 +132,7 @@ def test_every_architecture_configures_a_model(tmp_path: Path, arch: str):
     assert (config.vocab_size, config.head_dim, config.eos_ids) == (tiny.V, 32, (2, 5))
     assert not config.tied_embeddings
     assert config.qkv_bias == (arch == "qwen2")
-    assert config.qk_norm == (arch == "qwen3")
+    assert config.qk_norm == ("head" if arch == "qwen3" else None)
     assert config.window is None
 
 
@@ -179,18 +180,21 @@ def test_another_rescaling_of_frequencies_is_refused(tmp_path: Path):
         config_from_gguf(file)
 
 
-def test_linear_rope_is_kept_and_yarn_is_refused(tmp_path: Path):
-    def config(kind: str):
-        keys = {
-            "llama.rope.scaling.type": kind,
-            "llama.rope.scaling.factor": 4.0,
-            "llama.rope.scaling.original_context_length": 128,
-        }
+def test_rope_scalings_are_kept_or_refused(tmp_path: Path):
+    def config(kind: str, **more: int):
+        keys = {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 4.0}
+        keys |= {f"llama.rope.scaling.{key}": value for key, value in more.items()}
         return config_from_hf(config_from_gguf(GgufFile(tiny.write(tmp_path / f"{kind}.gguf", keys=keys))))
 
-    assert config("linear").rope_linear_factor == 4.0
-    with pytest.raises(UnsupportedModel, match="yarn"):
-        config("yarn")
+    assert config("linear", original_context_length=128).rope_linear_factor == 4.0
+    yarn = config("yarn", original_context_length=128).rope_scaling
+    assert isinstance(yarn, YarnRope)
+    assert (yarn.factor, yarn.original_max_position) == (4.0, 128)
+    unnamed = config("yarn").rope_scaling
+    assert isinstance(unnamed, YarnRope)
+    assert unnamed.original_max_position == 512
+    with pytest.raises(UnsupportedModel, match="short_factor is missing"):
+        config("longrope")
 
 
 @pytest.mark.parametrize(

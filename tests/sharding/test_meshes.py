@@ -41,7 +41,15 @@ def _asked() -> list[Request]:
 
 @pytest.mark.parametrize(
     ("kind", "data", "model"),
-    [(SPLIT_VOCAB, 1, 2), (SPLIT_VOCAB, 1, 4), (SPLIT_VOCAB, 2, 2), (WHOLE_VOCAB, 1, 2), (WHOLE_VOCAB, 2, 2)],
+    [
+        (SPLIT_VOCAB, 1, 2),
+        (SPLIT_VOCAB, 1, 4),
+        (SPLIT_VOCAB, 2, 2),
+        (WHOLE_VOCAB, 1, 2),
+        (WHOLE_VOCAB, 2, 2),
+        ("gemma2", 1, 2),
+        ("mixtral", 2, 2),
+    ],
 )
 def test_tokens_do_not_depend_on_the_mesh(engine_of, models: Path, kind: str, data: int, model: int):
     single = engine_of(kind)

@@ -4,6 +4,7 @@ The independent witness of decoder and loader. Seeded, float32; every weight is 
 scales included (transformers would leave those at 0 and 1, where a mistake does not show).
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,75 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3",
         {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
     ),
+    "gemma": ("Gemma", {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 20,
+         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 5, "sliding_window_pattern": 2,
+         "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "phi3": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": (
+        "Phi3",
+        {"original_max_position_embeddings": 256, "max_position_embeddings": 256,
+         "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 7 + [2.0], "long_factor": [4.0] * 8}},
+    ),
+    "phi": ("Phi", {}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 0.7}),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {"use_qk_norm": True, "tie_word_embeddings": True, "logit_scale": 0.3}),
+    "cohere2": ("Cohere2", {"tie_word_embeddings": True, "sliding_window": 5, "sliding_window_pattern": 2}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox-serial": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0}),
+    "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
+    "falcon-7b": ("Falcon", {"tie_word_embeddings": True}),
+    "falcon-40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": (
+        "Falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True, "num_attention_heads": 4},
+    ),
+    "gpt2": (
+        "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True}),
+    "gpt_bigcode": (
+        "GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True},
+    ),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, "seq_length": 256, "tie_word_embeddings": True}),
+    "bloom-odd-heads": (
+        "Bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48, "seq_length": 256, "tie_word_embeddings": True},
+    ),
+    "mpt": (
+        "Mpt",
+        {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "tie_word_embeddings": True,
+         "attn_config": {"clip_qkv": 0.7, "attn_type": "multihead_attention"}},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48,
+         "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "phimoe": ("Phimoe", {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3}),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "head_dim": 16, "sliding_window": 5,
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}},
+    ),
+    "llama-yarn": (
+        "Llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}},
+    ),
 }  # fmt: skip
 
 TINY_KINDS = tuple(_KINDS)
@@ -73,10 +143,17 @@ def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str 
     import transformers
 
     name, options = _KINDS[kind]
-    config = getattr(transformers, f"{name}Config")(**{**_BASE, **options})
+    model_class = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    known = {
+        *inspect.signature(model_class.config_class.__init__).parameters,
+        "tie_word_embeddings",
+        "pad_token_id",
+    }
+    base = {key: value for key, value in _BASE.items() if key in known}
+    config = model_class.config_class(**{**base, **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = model_class(config)
         _randomise(model)
     model = model.to(getattr(torch, dtype))
     # About six files, so that layers and even one layer's tensors are spread over several.
@@ -90,7 +167,7 @@ def _randomise(model: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            if "norm" in name:
+            if "norm" in name or "ln_" in name:
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.2 * noise)
@@ -104,7 +181,9 @@ def hf_model(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    # transformers 4.57's plain attention adds Falcon's ALiBi twice, to the scores and again with the mask.
+    how = "sdpa" if path.name.startswith("falcon") else "eager"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=how)
     return model.eval()
 
 

@@ -1,0 +1,62 @@
+"""The page of supported models, written from the registry: `python -m xlane.models.catalogue > docs/models.md`.
+
+Knows the registry and the families' own first words; not what is tried where (`tests/support/tiny.py`).
+"""
+
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+
+from .families.hf_rope import KINDS
+from .gguf import READABLE
+from .gguf_config import ARCHITECTURES as GGUF_ARCHITECTURES
+from .registry import ARCHITECTURES
+
+HEADING = """# Models
+
+Written from the registry by `python -m xlane.models.catalogue > docs/models.md`; a test says when it is out of date.
+
+A model is known by `architectures` in its config.json. Every key there is understood, known to be harmless, or refused by
+name; so is every tensor. All families run on one decoder, with paged KV, over every mesh that divides their key and value
+heads.
+
+Each family is tried on tiny random models against transformers: the logits of prefills (in chunks, beside another
+sequence) and of decodes over page borders agree to 1e-4 of the largest, with weights packed for the native CPU kernels and
+without; several are also split over two devices. Each also answers through the real engine as transformers does, on one
+device and over two.
+
+Layers of experts are computed for the experts that are chosen and no others, and the experts are split over the devices of
+the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
+
+| family | `architectures` | what it is |
+|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    formats = f"""
+Rotary scalings (`rope_type`): {KINDS}. Where they follow from the length of the
+context (dynamic, longrope), it is the context that is served (`--max-total-tokens`), the same for all texts.
+
+GGUF files: {", ".join(sorted(GGUF_ARCHITECTURES))}, stored as {", ".join(READABLE)}.
+"""
+    return HEADING + "".join(_rows()) + formats
+
+
+def _rows() -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    modules: dict[str, ModuleType] = {}
+    for architecture, family in ARCHITECTURES.items():
+        module = inspect.getmodule(family.config_from_hf)
+        assert module is not None
+        name = module.__name__.rsplit(".", 1)[1]
+        names.setdefault(name, []).append(f"`{architecture}`")
+        modules[name] = module
+    for name, module in sorted(modules.items()):
+        said = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+        yield f"| {name} | {', '.join(names[name])} | {said} |\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

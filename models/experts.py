@@ -1,0 +1,129 @@
+"""A layer of experts: who goes where, and the feed-forward of many, of which each token takes few.
+
+Tokens are put in order of their experts, so that each expert's are one block of rows of a grouped matmul; every device
+does this for the experts it holds. Knows no tokens' requests, and not how groups are multiplied (`kernels.py`).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import Experts, ModelConfig
+from .kernels import Kernels
+from .modules import Linear, Style, gated, param
+
+MASKED = -1e30
+
+
+class RoutedFeedForward(nnx.Module):
+    """X experts, and perhaps one more for every token."""
+
+    def __init__(self, config: ModelConfig, experts: Experts, style: Style) -> None:
+        d, x, f = config.hidden_size, experts.count, experts.ffn_size
+        self.config, self.choice = config, experts
+        self.router = Linear((x, d), (None, None), experts.router_bias, style)
+        self.gate_up = Stack((x, 2, f, d), experts.bias, style)
+        self.down = Stack((x, d, f), experts.bias, style)
+        self.shared = Shared(config, experts.shared_ffn_size, style) if experts.shared_ffn_size else None
+        self.shared_gate = Linear((1, d), (None, None), False, style) if experts.shared_gate else None
+
+    def __call__(self, x: jax.Array, real: jax.Array, kernels: Kernels) -> jax.Array:
+        """x [T, D], of which the rows that are `real` bool[T] count -> [T, D]."""
+        chosen, shares = route(self.router(x, kernels).astype(jnp.float32), self.choice)
+        # Padding goes to no expert: each one that is met is read from memory.
+        chosen = jnp.where(real[:, None], chosen, self.choice.count)
+        stacks = (*self.gate_up.arrays(), *self.down.arrays())
+
+        def compute(first: jax.Array | int, rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]):
+            x, chosen, shares = rows
+            return self._routed(x, chosen, shares, first, stacks, kernels)
+
+        rows = (x, chosen, shares)
+        if kernels.placement is None:
+            out = compute(0, rows, stacks)
+        else:
+            out = kernels.placement.over_experts(compute, rows, stacks)
+        if self.shared is None:
+            return out
+        common = self.shared(x, kernels)
+        if self.shared_gate is not None:
+            common = common * jax.nn.sigmoid(self.shared_gate(x, kernels))
+        return out + common
+
+    def _routed(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+        shares: jax.Array,
+        first: jax.Array | int,
+        stacks: tuple[jax.Array, ...],
+        kernels: Kernels,
+    ) -> jax.Array:
+        """What the experts from `first` on, whose parameters are `stacks`, make of x [T, D] -> [T, D]."""
+        (gate_up, *up_bias), (down, *down_bias) = stacks[: len(stacks) // 2], stacks[len(stacks) // 2 :]
+        (tokens, choices), held = chosen.shape, gate_up.shape[0]
+        group = chosen.reshape(-1) - first
+        group = jnp.where((group >= 0) & (group < held), group, held)
+        order = jnp.argsort(group, stable=True)
+        group = group[order]
+        sizes = jnp.zeros(held, jnp.int32).at[group].add(1, mode="drop")
+
+        def biased(y: jax.Array, bias: list[jax.Array]) -> jax.Array:
+            return y + bias[0].reshape(held, -1).at[group].get(mode="clip") if bias else y
+
+        size = self.choice.ffn_size
+        hidden = biased(kernels.grouped_linear(x[order // choices], gate_up, sizes, 2 * size), up_bias)
+        hidden = gated(self.config, hidden[:, :size], hidden[:, size:])
+        out = biased(kernels.grouped_linear(hidden, down, sizes, x.shape[1]), down_bias)
+        out = jnp.where((group < held)[:, None], out, 0)
+        by_token = jnp.zeros_like(out).at[order].set(out).reshape(tokens, choices, -1)
+        return (by_token.astype(jnp.float32) * shares[:, :, None]).sum(axis=1).astype(x.dtype)
+
+
+class Stack(nnx.Module):
+    """One linear map an expert."""
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, style: Style) -> None:
+        axes = ("experts", *(None,) * (len(shape) - 1))
+        self.weight = param(shape, axes, style.dtype, style.packed, stacked=True)
+        self.bias = param(shape[:-1], axes[:-1], style.dtype) if bias else None
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """The weights, and the biases if there are any."""
+        return (self.weight[...],) if self.bias is None else (self.weight[...], self.bias[...])
+
+
+class Shared(nnx.Module):
+    """The feed-forward of every token beside its experts."""
+
+    def __init__(self, config: ModelConfig, size: int, style: Style) -> None:
+        self.config, self.size = config, size
+        self.gate_up = Linear((2, size, config.hidden_size), (None, "ffn", None), False, style)
+        self.down = Linear((config.hidden_size, size), (None, "ffn"), False, style)
+
+    def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
+        """x [T, D] -> [T, D]."""
+        both = self.gate_up(x, kernels).reshape(x.shape[0], 2, self.size)
+        return self.down(gated(self.config, both[:, 0], both[:, 1]), kernels)
+
+
+def route(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    """float32[T, X] -> the experts of each token int32[T, k], and what it takes of each, float32[T, k]."""
+    if experts.shares == "sparsemixer":
+        return _sparse_mixer(logits, experts)
+    shares, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts.chosen)
+    return chosen, shares / shares.sum(axis=-1, keepdims=True) if experts.normalized else shares
+
+
+def _sparse_mixer(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    """One expert after another; a share is a softmax over those that are not yet chosen and nearly as good as the best."""
+    chosen, shares, left = [], [], logits
+    for _ in range(experts.chosen):
+        best = left.max(axis=-1, keepdims=True)
+        worse = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * experts.mixer_jitter
+        weights = jax.nn.softmax(jnp.where(worse, MASKED, left), axis=-1)
+        index = left.argmax(axis=-1)
+        chosen.append(index.astype(jnp.int32))
+        shares.append(jnp.take_along_axis(weights, index[:, None], axis=-1)[:, 0])
+        left = jnp.where(jnp.arange(logits.shape[-1])[None, :] == index[:, None], MASKED, left)
+    return jnp.stack(chosen, axis=1), jnp.stack(shares, axis=1)

@@ -1,0 +1,73 @@
+"""FP8 weights with their scales as if they were stored in float32. Knows the layouts, and neither files nor parameters.
+
+A tensor `x.weight` of float8_e4m3fn is scaled by `x.weight_scale_inv`, one number a block of 128 by 128 (DeepSeek-V3, Qwen 3;
+a factor in spite of its name), or by `x.weight_scale`, one a row or one in all (compressed-tensors). FP8 tensors without a
+scale are values as they are. What scales activations (`x.input_scale`) is left out: they are not rounded here.
+"""
+
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+
+from .errors import CheckpointError
+from .weights import TensorSource
+
+BLOCK = 128
+ENDS = ("_scale_inv", "_scale")
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+class Fp8Tensors:
+    """A `TensorSource` that passes on what is not in this format."""
+
+    def __init__(self, tensors: TensorSource) -> None:
+        self._tensors = tensors
+        names = frozenset(tensors.names())
+        weights = (name for name in names if name.endswith(".weight"))
+        scaled = {name: name + end for name in weights for end in ENDS if name + end in names}
+        self._scales = {name: scale for name, scale in scaled.items() if tensors.dtype(name) == FP8}
+        self._inputs = {name.removesuffix("weight") + "input_scale" for name in self._scales}
+
+    def names(self) -> Iterable[str]:
+        """Every tensor but the scales."""
+        hidden = {*self._scales.values(), *self._inputs}
+        return [name for name in self._tensors.names() if name not in hidden]
+
+    def where(self, name: str) -> str:
+        """The file a tensor lies in."""
+        return self._tensors.where(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As stored."""
+        return self._tensors.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """float32 where there is a scale that fits; raises CheckpointError where it does not."""
+        if name not in self._scales:
+            return self._tensors.dtype(name)
+        shape, scale = self._tensors.shape(name), self._tensors.shape(self._scales[name])
+        if scale not in ((), (1,), (shape[0],), (shape[0], 1), _blocks(shape)):
+            raise CheckpointError(
+                f"{self.where(name)}: tensor {name} {shape} has a scale {scale}; supported are one in all, one a row, "
+                f"and one a block of {BLOCK} by {BLOCK}"
+            )
+        return np.dtype(np.float32)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries start … stop-1 of the first axis."""
+        rows = self._tensors.read_rows(name, start, stop)
+        if name not in self._scales:
+            return rows
+        shape, scale = self._tensors.shape(name), self._scales[name]
+        stored = self._tensors.shape(scale)
+        factors = self._tensors.read_rows(scale, 0, stored[0] if stored else 1).astype(np.float32)
+        if stored == _blocks(shape):
+            factors = factors[np.arange(start, stop) // BLOCK][:, np.arange(shape[1]) // BLOCK]
+        elif factors.size > 1:
+            factors = factors.reshape(-1, 1)[start:stop]
+        return rows.astype(np.float32) * factors
+
+
+def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // BLOCK) for size in shape)

@@ -1,0 +1,109 @@
+"""What layers are made of: parameters that describe themselves, linear maps, the embedding, activations.
+
+Knows how weights are stored and who multiplies them; not what a layer does with it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import Activation, ModelConfig
+from .kernels import Kernels
+from .spec import PANEL, ParamSpec
+
+ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_sigmoid": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How parameters are stored."""
+
+    dtype: str
+    packed: bool
+
+
+def param(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: str,
+    packed: bool = False,
+    stacked: bool = False,
+) -> nnx.Param:
+    """A parameter that carries its own description. Built under `nnx.eval_shape`, so nothing is allocated."""
+    spec = ParamSpec("", shape, dtype, axes, packed, stacked)
+    return nnx.Param(jnp.zeros(spec.stored_shape, dtype), spec=spec)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b. The weight's last axis is contracted; its other axes are the outputs."""
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], bias: bool, style: Style
+    ) -> None:
+        self.outputs = math.prod(shape[:-1])
+        self.weight = param(shape, axes, style.dtype, style.packed)
+        self.bias = param(shape[:-1], axes[:-1], style.dtype) if bias else None
+
+    def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
+        """x [T, D] -> [T, outputs]."""
+        y = kernels.linear(x, self.weight[...], self.outputs)
+        return y if self.bias is None else y + self.bias[...].reshape(1, -1)
+
+
+class Embedding(nnx.Module):
+    """Token vectors; the same array is the output head of models with tied embeddings."""
+
+    def __init__(self, vocab: int, size: int, style: Style, bias: bool = False) -> None:
+        self.vocab = vocab
+        self.packed = style.packed
+        self.weight = param((vocab, size), ("vocab", None), style.dtype, style.packed)
+        self.bias = param((vocab,), ("vocab",), style.dtype) if bias else None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32[T] -> [T, D]."""
+        weight = self.weight[...]
+        return weight[tokens // PANEL, :, tokens % PANEL] if self.packed else weight[tokens]
+
+    def logits(self, x: jax.Array, kernels: Kernels) -> jax.Array:
+        """x [T, D] -> float32[T, V]."""
+        logits = kernels.linear(x, self.weight[...], self.vocab).astype(jnp.float32)
+        return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)[None, :]
+
+
+class Positions(nnx.Module):
+    """Learned vectors of positions, each added to the embedding of the token that stands there."""
+
+    def __init__(self, rows: int, size: int, offset: int, style: Style) -> None:
+        self.offset = offset
+        self.weight = param((rows, size), (None, None), style.dtype)
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """int32[T] -> [T, D]; padding (-1) reads the first."""
+        return self.weight[...][jnp.maximum(positions, 0) + self.offset]
+
+
+def gated(config: ModelConfig, gate: jax.Array, multiplied: jax.Array) -> jax.Array:
+    """What a gate leaves of the other projection."""
+    if config.gate_limit is not None:
+        gate = jnp.minimum(gate, config.gate_limit)
+        multiplied = jnp.clip(multiplied, -config.gate_limit, config.gate_limit)
+    if config.gate_plus_one:
+        multiplied = multiplied + 1
+    return ACTIVATIONS[config.activation](gate) * multiplied
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """Between -cap and cap, smoothly."""
+    return cap * jnp.tanh(x / cap)

@@ -1,0 +1,93 @@
+"""Every family through the real engine, on one device and over two: greedy text is transformers'.
+
+Scheduler, pages, several requests at once and the network are what is looked at. What comes after the logits is the same
+for all families and has tests of its own, so programs are made without it, and made quickly rather than fast.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.engine.conftest import ids, request, run
+from tests.models.test_decoder import QUICKLY
+from tests.support.tiny import TINY_KINDS, hf_greedy, tiny_model
+from xlane.engine import EngineConfig, PlanError, programs, sampler
+from xlane.engine.engine import Engine
+from xlane.engine.prompt_scores import SCORE_WIDTH
+from xlane.models.opened import open_model
+from xlane.models.registry import read_config
+
+PROMPTS = [np.random.default_rng(seed).integers(3, 131, size).tolist() for seed, size in enumerate((21, 5))]
+TOKENS = 8
+
+
+def one_of_each(kinds: tuple[str, ...]) -> list[str]:
+    """The first kind of each family that two devices can share."""
+    first: dict[str, str] = {}
+    for kind in kinds:
+        first.setdefault(kind.split("-")[0], kind)
+    return list((first | {"falcon": "falcon-40b"}).values())
+
+
+def greedily(logits: jax.Array, *_: Any) -> sampler.Sampled:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    rows, most = token.shape[0], sampler.MAX_TOP_LOGPROBS
+    return sampler.Sampled(
+        token,
+        jnp.zeros(rows, bool),
+        jnp.zeros(rows),
+        jnp.zeros((rows, most), jnp.int32),
+        jnp.zeros((rows, most)),
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_one = programs._compile
+
+    class Lowered:
+        def __init__(self, lowered: Any) -> None:
+            self._lowered = lowered
+
+        def compile(self) -> Any:
+            return self._lowered.compile(compiler_options=QUICKLY)
+
+    def no_scores(hidden: jax.Array, *_: Any) -> jax.Array:
+        return jnp.zeros((hidden.shape[0], SCORE_WIDTH), jnp.int32)
+
+    monkeypatch.setattr(programs, "_compile", lambda name, lowered: compile_one(name, Lowered(lowered)))
+    monkeypatch.setattr(programs, "prompt_scores", no_scores)
+    monkeypatch.setattr(sampler, "_in_full", greedily)
+
+
+def text(kind: str, path: Path, cache: Path, **options: Any) -> list[list[int]]:
+    """What an engine answers to PROMPTS, asked at once."""
+    opened = open_model(path)
+    config = EngineConfig(
+        model_id=kind, cache_dir=str(cache), page_tokens=4, max_total_tokens=32, prefill_chunk_tokens=16, **options
+    )  # fmt: skip
+    engine = Engine.build(config, opened.config, opened.source)
+    try:
+        return [ids(output) for output in run(engine, *(request(p, max_tokens=TOKENS) for p in PROMPTS))]
+    finally:
+        engine.stop()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", one_of_each(TINY_KINDS))
+def test_greedy_text_is_that_of_transformers(
+    kind: str, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path, cache = tiny_model(kind, models), tmp_path_factory.getbasetemp().parent / "kernels"
+    expected = [hf_greedy(path, prompt, TOKENS) for prompt in PROMPTS]
+    assert text(kind, path, cache, lanes=1) == expected, "one device"
+    over_two = {"kernels": "xla", "model_parallel": 2, "lanes": 1}
+    if read_config(path).kv_heads == 1:
+        with pytest.raises(PlanError, match=r"kv_heads=1 .* over 2 devices"):
+            text(kind, path, cache, **over_two)
+    else:
+        assert text(kind, path, cache, **over_two) == expected, "two devices"
