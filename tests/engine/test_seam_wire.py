@@ -10,7 +10,6 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 from tests.support.fake_core import FakeCore
 from xlane.engine import (
-    MAX_PROMPT_LOGPROBS,
     DeadlineExceeded,
     EngineError,
     EngineInfo,
@@ -38,6 +37,7 @@ from xlane.engine import rpc_server as server_module
 from xlane.engine.local import Delivery, RequestError
 from xlane.engine.proto import codec
 from xlane.engine.proto import xlane_pb2 as pb
+from xlane.engine.request import MAX_PROMPT_LOGPROBS
 from xlane.engine.rpc_server import MAX_BATCH_ENTRIES, MAX_MESSAGE_BYTES
 
 PROTO = Path(proto_package.__file__ or "").with_name("xlane.proto")
