@@ -37,6 +37,9 @@ from .sequence import Sequence
 from .state import MAX_STOP_IDS
 from .stats import Counters
 
+MAX_RETRY_AFTER_S = 60.0
+"""A longer advice would outlive the load it was measured at."""
+
 
 class Engine:
     """Serves one model. Make it with `Engine.build`."""
@@ -139,9 +142,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """See `EngineCore.stats`."""
+        running, queued = self._load()
         return EngineStats(
-            lanes_active=self._scheduler.running,
-            queued=max(0, self._loop.live - self._scheduler.running),
+            lanes_active=running,
+            queued=queued,
             pages_free=self._pages.free,
             pages_remembered=self._pages.remembered,
             pages_total=self._pages.total,
@@ -151,6 +155,7 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             compiles_after_ready=self._compiles.count,
             step_ms=self._counters.step_ms,
+            queue_wait_s=self._counters.queue_wait_s(queued, running),
             gap_ms=self._counters.host_ms,
             prefill=self._counters.prefill.snapshot(),
             decode=self._counters.decode.snapshot(),
@@ -182,9 +187,14 @@ class Engine:
             self._grammars.close()
         self._compiles.close()
 
+    def _load(self) -> tuple[int, int]:
+        """Sequences that run and that wait."""
+        running = self._scheduler.running
+        return running, max(0, self._loop.live - running)
+
     def _full(self) -> Overloaded:
-        # A lane's worth of tokens at today's pace: a guess, but one that follows the load.
-        retry_after_s = min(60.0, max(1.0, 64 * self._counters.step_ms / 1e3))
+        running, queued = self._load()
+        retry_after_s = min(MAX_RETRY_AFTER_S, max(1.0, self._counters.queue_wait_s(queued, running)))
         return Overloaded(
             f"the queue is full ({self._max_queued} requests wait; --max-queued)", retry_after_s
         )

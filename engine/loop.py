@@ -267,6 +267,8 @@ class Loop:
                 continue
             if output is not None:
                 self._counters.decode_tokens += len(output.tokens)
+                if output.timing is not None:
+                    self._counters.served(output.timing.total_s - output.timing.queue_s)
                 outputs.append((sequence, output))
         self._emit(outputs)
         return waited_s

@@ -93,7 +93,7 @@ class Request:
     """Tokens already generated for this request by an engine that was lost. They are computed again but not sent
     again, count against `max_tokens`, and randomness goes on as if nothing had happened."""
     priority: int = 0
-    """Lower runs first among the waiting."""
+    """Lower runs first, and takes the lane and the pages of the youngest of those whose number is higher."""
     deadline_s: float | None = None
     """Seconds from submission after which the request fails with DeadlineExceeded; None waits for ever."""
     grammar: str | None = None
@@ -229,6 +229,8 @@ class EngineStats:
     compiles_after_ready: int
     step_ms: float
     """Median device time of the last decode steps, with read-back."""
+    queue_wait_s: float
+    """How long a request that came now would wait for a lane, by the time the last ones held theirs."""
     gap_ms: float
     """Median work of the host per turn (plan, pack, dispatch, emit). It runs beside the device, which waits only for
     what exceeds a step."""

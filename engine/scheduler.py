@@ -1,8 +1,9 @@
 """Policy: who waits, who gets a lane, which chunk of which prompt comes next, who must give way. Host Python only.
 
 First come, first served within a priority. A sequence is admitted when a lane and the pages of its whole token list are
-free, with a page to spare for each running sequence to grow into. When a running sequence needs a page and none is left,
-the youngest gives its pages back and is computed again later (preemption by recompute), so the oldest always advances.
+free, with a page to spare for each running sequence to grow into; sequences of lesser priority give way to it if that
+makes the room. When a running sequence needs a page and none is left, the last in that order gives its pages back and is
+computed again later (preemption by recompute), so the first always advances.
 A sequence with a grammar samples only when its mask is there; where its grammar forced tokens, they are one more piece of
 prompt.
 A sequence that begins like an earlier one shares the pages of what they share, and computes the rest alone.
@@ -10,6 +11,7 @@ Knows no device and no time: the loop calls `plan` once a turn and `absorb` for 
 """
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import RequestFailed
@@ -40,7 +42,7 @@ class Scheduler:
         self.preemptions = 0
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._running: list[Sequence] = []
-        """Oldest first."""
+        """In their order: by priority, then by arrival."""
         self._lanes = list(range(limits.lanes))
 
     @property
@@ -150,37 +152,64 @@ class Scheduler:
 
     def _prefill(self, turn: Turn) -> None:
         budget = self.limits.chunk_tokens
-        for sequence in [s for s in self._running if s.phase is Phase.PREFILL]:
+        for sequence in self._prompts():
+            budget -= self._chunk(turn, sequence, budget)
             if budget == 0 or len(turn.segments) == self.limits.chunk_segments:
                 return
-            budget -= self._chunk(turn, sequence, budget)
-        while budget > 0 and len(turn.segments) < self.limits.chunk_segments:
-            sequence = self._admit()
-            if sequence is None:
-                return
-            budget -= self._chunk(turn, sequence, budget)
+
+    def _prompts(self) -> Iterator[Sequence]:
+        """Those with prompt left to compute, in their order: they have a lane, or are given one when their turn comes."""
+        admits = True
+        for sequence in [s for s in self._running if s.phase is Phase.PREFILL]:
+            while admits and self._waiting and self._waiting[0][0] < sequence.order:
+                admitted = self._admit()
+                admits = admitted is not None
+                if admitted is not None:
+                    yield admitted
+            if sequence.phase is Phase.PREFILL:  # it may have given way to one of them
+                yield sequence
+        while admits and (admitted := self._admit()) is not None:
+            yield admitted
 
     def _admit(self) -> Sequence | None:
         """Give the first of the waiting a lane, if there is room. Nobody overtakes: a long request is not starved."""
-        if not self._waiting or not self._lanes:
+        if not self._waiting:
             return None
         sequence = self._waiting[0][1]
         if sequence.in_flight > 0:
             return None  # preempted this moment; its last tokens are still to be read
-        found = self._known(sequence)
-        needed = pages_for(len(sequence.tokens), self.limits.page_tokens) - len(found)
-        reserve = len(self._running) + 1 if self._running else 0
-        if needed + reserve > self.pages.free - self.pages.idle(found):
+        if not self._make_room(sequence):
             return None
         heapq.heappop(self._waiting)
+        found = self._known(sequence)
         self.pages.share(found)
-        sequence.pages = [*found, *(self.pages.take(needed) or [])]
+        sequence.pages = [*found, *(self.pages.take(self._needed(sequence, found)) or [])]
         sequence.begin(len(found) * self.limits.page_tokens)
         sequence.lane = heapq.heappop(self._lanes)
         sequence.phase = Phase.PREFILL
         self._running.append(sequence)
         self._running.sort(key=lambda s: s.order)
         return sequence
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Whether a lane and pages are there for one that waits; for that those of lesser priority give way, last first,
+        unless even all of them would not be enough."""
+        yielding = [s for s in self._running if s.request.priority > sequence.request.priority]
+        staying = len(self._running) - len(yielding)
+        while not self._lanes or self._short(sequence, len(self._running)) > 0:
+            if not yielding or self._short(sequence, staying) > sum(len(s.pages) for s in yielding):
+                return False
+            self._preempt(yielding.pop())
+        return True
+
+    def _short(self, sequence: Sequence, beside: int) -> int:
+        """Pages that are missing to admit it beside so many running ones, which grow."""
+        found = self._known(sequence)
+        reserve = beside + 1 if beside else 0
+        return self._needed(sequence, found) + reserve - (self.pages.free - self.pages.idle(found))
+
+    def _needed(self, sequence: Sequence, found: list[int]) -> int:
+        return pages_for(len(sequence.tokens), self.limits.page_tokens) - len(found)
 
     def _known(self, sequence: Sequence) -> list[int]:
         """Pages that hold its beginning already. Its last token is always computed: the next one comes of it."""

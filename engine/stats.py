@@ -5,7 +5,7 @@ Knows no metrics format; the server turns a snapshot into one.
 
 from bisect import bisect_left
 from collections import deque
-from statistics import median
+from statistics import fmean, median
 
 from .request import DURATION_EDGES_S, ROWS_EDGES, Histogram, LaunchStats
 
@@ -55,6 +55,7 @@ class Counters:
         self._read_s = self._told_s = 0.0
         self._host_s: deque[float] = deque(maxlen=WINDOW)
         self._step_s: deque[float] = deque(maxlen=WINDOW)
+        self._served_s: deque[float] = deque(maxlen=WINDOW)
 
     def turn(self, host_s: float, wall_s: float, *, decode_only: bool) -> None:
         """One turn of the loop: its own work, and its whole length. Only turns without prefill are steps."""
@@ -71,6 +72,15 @@ class Counters:
         kind.emit_s.observe(told_s - read_s)
         kind.whole_s.observe(told_s - max(launched_s, self._told_s))
         self._read_s, self._told_s = read_s, told_s
+
+    def served(self, seconds: float) -> None:
+        """One sequence, from its first launch to its last token."""
+        self._served_s.append(seconds)
+
+    def queue_wait_s(self, waiting: int, running: int) -> float:
+        """How long a sequence behind `waiting` others waits while `running` run: by Little's law, one of these ends in a
+        share of the time that the last ones took. 0 before the first has ended."""
+        return fmean(self._served_s) * waiting / max(1, running) if self._served_s else 0.0
 
     @property
     def host_ms(self) -> float:

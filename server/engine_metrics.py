@@ -59,6 +59,10 @@ def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Itera
         "xlane_pages_free": ("Free KV pages", stats.pages_free),
         "xlane_pages_remembered": ("KV pages that prompts which begin alike share", stats.pages_remembered),
         "xlane_pages_total": ("All KV pages", stats.pages_total),
+        "xlane_queue_wait_seconds": (
+            "How long a request that came now would wait for a lane",
+            stats.queue_wait_s,
+        ),
         "xlane_step_seconds": ("Median device time of the last decode steps", stats.step_ms / 1e3),
         "xlane_gap_seconds": ("Median host time between launches", stats.gap_ms / 1e3),
     }

@@ -99,7 +99,11 @@ class BodyTooLarge(ServerError):
 
 
 class Busy(ServerError):
-    """All permits are taken; nothing is wrong with the request."""
+    """All permits are taken; nothing is wrong with the request. `retry_after_s` estimates when some are free."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(ServerError):
@@ -205,7 +209,7 @@ def problem_of(error: Exception) -> Problem:
         return Problem("Internal server error", _UNEXPECTED)
     retry_after = None
     if row.retry:
-        seconds = error.retry_after_s if isinstance(error, Overloaded) else 1.0
+        seconds = error.retry_after_s if isinstance(error, Overloaded | Busy) else 1.0
         retry_after = max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds)))
     return Problem(
         message=str(error)[:MAX_MESSAGE_CHARS],

@@ -1,8 +1,11 @@
 """What the routes share: configuration, backend, permits, text threads, metrics. One per app, no globals."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
+from time import monotonic
 
 from starlette.requests import Request as HttpRequest
 
@@ -14,6 +17,9 @@ from .metrics import Metrics
 from .reasoning import Markers
 from .text import TextWorkers
 
+WINDOW = 64
+"""Requests that the estimate of a permit's return looks back on."""
+
 
 class Permits:
     """How many sequences may be in flight. Never waits: a full house is an answer, not a queue."""
@@ -21,17 +27,27 @@ class Permits:
     def __init__(self, total: int) -> None:
         self._total = total
         self._taken = 0
+        self._held_s: deque[float] = deque(maxlen=WINDOW)
 
     @contextmanager
     def take(self, count: int) -> Iterator[None]:
         """Hold `count` permits for a block. Raises Busy."""
         if self._taken + count > self._total:
-            raise Busy("Model is overloaded")
+            raise Busy("Model is overloaded", self.turnover_s)
         self._taken += count
+        started = monotonic()
         try:
             yield
+            self._held_s.append(
+                monotonic() - started
+            )  # what failed, or was refused, says nothing of the load
         finally:
             self._taken -= count
+
+    @property
+    def turnover_s(self) -> float:
+        """Mean time that the last requests held theirs, in which about as many as are held now come back."""
+        return fmean(self._held_s) if self._held_s else 1.0
 
     @property
     def taken(self) -> int:

@@ -20,9 +20,9 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are picked, the same on every route that is not TGI's own. `min_p`, `typical_p`,
-    `repetition_penalty`, `ignore_eos`, `min_tokens` and `stop_token_ids` are extensions under the names other servers gave
-    them; `top_k` is one in OpenAI's APIs."""
+    """How tokens are picked and when, the same on every route that is not TGI's own. `min_p`, `typical_p`,
+    `repetition_penalty`, `ignore_eos`, `min_tokens`, `stop_token_ids` and `priority` are extensions under the names other
+    servers gave them; `top_k` is one in OpenAI's APIs; `timeout` is ours."""
 
     model: str | None = None
     temperature: float | None = None
@@ -39,6 +39,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int | None = None
     logit_bias: dict[int, float] | None = None
     cache_salt: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
 
 
 class _Completing(Sampling, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import msgspec
 
 
 class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """`parameters` of a generation; what each does and its range: validate_tgi.py."""
+    """`parameters` of a generation; what each does and its range: validate_tgi.py. `priority` and `timeout` are not TGI's."""
 
     best_of: int | None = None
     temperature: float | None = None
@@ -27,6 +27,8 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     top_n_tokens: int | None = None
     grammar: Any = None
     adapter_id: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,9 +16,24 @@ from .errors import Invalid
 from .forms import Form
 
 MAX_SEED = 2**64 - 1
+MAX_PRIORITY = 2**31 - 1
+"""Either way from 0."""
+MAX_SALT_CHARS = 512
 GREEDY_BELOW = 1e-5
 """A temperature this small divides logits into infinities; it means the largest logit, so that is what it gets."""
 _FLOAT32_MAX = 3.4028234e38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """On which terms a request is served, whatever it asks for."""
+
+    priority: int = 0
+    """Lower runs first."""
+    timeout_s: float | None = None
+    """From submission to its last token; None waits for ever."""
+    cache_salt: str = ""
+    """Only requests of the same salt share what the prefix cache holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +53,7 @@ class Checked:
     """The same and all else that has to be kept, for the engine."""
     prompt_logprobs: int | None = None
     """Alternatives to report for each token of the prompt; None scores no prompt."""
-    cache_salt: str = ""
-    """Only requests of the same salt share what the prefix cache holds."""
+    terms: Terms = Terms()
     choices: int = 1
     """Sequences to run per prompt."""
     keep: int = 1
@@ -88,6 +102,21 @@ def check_prompt_logprobs(name: str, config: ServerConfig) -> None:
         )
 
 
+def check_terms(priority: int | None, timeout_s: float | None, cache_salt: str | None = None) -> Terms:
+    """The terms under which a request comes, by the names `priority`, `timeout` and `cache_salt`. Raises Invalid."""
+    if priority is not None and not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise Invalid(
+            f"`priority` must be between {-MAX_PRIORITY} and {MAX_PRIORITY}. Given: {priority}",
+            param="priority",
+        )
+    if timeout_s is not None and not 0.0 < timeout_s < math.inf:
+        raise Invalid(f"`timeout` must be a number of seconds above 0. Given: {timeout_s}", param="timeout")
+    salt = cache_salt or ""
+    if len(salt) > MAX_SALT_CHARS:
+        raise Invalid(f"`cache_salt` takes at most {MAX_SALT_CHARS} characters", param="cache_salt")
+    return Terms(priority=priority or 0, timeout_s=timeout_s, cache_salt=salt)
+
+
 def room_left(prompt_tokens: int, info: EngineInfo) -> int:
     """Most tokens that can be generated after a prompt."""
     return info.max_total_tokens - prompt_tokens
@@ -116,7 +145,9 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             prompt_ids=ids,
             sampling=base if choice == 0 else replace(base, seed=derive_seed(base.seed, choice)),
             grammar=checked.grammar,
-            cache_salt=checked.cache_salt,
+            priority=checked.terms.priority,
+            deadline_s=checked.terms.timeout_s,
+            cache_salt=checked.terms.cache_salt,
             prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)

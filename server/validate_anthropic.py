@@ -7,7 +7,7 @@ from .forms import Form, text_format
 from .schema_anthropic import CountBody, MessagesBody
 from .unsupported import MESSAGES, refuse
 from .validate import Checked
-from .validate_openai import between, salt_of, sampling_of, stops_of
+from .validate_openai import between, sampling_of, stops_of, terms_of
 
 THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 
@@ -31,6 +31,6 @@ def check_messages(
         max_tokens=between("max_tokens", body.max_tokens, 1, None),
         stops=stops_of(body.stop_sequences, config, "stop_sequences"),
         include_stop=False,
-        cache_salt=salt_of(body),
+        terms=terms_of(body),
         form=form,
     )

@@ -13,7 +13,9 @@ from .validate import (
     GREEDY_BELOW,
     MAX_SEED,
     Checked,
+    Terms,
     check_prompt_logprobs,
+    check_terms,
     is_float32,
     random_seed,
     room_left,
@@ -26,7 +28,6 @@ ANY_MODEL = ("", "tgi", "dummy")
 INCLUDED_SCORES = "message.output_text.logprobs"
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
-MAX_SALT_CHARS = 512
 MAX_BIAS = 100.0
 
 
@@ -92,7 +93,7 @@ def check_responses(body: ResponsesBody, info: EngineInfo, eos_ids: tuple[int, .
         sampling=sampling_of(body, info, eos_ids, scored, top or 0),
         max_tokens=between("max_output_tokens", body.max_output_tokens, 1, None),
         include_stop=False,
-        cache_salt=salt_of(body),
+        terms=terms_of(body),
         form=text_format(body.text.format if body.text else None, "text.format"),
     )
 
@@ -167,7 +168,7 @@ def _checked(
         stops=stops_of(body.stop, config),
         include_stop=bool(body.include_stop_str_in_output),
         form=form_of(body),
-        cache_salt=salt_of(body),
+        terms=terms_of(body),
         prompt_logprobs=prompt_logprobs,
         choices=choices,
         keep=keep,
@@ -217,12 +218,9 @@ def sampling_of(
     )
 
 
-def salt_of(body: Sampling) -> str:
-    """What keeps a request's part of the prefix cache apart. Raises Invalid."""
-    salt = body.cache_salt or ""
-    if len(salt) > MAX_SALT_CHARS:
-        raise Invalid(f"`cache_salt` takes at most {MAX_SALT_CHARS} characters", param="cache_salt")
-    return salt
+def terms_of(body: Sampling) -> Terms:
+    """On which terms a request is served. Raises Invalid."""
+    return check_terms(body.priority, body.timeout, body.cache_salt)
 
 
 def _seed(seed: int | None) -> int:

@@ -15,6 +15,7 @@ from .validate import (
     MAX_SEED,
     Checked,
     check_prompt_logprobs,
+    check_terms,
     is_float32,
     random_seed,
     room_left,
@@ -64,6 +65,7 @@ def check_parameters(
         form=tgi_form(parameters.grammar),
         include_stop=True,
         prompt_logprobs=0 if parameters.decoder_input_details else None,
+        terms=check_terms(parameters.priority, parameters.timeout),
         choices=choices,
     )
 

@@ -108,6 +108,7 @@ _SAME_STATS = (
     "preemptions",
     "compiles_after_ready",
     "step_ms",
+    "queue_wait_s",
     "gap_ms",
     "joins",
 )

@@ -238,9 +238,14 @@ def test_a_full_queue_overloads_and_a_deadline_fails_only_its_request(engine_of)
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as refused:
             await collect(client, request(PROMPTS[0]))
-        assert refused.value.retry_after_s >= 1
+        assert refused.value.retry_after_s == 1.0  # nothing is known of the load yet
+        assert engine.stats().queue_wait_s == 0.0
         results = await asyncio.gather(*running)
         assert len({tuple(ids(result)) for result in results}) == 1
+        timings = [result[-1].timing for result in results]
+        held_s = [timing.total_s - timing.queue_s for timing in timings if timing is not None]
+        expected_s = sum(held_s) / len(held_s) * 6 / 2
+        assert engine._counters.queue_wait_s(waiting=6, running=2) == pytest.approx(expected_s)
 
     asyncio.run(main())
 

@@ -39,7 +39,7 @@ class Machine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 63), min_size=1, max_size=MOST - 1),
         max_tokens=st.integers(1, MOST),
         stop=st.none() | st.integers(0, 63),
-        priority=st.sampled_from([0, 0, 0, 1]),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
         seed=st.integers(0, 3),
         given=st.integers(0, 6),
         guided=st.none() | st.integers(0, MOST),

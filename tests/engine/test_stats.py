@@ -19,6 +19,17 @@ def test_the_edges_of_durations_are_tgis():
     assert DURATION_EDGES_S[-1] == pytest.approx(145.6, rel=1e-3)
 
 
+def test_the_wait_follows_from_how_long_the_last_ones_were_served():
+    counters = Counters()
+    assert counters.queue_wait_s(waiting=9, running=3) == 0.0
+    for seconds in (1.0, 3.0):
+        counters.served(seconds)
+    # Three lanes, each given on every two seconds: the ninth in line has its lane after three rounds.
+    assert counters.queue_wait_s(waiting=9, running=3) == 6.0
+    assert counters.queue_wait_s(waiting=0, running=3) == 0.0
+    assert counters.queue_wait_s(waiting=1, running=0) == 2.0
+
+
 def test_a_launch_counts_from_when_the_one_before_was_done():
     counters = Counters()
     counters.launched(counters.prefill, launched_s=10.0, read_s=14.0, told_s=15.0)

@@ -8,9 +8,11 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from xlane.server import front
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
+from xlane.server.errors import Busy
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
@@ -229,6 +231,28 @@ def test_beyond_the_permits_the_answer_is_429_at_once(path: str, body: dict[str,
         assert app.state.front.permits.taken == 0
 
     asyncio.run(main())
+
+
+def test_the_advice_when_to_come_again_is_how_long_permits_were_held(monkeypatch: pytest.MonkeyPatch):
+    now_s = [100.0]
+    monkeypatch.setattr(front, "monotonic", lambda: now_s[0])
+    permits = front.Permits(1)
+
+    def hold(seconds: float) -> None:
+        with permits.take(1):
+            now_s[0] += seconds
+            with pytest.raises(Busy) as refused, permits.take(1):
+                pass
+            advice.append(refused.value.retry_after_s)
+
+    advice: list[float] = []
+    for seconds in (2.0, 4.0, 30.0):
+        hold(seconds)
+    with pytest.raises(ValueError, match="refused"), permits.take(1):
+        raise ValueError("refused at once, which says nothing of the load")
+    hold(1.0)
+    assert advice == [1.0, 2.0, 3.0, 12.0]
+    assert permits.taken == 0
 
 
 def test_a_request_of_more_sequences_than_there_are_permits(rig: Rig):

@@ -62,6 +62,46 @@ def test_a_salt_keeps_a_prompt_apart(rig: Rig, path: str):
     assert "cache_salt" in refused.text
 
 
+NATIVE_PATHS = ("/generate", "/", "/invocations")
+
+
+def with_terms(path: str, **terms: object) -> dict[str, Any]:
+    return {"inputs": "a", "parameters": terms} if path in NATIVE_PATHS else {**BODIES[path], **terms}
+
+
+@pytest.mark.parametrize("path", [*BODIES, *NATIVE_PATHS])
+def test_priority_and_timeout(rig: Rig, path: str):
+    plain = sent(rig, path, with_terms(path))
+    assert (plain.priority, plain.deadline_s) == (0, None)
+    asked = sent(rig, path, with_terms(path, priority=-3, timeout=2.5))
+    assert (asked.priority, asked.deadline_s) == (-3, 2.5)
+    for name, value in (("timeout", 0), ("timeout", -1.5), ("priority", 2**31), ("priority", -(2**31))):
+        refused = rig.post(path, **with_terms(path, **{name: value}))
+        assert refused.status_code == (422 if path in NATIVE_PATHS else 400)
+        assert f"`{name}` must be" in refused.text
+
+
+@pytest.mark.parametrize("path", [*BODIES, *NATIVE_PATHS])
+def test_a_timeout_that_passes_is_504_and_not_to_be_asked_again(rig: Rig, path: str):
+    rig.engine.first_delay_s = 0.05
+    late = rig.post(path, **with_terms(path, timeout=0.01))
+    assert late.status_code == 504
+    assert "deadline of 0.01 s passed" in late.text
+    assert "retry-after" not in late.headers
+    assert late.headers.get("x-should-retry") == ("false" if path in BODIES else None)
+
+
+def test_a_timeout_that_passes_ends_a_stream_with_an_error(rig: Rig):
+    rig.engine.delay_s = 0.1
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = rig.post(path, **with_terms(path, timeout=0.05, stream=True))
+        assert answer.status_code == 200
+        assert '"code":"deadline_exceeded"' in answer.text
+        assert "[DONE]" not in answer.text.partition("deadline_exceeded")[0]
+    answer = rig.post("/generate_stream", inputs="a", parameters={"timeout": 0.05})
+    assert answer.text.rstrip().endswith('"error_type":"deadline_exceeded"}')
+
+
 NATIVE = [
     ("temperature", 0.5, "temperature", 0.5),
     ("top_p", 0.5, "top_p", 0.5),

@@ -164,6 +164,7 @@ class FakeCore:
                 preemptions=0,
                 compiles_after_ready=0,
                 step_ms=self._turn_s * 1000,
+                queue_wait_s=0.0,
                 gap_ms=0.5,
                 prefill=NO_LAUNCHES,
                 decode=NO_LAUNCHES,

@@ -8,10 +8,12 @@ generated instead, then the first stop id. Biases, least lengths and a prompt's 
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from xlane.engine import (
+    DeadlineExceeded,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -100,10 +102,13 @@ class FakeEngine:
         self.submitted.append(request)
         self.active += 1
         finished = False
+        started = time.monotonic()
         try:
             tokens, reason = self._tokens(request)
             for start in range(0, len(tokens), self.tokens_per_step):
                 await asyncio.sleep(self.first_delay_s if start == 0 else self.delay_s)
+                if request.deadline_s is not None and time.monotonic() - started > request.deadline_s:
+                    raise DeadlineExceeded(f"deadline of {request.deadline_s:g} s passed")
                 if self.fail_with is not None and start >= self.fail_after:
                     raise self.fail_with
                 end = start + self.tokens_per_step
@@ -176,6 +181,7 @@ class FakeEngine:
             preemptions=0,
             compiles_after_ready=0,
             step_ms=2.0,
+            queue_wait_s=0.25,
             gap_ms=0.1,
             prefill=LaunchStats(*(spread(1, edges=35, sum=each / 8) for each in (1, 2, 3))),
             decode=LaunchStats(*(spread(2, 5, edges=35, sum=float(each)) for each in (4, 5, 6))),
