@@ -35,6 +35,8 @@ class TextTokenizer:
         files.tokenizer.no_padding()
         self._tokenizer = files.tokenizer
         self._chat = ChatTemplates(files.templates, files.special_tokens)
+        self.response_template = files.response_template
+        """How answers are to be read (transformers' `response_template`), as the model's files declare it, unchecked."""
         added = files.tokenizer.get_added_tokens_decoder()
         self._special = frozenset(number for number, token in added.items() if token.special)
         self._table = token_table(files.tokenizer)

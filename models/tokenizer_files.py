@@ -34,6 +34,8 @@ class TokenizerFiles:
     """Ids that end a text; empty means the id of `eos_token`."""
     max_context: int | None = None
     """Tokens the model was made for."""
+    response_template: Any = None
+    """How answers are to be read, if that is declared; as it stands there, unchecked."""
 
 
 def read_gguf(path: Path) -> TokenizerFiles:
@@ -85,16 +87,23 @@ def read_directory(directory: Path) -> TokenizerFiles:
         special,
         _ends(directory / "generation_config.json", tokenizer, special),
         max_context=int(limit) if isinstance(limit, int | float) and 0 < limit < _UNLIMITED else None,
+        response_template=config.get("response_template"),
     )
 
 
 def with_config(files: TokenizerFiles, path: Path) -> TokenizerFiles:
-    """The same with the chat templates and their special tokens of another tokenizer_config.json. Raises TokenizerError."""
+    """The same with the chat templates and their special tokens of another tokenizer_config.json, and its response template if
+    it has one. Raises TokenizerError."""
     config = read_object(path)
     templates = named_templates(config.get("chat_template"), path)
-    if not templates:
-        raise TokenizerError(f"{path}: has no chat_template, so it changes nothing")
-    return replace(files, templates=templates, special_tokens={**files.special_tokens, **_texts(config)})
+    if not templates and "response_template" not in config:
+        raise TokenizerError(f"{path}: has no chat_template and no response_template, so it changes nothing")
+    return replace(
+        files,
+        templates=templates or files.templates,
+        special_tokens={**files.special_tokens, **_texts(config)},
+        response_template=config.get("response_template", files.response_template),
+    )
 
 
 def _ends(path: Path, tokenizer: Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ answered with the reason why not yet. Knows no HTTP.
 from dataclasses import dataclass
 
 from ..engine import EngineClient, EngineInfo
+from .declared import Declared, find_declared
 from .errors import NotReady
 from .reasoning import Markers, find_markers
 from .text import TextTokenizer
-from .tool_formats import ToolFormat, find_format, kept_ids
+from .tool_formats import PLAIN, ToolFormat, find_format, kept_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Serving:
     """How it writes calls of tools."""
     tool_ids: frozenset[int]
     """Control tokens that it writes them with."""
+    declared: Declared | None = None
+    """How its answers are to be read, where its own word is needed for that."""
 
 
 class Backend:
@@ -44,9 +47,13 @@ class Backend:
 
     def ready(self, engine: EngineClient, tokenizer: TextTokenizer, info: EngineInfo) -> None:
         """From now on requests are served."""
-        form = find_format(tokenizer)
+        form, markers = find_format(tokenizer), find_markers(tokenizer)
+        # A format that is known here is read as it comes, arguments too, and forgives more.
+        declared = find_declared(tokenizer) if form is PLAIN else None
+        if declared is not None:
+            form, markers = declared.tool_format, declared.markers
         marks = kept_ids(form, tokenizer)
-        self._serving = Serving(engine, tokenizer, info, find_markers(tokenizer), form, marks)
+        self._serving = Serving(engine, tokenizer, info, markers, form, marks, declared)
         self._reason = ""
 
     def down(self, reason: str) -> None:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import Unsupported
 from .grammar import Part, literal, one_of, schema_part
 from .tag_rules import TagRules
-from .text import TextTokenizer, special_id
-from .tool_formats import ARGUMENTS_MARK, ToolFormat
+from .text import TextTokenizer
+from .tool_formats import ToolFormat
 from .tools import Tool, ToolUse
 
 MAX_CALLS = 8
@@ -19,7 +20,13 @@ class CallRules:
     """The rules of calls in one format, as lines of Lark, and the grammars of their arguments."""
 
     def __init__(self, form: ToolFormat, use: ToolUse, tokenizer: TextTokenizer) -> None:
-        """Raises Invalid for a schema that cannot be used."""
+        """Raises Invalid for a schema that cannot be used, Unsupported if calls of this model cannot be written."""
+        if form.syntax == "other":
+            raise Unsupported(
+                "this model's response template tells how calls are read, not how they are written, so no tool can be required of it, "
+                "strict, or the only one of an answer",
+                param="tools",
+            )
         self._form = form
         self._tokenizer = tokenizer
         self._lines: list[str] = []
@@ -37,10 +44,14 @@ class CallRules:
         """Rules of `answer`: calls and nothing else."""
         return self._rules("answer: calls")
 
-    def chosen(self, otherwise: str = "") -> str:
-        """Rules of `answer`: calls behind a free text, or that text alone, or calls or what `otherwise` names."""
+    def chosen(self, otherwise: str = "", text_open: str = "") -> str:
+        """Rules of `answer`: calls behind a free text, or that text alone, or calls or what `otherwise` names. `text_open`: what
+        a text begins with, if it needs that; then it stands alone."""
+        begin = self._piece(text_open) if text_open else ""
         if otherwise:
-            return self._rules(f"answer: calls | {otherwise}")
+            return self._rules(f"answer: calls | {begin} {otherwise}")
+        if begin:
+            return self._rules(f"answer: calls | {begin} SAID", r"SAID: /(.|\n)*/")
         if self._form.bare:
             first = rf"[^\s\{self._form.bare}]"
             return self._rules("answer: calls | SAID?", rf"SAID: /{first}(.|\n)*/")
@@ -71,9 +82,9 @@ class CallRules:
             return name
         self.parts[f"args_{i}"] = schema_part(tool.parameters, tool.param)
         if self._form.syntax == "named":
-            self._lines.append(f"{name}: {literal(tool.name)} {self._piece(ARGUMENTS_MARK)} @args_{i}")
+            self._lines.append(f"{name}: {literal(tool.name)} {self._piece(self._form.name_close)} @args_{i}")
         else:
-            opening = f'{{"name": {literal(tool.name)}, "{key}": '
+            opening = f'{{"{self._form.name}": {literal(tool.name)}, "{key}": '
             self._lines.append(f"{name}: {literal(opening)} @args_{i} {literal('}')}")
         return name
 
@@ -105,6 +116,10 @@ class CallRules:
 
 
 def marked(tokenizer: TextTokenizer, text: str) -> str:
-    """A text as Lark writes it, or the control token that it is."""
-    number = special_id(tokenizer, text)
-    return literal(text) if number is None else f"<[{number}]>"
+    """A text as Lark writes it, with the control tokens in it."""
+    written: list[str] = []
+    for number in tokenizer.encode(text, False):
+        if tokenizer.is_special(number):
+            before, _, text = text.partition(tokenizer.token_text(number))
+            written += [*([literal(before)] if before else []), f"<[{number}]>"]
+    return " ".join([*written, *([literal(text)] if text or not written else [])])

@@ -187,7 +187,7 @@ class ObjectScan(CallScan):
     def _end(self) -> Scanned:
         if self._told:
             return DONE
-        arguments = _object_text(self._arguments)
+        arguments = object_text(self._arguments)
         if self._name is None or arguments is None:
             return FAILED
         return Scanned(self._name, arguments, done=True)
@@ -260,7 +260,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def _object_text(raw: str | None) -> str | None:
+def object_text(raw: str | None) -> str | None:
     """Arguments as the JSON text of an object: given as one, as a text of one, or not at all; None if they are none."""
     if raw is None or raw == "null":
         return NO_ARGUMENTS

@@ -93,8 +93,10 @@ async def render(front: Front, serving: Serving, conversation: Conversation) -> 
         text = await front.workers.run(apply)
     except TokenizerError as error:
         raise TemplateFailed(str(error), param=place) from error
-    markers = front.markers(serving)
+    markers, declared = front.markers(serving), serving.declared
     resumed = messages[-1]["content"] if resume else ""
+    if declared is not None:
+        return Rendered(text, front.parts_thinking and declared.left_open(text))
     return Rendered(text, markers is not None and markers.left_open(text, resumed))
 
 

@@ -8,6 +8,7 @@ from .front import Front
 from .guide import grammar_of
 from .headers import Clock
 from .openai_run import Job, Prompt, plan
+from .parting import Parting
 from .prompts import openai_ids
 from .validate import Checked, room_left
 from .validate_openai import check_length
@@ -49,6 +50,7 @@ async def converse(
     max_tokens = check_length(len(prompt.ids), max_tokens, serving.info, conversation.place, wanted)
     prompt = Prompt(prompt.text, prompt.ids, max_tokens, prompt.thinking)
     tools = conversation.tools
-    grammar = await grammar_of(front, serving, checked.form, tools, opened=prompt.thinking)
+    grammar = await grammar_of(front, serving, checked.form, tools, chat=True, opened=prompt.thinking)
     checked = replace(checked, grammar=grammar)
-    return plan(front, serving, [prompt], checked, clock, front.markers(serving), tools)
+    parting = Parting(serving, chat=True, thinking=front.parts_thinking, tools=tools)
+    return plan(front, parting, [prompt], checked, clock)

@@ -71,9 +71,14 @@ class Front:
         """The name of the served model in replies. Raises NotReady."""
         return self.config.served_model_name or self.backend.serving().info.model_id
 
+    @property
+    def parts_thinking(self) -> bool:
+        """Whether thinking is to be told apart from the answer."""
+        return self.config.reasoning_parser == "auto"
+
     def markers(self, serving: Serving) -> Markers | None:
         """Where to part thinking from answer, if that is to be done."""
-        return serving.markers if self.config.reasoning_parser == "auto" else None
+        return serving.markers if self.parts_thinking else None
 
 
 def front_of(request: HttpRequest) -> Front:

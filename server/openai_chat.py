@@ -94,7 +94,7 @@ def _choice(body: ChatBody, job: Job, answer: Answer, index: int) -> dict[str, A
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
         ]
-    if job.markers is not None and body.include_reasoning is not False:
+    if job.parting.thinks and body.include_reasoning is not False:
         # Clients look for it under one name or the other.
         message["reasoning"] = message["reasoning_content"] = answer.reasoning or None
     return {

@@ -17,6 +17,7 @@ from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, Prompt, complete, plan, stream
 from .openai_shapes import answer_headers, completion_logprobs, fingerprint, prompt_logprobs, usage_of
+from .parting import Parting
 from .prompt_scores import moved, prompt_tokens
 from .prompts import given_ids, openai_ids
 from .schema_openai import CompletionBody
@@ -72,7 +73,7 @@ async def _prepare(front: Front, body: CompletionBody, prompts: list[str | list[
     checked = check_completion(body, front.config, serving.info, serving.tokenizer.eos_ids)
     ready = [await _prompt(front, serving, body, prompt, checked.max_tokens) for prompt in prompts]
     checked = replace(checked, grammar=await grammar_of(front, serving, checked.form))
-    return plan(front, serving, ready, checked, clock)
+    return plan(front, Parting(serving), ready, checked, clock)
 
 
 async def _prompt(

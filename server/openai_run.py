@@ -10,11 +10,10 @@ from .detokenize import Detokenizer
 from .front import Front
 from .generate import Done, Progress, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
+from .parting import Parting
 from .reader import Call, Reader, whole
-from .reasoning import Markers, Splitter, visible
+from .reasoning import visible
 from .stream import KEEP_ALIVE, EventStream
-from .tool_parser import ToolParser
-from .tools import ToolUse
 from .validate import Checked, requests_of
 
 
@@ -43,8 +42,7 @@ class Job:
     prompts: list[Prompt]
     checked: Checked
     runs: list[Run]
-    markers: Markers | None
-    tools: ToolUse | None = None
+    parting: Parting
 
     @property
     def text(self) -> str:
@@ -59,7 +57,7 @@ class Job:
     @property
     def legacy(self) -> bool:
         """Whether calls are told as `function_call`."""
-        return self.tools is not None and self.tools.legacy
+        return self.parting.tools is not None and self.parting.tools.legacy
 
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt of one of the sequences."""
@@ -68,17 +66,10 @@ class Job:
     def readers(self) -> list[Reader]:
         """What parts thinking, text and calls, for each sequence."""
         return [
-            Reader(Splitter(self.markers, opened=prompt.thinking), self._parser())
+            self.parting.reader(prompt.text, prompt.thinking)
             for prompt in self.prompts
             for _ in range(self.checked.choices)
         ]
-
-    def _parser(self) -> ToolParser | None:
-        if self.tools is None:
-            return None
-        return ToolParser(
-            self.serving.tool_format, {tool.name: tool.parameters for tool in self.tools.allowed}
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +125,13 @@ class Emitter:
 
 def plan(
     front: Front,
-    serving: Serving,
+    parting: Parting,
     prompts: list[Prompt],
     checked: Checked,
     clock: Clock,
-    markers: Markers | None = None,
-    tools: ToolUse | None = None,
 ) -> Job:
-    """A job of checked prompts; counts it. With `markers` the answers' thinking is split off, with `tools` their calls."""
-    kept = markers.special_ids if markers else frozenset[int]()
-    if tools is not None:
-        kept |= serving.tool_ids
+    """A job of checked prompts; counts it. Its answers are parted as `parting` says."""
+    serving, kept = parting.serving, parting.kept_ids
     runs = [
         Run(
             request,
@@ -167,7 +154,7 @@ def plan(
     front.metrics.validation_duration.observe(clock.submitted())
     # Not `front.model_name`: a server that is asked to stop meanwhile still answers what it has begun.
     model = front.config.served_model_name or serving.info.model_id
-    return Job(serving, model, prompts, checked, runs, markers, tools)
+    return Job(serving, model, prompts, checked, runs, parting)
 
 
 async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine[Any, Any, Job]]) -> Finished:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .generate import Done, Ending, Progress
 from .reasoning import Splitter
@@ -26,8 +26,31 @@ class Call:
     """As JSON text; where the model was cut off, as far as it came."""
 
 
-class Reader:
+class Reader(Protocol):
     """Reads one sequence."""
+
+    def of(self, progress: Progress) -> Told:
+        """What one progress brings."""
+        ...
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The answer so far, calls included, as offsets in the whole text of the sequence."""
+        ...
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Generated tokens that are thinking."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Calls so far."""
+        ...
+
+
+class MarkReader:
+    """Reads the answer of a model whose marks are known: round its thinking, and of its calls."""
 
     def __init__(self, splitter: Splitter, parser: ToolParser | None = None) -> None:
         """Without a parser there are no calls in an answer, whatever it says."""

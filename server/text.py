@@ -39,6 +39,11 @@ class TextTokenizer(Protocol):
         """The one it follows when there are."""
         ...
 
+    @property
+    def response_template(self) -> Any:
+        """How answers are to be read, as the model's files declare it, unchecked; None if they do not."""
+        ...
+
     def template_variables(self, *, tools: bool = False) -> frozenset[str]:
         """What a caller of `apply_chat`, with tools or without, may set. Raises TokenizerError."""
         ...

@@ -36,8 +36,8 @@ class Tags:
 class ToolFormat:
     """How one family of models writes calls: `opening call (between call)* closing`."""
 
-    syntax: Literal["json", "named", "python", "tags"]
-    """`{"name": "f", "arguments": {…}}`, `f[ARGS]{…}`, `f(a=1)`, or as `tags` say."""
+    syntax: Literal["json", "named", "python", "tags", "other"]
+    """`{"name": "f", "arguments": {…}}`, `f[ARGS]{…}`, `f(a=1)`, as `tags` say, or in a way that nobody here can write."""
     tags: Tags | None = None
     marks: tuple[str, ...] = ()
     """Texts that begin calls wherever they stand in an answer; the first is the one to write."""
@@ -45,8 +45,12 @@ class ToolFormat:
     """What comes after calls."""
     bare: str = ""
     """The character that begins calls without a mark, at the start of an answer only."""
+    name: str = "name"
+    """The key of the name."""
     arguments: str = "arguments"
     """The key of the arguments."""
+    name_close: str = ""
+    """Of `named`: what stands between the name and the arguments."""
     opening: tuple[str, ...]
     between: tuple[str, ...]
     closing: tuple[str, ...] = ()
@@ -79,8 +83,11 @@ MISTRAL = ToolFormat(
     closing=("]",),
     short_ids=True,
 )
+ARGUMENTS_MARK, ID_MARK = "[ARGS]", "[CALL_ID]"
+"""Of Mistral: before the arguments, and before an id that some models write as well."""
 MISTRAL_NAMED = ToolFormat(
     syntax="named",
+    name_close=ARGUMENTS_MARK,
     marks=("[TOOL_CALLS]",),
     opening=("[TOOL_CALLS]",),
     between=("[TOOL_CALLS]",),
@@ -120,8 +127,6 @@ GLM = ToolFormat(
     opening=("<tool_call>",), between=("</tool_call>", "\n", "<tool_call>"), closing=("</tool_call>",),
 )  # fmt: skip
 """GLM 4.5 and those after it."""
-ARGUMENTS_MARK, ID_MARK = "[ARGS]", "[CALL_ID]"
-"""Of `named`: before the arguments, and before an id that some models write as well."""
 
 
 def find_format(tokenizer: TextTokenizer) -> ToolFormat:

@@ -82,7 +82,7 @@ class ToolParser:
         self._read(text, found)
         if end:
             self._end(found)
-        return list(_joined(found))
+        return list(joined(found))
 
     def _read(self, text: str, found: list[Piece]) -> None:
         at = 0
@@ -179,14 +179,13 @@ class ToolParser:
             case "tags":
                 assert self._form.tags is not None, "the format has tags"
                 return ObjectScan(self._names) if char == "{" else TagScan(self._form.tags, self._tools)
+            case "other":
+                return None
 
     def _take(self, scanned: Scanned, found: list[Piece]) -> None:
         """What the scan made of its last character."""
         if scanned.name is not None:
-            identity = "".join(secrets.choice(_LETTERS) for _ in range(9))
-            if not self._form.short_ids:
-                identity = f"call_{os.urandom(12).hex()}"
-            found.append(CallStart(self.calls, identity, scanned.name))
+            found.append(CallStart(self.calls, call_id(short=self._form.short_ids), scanned.name))
             self.calls += 1
             self._told, self._after_call, self._raw = True, True, []
         if scanned.arguments:
@@ -224,7 +223,12 @@ class ToolParser:
         self._held = ""
 
 
-def _joined(found: list[Piece]) -> Iterator[Piece]:
+def call_id(*, short: bool = False) -> str:
+    """The id of a new call; a short one is nine letters and digits."""
+    return "".join(secrets.choice(_LETTERS) for _ in range(9)) if short else f"call_{os.urandom(12).hex()}"
+
+
+def joined(found: list[Piece]) -> Iterator[Piece]:
     """The pieces, with neighbours of one kind made one."""
     before: Piece | None = None
     for piece in found:

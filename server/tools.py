@@ -45,6 +45,11 @@ class ToolUse:
     """Whether they came as `functions`, of which one call is told as `function_call`."""
 
     @property
+    def parameters(self) -> Mapping[str, Mapping[str, Any]]:
+        """The schema of the arguments of each tool that may be called, by its name."""
+        return {tool.name: tool.parameters for tool in self.allowed}
+
+    @property
     def guided(self) -> bool:
         """Whether a grammar is needed to keep what was asked for."""
         return self.choice == "required" or not self.parallel or any(tool.strict for tool in self.allowed)

@@ -414,6 +414,17 @@ def test_a_model_without_template_says_so(tmp_path: Path):
         TextTokenizer.from_path(save(tmp_path / "b", {"chat_template": named})).apply_chat(MESSAGES)
 
 
+def test_how_answers_are_to_be_read_is_what_the_files_declare(tmp_path: Path):
+    declared = {"fields": {"content": {}}, "start_anchor": "A:"}
+    path = save(tmp_path / "a", {"chat_template": "C", "response_template": declared})
+    assert TextTokenizer.from_path(path).response_template == declared
+    assert TextTokenizer.from_path(save(tmp_path / "b", {})).response_template is None
+    other = tmp_path / "other.json"
+    other.write_text('{"response_template": {"version": 1}}')
+    tokenizer = TextTokenizer.from_path(path, config=other)
+    assert (tokenizer.response_template, tokenizer.chat_template) == ({"version": 1}, "C")
+
+
 def test_importing_is_light():
     code = "import sys, xlane.models.tokenizer; print({'jax', 'torch', 'transformers', 'gguf'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -31,6 +31,7 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     chat_template: str | None = None
     tool_template: str | None = None
+    response_template: Any = None
 
     def template_variables(self, *, tools: bool = False) -> frozenset[str]:
         return frozenset({"enable_thinking", "thinking", "documents"})
