@@ -8,7 +8,7 @@ and queues; not what the engine computes, and no wire format.
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .errors import EngineError, EngineLost, InvalidRequest
@@ -144,7 +144,7 @@ class Streams:
         return running
 
     async def read(self, request_id: str) -> AsyncGenerator[StepOutput, None]:
-        """Yield the outputs of an open id up to its last; raise the error it ends with."""
+        """Yield the outputs of an open id up to its last, those that wait as one; raise the error it ends with."""
         mailbox = self._mailboxes[request_id]
         items = mailbox.items
         while True:
@@ -153,9 +153,21 @@ class Streams:
             item = items.popleft()
             if isinstance(item, RequestError):
                 raise item.error
-            yield item
-            if item.finish_reason is not None:
+            output = _joined(item, items) if items else item
+            yield output
+            if output.finish_reason is not None:
                 return
+
+
+def _joined(first: StepOutput, behind: deque[Delivery]) -> StepOutput:
+    """An output and those behind it, which are taken: whoever reads late catches up at the price of one."""
+    outputs = [first]
+    while behind and isinstance(following := behind[0], StepOutput):
+        outputs.append(following)
+        behind.popleft()
+    last = outputs[-1]
+    tokens = tuple(token for output in outputs for token in output.tokens)
+    return replace(first, tokens=tokens, finish_reason=last.finish_reason, timing=last.timing)
 
 
 class _LoopSink:

@@ -130,7 +130,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one request got from one turn of the engine."""
+    """What one request got from one turn of the engine, or from several that its reader had not read."""
 
     request_id: str
     tokens: tuple[TokenOutput, ...]

@@ -34,7 +34,7 @@ from xlane.engine import (
 )
 from xlane.engine import proto as proto_package
 from xlane.engine import rpc_server as server_module
-from xlane.engine.local import Delivery, RequestError
+from xlane.engine.local import Delivery, RequestError, Streams
 from xlane.engine.proto import codec
 from xlane.engine.proto import xlane_pb2 as pb
 from xlane.engine.request import MAX_PROMPT_LOGPROBS
@@ -237,6 +237,46 @@ def test_a_turn_is_one_message_and_a_late_reader_gets_several_turns_in_one():
         return [*sizes, *[len(batch.outputs) async for batch in batches]]
 
     assert asyncio.run(scenario()) == [16, 48, MAX_BATCH_ENTRIES, 300 * 16 - MAX_BATCH_ENTRIES]
+
+
+def test_what_is_made_sooner_than_the_pace_goes_together(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "PACE_S", 0.5)
+
+    async def scenario() -> list[int]:
+        connection = connection_of(FakeCore())
+        batches = connection.batches()
+        connection.deliver([StepOutput("a", (TokenOutput(0),))])
+        first = await anext(batches)
+        following = asyncio.ensure_future(anext(batches))
+        for n in range(1, 6):
+            await asyncio.sleep(0)
+            connection.deliver([StepOutput("a", (TokenOutput(n),))])
+        return [len(first.outputs), len((await following).outputs)]
+
+    assert asyncio.run(scenario()) == [1, 5]
+
+
+def test_who_reads_late_gets_what_waits_as_one_output():
+    async def scenario() -> None:
+        first = StepOutput("a", (TokenOutput(1, -0.5),), cached_tokens=3, prompt=(TokenOutput(9, -1.0),))
+        last = StepOutput("a", (TokenOutput(3),), FinishReason.STOP, timing=Timing(1.0, 2.0, 3.0))
+        streams = Streams()
+        streams.open("a")
+        reader = streams.read("a")
+        streams.deliver([first])
+        assert await anext(reader) == first
+        streams.deliver([StepOutput("a", (TokenOutput(2),)), StepOutput("b", (TokenOutput(7),))])
+        streams.deliver([last])
+        assert [output async for output in reader] == [replace(last, tokens=(TokenOutput(2), TokenOutput(3)))]
+        streams.open("b")
+        streams.deliver([replace(first, request_id="b"), StepOutput("b", (TokenOutput(5),))])
+        streams.fail("gone")
+        reader = streams.read("b")
+        assert await anext(reader) == replace(first, request_id="b", tokens=(*first.tokens, TokenOutput(5)))
+        with pytest.raises(EngineLost, match="gone"):
+            await anext(reader)
+
+    asyncio.run(scenario())
 
 
 def test_a_reader_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch):
