@@ -1,12 +1,16 @@
 """What requests ask of an answer's form → one grammar in the engine's request, or a refusal that names what is wrong."""
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
 
 from xlane.engine.grammar_bounds import MAX_LINKS, MAX_OPTIONAL
+from xlane.server import grammars
 from xlane.server.config import ServerConfig
+from xlane.server.errors import Invalid
 
 from ..support.byte_tokenizer import ByteTokenizer, ThinkingTokenizer
 from ..support.obedient import allows
@@ -199,3 +203,36 @@ def test_a_form_holds_for_all_choices(rig: Rig):
     rig.chat(response_format={"type": "json_object"}, n=3)
     assert len({request.grammar for request in rig.engine.submitted}) == 1
     assert len(rig.engine.submitted) == 3
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(grammars, "TIMEOUT_S", 0.05)
+    slow, done = threading.Event(), []
+
+    async def scenario() -> None:
+        checks = grammars.Grammars(100_000)
+        try:
+            with pytest.raises(Invalid, match=r"`g` takes longer than 0\.05 s"):
+                await checks.check(lambda: str(slow.wait(60)), "g")
+            done.append(True)
+        finally:
+            slow.set()
+            checks.close()
+
+    asyncio.run(scenario())
+    assert done
+
+
+def test_a_grammar_that_was_right_is_not_checked_again(monkeypatch: pytest.MonkeyPatch):
+    looked: list[str] = []
+    monkeypatch.setattr(grammars, "check_grammar", looked.append)
+    good, other = (json.dumps({"grammars": [{"lark_grammar": f'start: "{text}"'}]}) for text in "ab")
+
+    async def scenario() -> None:
+        checks = grammars.Grammars(100_000)
+        for text in (good, other, good, other):
+            assert await checks.check(lambda text=text: text, "g") == text
+        checks.close()
+
+    asyncio.run(scenario())
+    assert looked == [good, other]

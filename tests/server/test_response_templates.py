@@ -254,6 +254,9 @@ def test_calls_that_cannot_be_written_are_refused_by_name_where_they_are_require
     assert answer.status_code == 400
     assert "response template" in answer.json()["error"]["message"]
     assert rig.chat(tools=TOOL_LIST).status_code == 200
+    answer = rig.chat(response_format={"type": "json_object"})
+    assert answer.status_code == 400
+    assert "how thinking is written" in answer.json()["error"]["message"]
 
 
 ANSWER = '<think>Hm.</think>Let me look.\n<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
