@@ -11,12 +11,17 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
+from xlane.models.tokenizer import TextTokenizer, TokenizerFiles
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.call_rules import CallRules
 from xlane.server.config import ServerConfig
 from xlane.server.declared import UNKNOWN, find_declared
+from xlane.server.detokenize import Detokenizer
 from xlane.server.generate import Done, Ending, Progress, TextToken
 from xlane.server.grammar import Grammar
 from xlane.server.reader import Call, whole
@@ -283,6 +288,38 @@ def test_delimiters_that_are_control_tokens_are_kept_and_written_as_such():
     start = reader.of(Progress(0, (), "<bos>cnow:{}</call>", DONE)).pieces[0]
     assert isinstance(start, CallStart)
     assert start.name == "now"
+
+
+def test_a_tokenizer_whose_delimiters_are_control_tokens_as_models_have_them():
+    backend = Tokenizer(BPE({char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "<|other|>"]
+    )
+    chat = "{{ tools }}{{ messages[0].content }}<|start|>assistant"
+    tokenizer = TextTokenizer(
+        TokenizerFiles(backend, {"default": chat}, response_template=TEMPLATES["channels"])
+    )
+    declared = find_declared(tokenizer)
+    assert declared is not None
+    assert not declared.left_open(tokenizer.apply_chat([{"role": "user", "content": "a"}]))
+    assert declared.left_open("<|start|>assistant<|channel|>analysis<|message|>")
+    answer = CASES[2].answer.replace("We look", "<|other|>We l\u00f8\u00f8k")
+    text, reader = (
+        Detokenizer(tokenizer, kept_ids=declared.kept_ids),
+        TemplateReader(declared.template, TOOLS),
+    )
+    told = []
+    for token in tokenizer.encode(answer, add_special_tokens=False):
+        text.push(token)
+        told.append(reader.of(Progress(0, (), text.take())))
+    told.append(reader.of(Progress(0, (), text.finish(), DONE)))
+    assert "".join(one.reasoning for one in told) == "We l\u00f8\u00f8k it up."
+    call = whole(piece for one in told for piece in one.pieces)
+    assert [(one.name, json.loads(one.arguments)) for one in call if isinstance(one, Call)] == [
+        ("weather", {"city": "Oslo", "days": 2})
+    ]
 
 
 def test_a_chat_tells_thinking_text_and_calls_whole_and_streamed(rig_of: Any):
