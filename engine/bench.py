@@ -72,7 +72,14 @@ def main(config: EngineConfig, path: Path, options: Mapping[str, Any]) -> int:
     engine.stop()
     if not options.get("json"):
         print(table(engine, ceilings, rows))
-    summary = {"model": config.model_id, "dtype": engine.info.dtype, "kernels": engine.info.kernels}
+    info = engine.info
+    summary = {
+        "model": config.model_id,
+        "dtype": info.dtype,
+        "quantize": info.quantize,
+        "kv_dtype": info.kv_dtype,
+        "kernels": info.kernels,
+    }
     print(json.dumps({**summary, "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}))
     return 0
 
@@ -85,7 +92,7 @@ def measure(engine: Engine, ceilings: Ceilings, concurrency: int, prompt: int, o
     steps = max(1, output - 1)
     step_s = decode_s / steps
     memory = engine.memory
-    flop_per_token = 2 * memory.weights_bytes / np.dtype(jnp.dtype(engine.info.dtype)).itemsize
+    flop_per_token = 2 * engine.info.parameters
     held = concurrency * (prompt + output / 2)
     read = memory.weights_bytes + held * memory.kv_bytes / memory.kv_tokens
     at_least_s = max(
@@ -161,7 +168,7 @@ def table(engine: Engine, ceilings: Ceilings, rows: list[Row]) -> str:
     """For people."""
     info = engine.info
     lines = [
-        f"{info.model_id}: {info.dtype} on {info.device_kind} x{info.device_count}, kernels {info.kernels}",
+        f"{info.model_id}: {info.precision} on {info.device_kind} x{info.device_count}, kernels {info.kernels}",
         f"ceilings here: {ceilings.read_gb_per_s:.1f} GB/s read, {ceilings.matmul_gflop_per_s:.0f} GFLOP/s matmul",
         f"{rows[0].prompt_tokens} prompt tokens, {rows[0].output_tokens} output tokens each" if rows else "",
         "  ".join(f"{name:>13}" for name, _, _ in COLUMNS),

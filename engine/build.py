@@ -27,7 +27,7 @@ from .errors import PlanError
 from .kernels.native import native_kernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
-from .programs import Blueprint, Programs, abstract_params, compile_all, param_sharding
+from .programs import Blueprint, Params, Programs, abstract_params, compile_all, param_sharding
 from .prompt_scores import block_rows
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
 from .watermark import Watermark
@@ -45,9 +45,11 @@ class Built:
     """All that `Runner` and `Scheduler` need, and what was decided on the way."""
 
     programs: Programs
-    params: tuple[jax.Array, ...]
+    params: Params
     memory: MemoryPlan
     kernels_note: str
+    warning: str
+    """Of options that cost speed; empty if none does."""
     chunk_tokens: int
     max_input_tokens: int
 
@@ -76,6 +78,7 @@ def build(
         params=params,
         memory=memory,
         kernels_note=note,
+        warning=slower(blueprint),
         chunk_tokens=blueprint.prefill_tokens[-1],
         max_input_tokens=min(
             config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1
@@ -116,7 +119,7 @@ def design(
     most = _most_tokens(config, model)
     # Some rotary scalings follow from the context that is served, whatever the model was made for.
     model = replace(model, max_positions=most)
-    graph = DecoderGraph.of(model, dtype, packed=kernels.packed)
+    graph = DecoderGraph.of(model, dtype, packed=kernels.packed, quant=config.quantize)
     defaults = DEFAULTS[platform]
     lanes = config.lanes or defaults.lanes
     if lanes % placement.data_size:
@@ -125,12 +128,13 @@ def design(
         )
     chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
     segments = min(SEGMENTS, lanes)
+    kv_dtype = config.kv_dtype or dtype
     itemsize = jnp.dtype(dtype).itemsize
     one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
     temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), block_rows(lanes), itemsize)
     demand = Demand(
         weights_bytes=held_bytes(abstract_params(graph.specs, placement)),
-        page_bytes=held_bytes(abstract_kv(model, one_page, dtype, placement)),
+        page_bytes=held_bytes(abstract_kv(model, one_page, kv_dtype, placement)),
         state_bytes=held_bytes(abstract_state(one_page, placement)),
         temp_bytes=temp_bytes * placement.mesh.size,
     )
@@ -143,6 +147,8 @@ def design(
         placement=placement,
         shapes=shapes,
         dtype=dtype,
+        quantize=config.quantize,
+        kv_dtype=kv_dtype,
         decode_rows=decode_rows(lanes, placement.data_size),
         prefill_tokens=prefill_tokens(chunk, 16 if platform == "cpu" else 64),
         prefill_segments=segments,
@@ -234,7 +240,18 @@ def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:
     return least_of_all(int(stats["bytes_limit"] * config.memory_fraction)) * placement.mesh.size
 
 
-def _load(blueprint: Blueprint, source: WeightSource | None, report: Progress) -> tuple[jax.Array, ...]:
+def slower(blueprint: Blueprint) -> str:
+    """What is slower for the options taken than it would be without; empty if nothing is (docs/performance.md)."""
+    platform = blueprint.placement.mesh.devices.flat[0].platform
+    if platform == "cpu" and blueprint.quantize and not blueprint.kernels.packed:
+        return (
+            f"--quantize {blueprint.quantize} saves memory and costs speed here: XLA expands the weights anew in each "
+            "step on CPUs; the native kernels do not"
+        )
+    return ""
+
+
+def _load(blueprint: Blueprint, source: WeightSource | None, report: Progress) -> Params:
     def place(spec):
         return param_sharding(blueprint.placement, spec)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,10 @@ class EngineConfig:
     """`auto` reads the checkpoint; `dummy` fills the weights with small random numbers, for benchmarks."""
     dtype: str | None = None
     """`float32` or `bfloat16`, for weights, activations and KV; default float32 on CPU, bfloat16 elsewhere."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Keep weights in 8 bits (a scale for each output) or 4 (one for 32 inputs of each); default in `dtype`."""
+    kv_dtype: Literal["int8"] | None = None
+    """Keep keys and values in 8 bits, with a scale for each token and head; default in `dtype`."""
 
     data_parallel: int = 1
     """Size of the mesh axis `data`: lanes are split over it."""

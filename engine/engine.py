@@ -11,6 +11,7 @@ import jax
 from llguidance import LLTokenizer
 
 from ..models.config import ModelConfig
+from ..models.spec import parameters
 from ..models.weights import WeightSource
 from .build import Built, Progress, build
 from .config import EngineConfig
@@ -87,6 +88,10 @@ class Engine:
             max_queued=config.max_queued,
             kernels=built.kernels_note,
             memory_bytes=built.memory.limit_bytes,
+            warning=built.warning,
+            quantize=blueprint.quantize or "",
+            kv_dtype=config.kv_dtype or "",
+            parameters=parameters(blueprint.graph.specs),
             weights_bytes=built.memory.weights_bytes,
             kv_bytes=built.memory.kv_bytes,
             temp_bytes=built.memory.temp_bytes,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .batch import DECODE_WIDTH
-from .programs import Programs
+from .programs import Params, Programs
 from .sampler import mask_width
 from .state import abstract_kv, abstract_state, zeros_like
 from .turn import ProgramKind
@@ -28,12 +28,12 @@ class Made(NamedTuple):
 class Launcher:
     """Parameters, KV pool, lane state and the programs over them."""
 
-    def __init__(self, programs: Programs, params: tuple[jax.Array, ...]) -> None:
+    def __init__(self, programs: Programs, params: Params) -> None:
         b = programs.blueprint
         self._programs = programs
         self._params = params
         self._placement = b.placement
-        self._kv = zeros_like(abstract_kv(b.config, b.shapes, b.dtype, b.placement))
+        self._kv = zeros_like(abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement))
         self._state = zeros_like(abstract_state(b.shapes, b.placement))
         self._decode_plan: tuple[bytes, jax.Array] | None = None
         self._mask_width = mask_width(b.shapes.vocab)

@@ -17,6 +17,8 @@ def depends_on(blueprint: Blueprint, jax_version: str) -> dict[str, Any]:
     return {
         "model": asdict(blueprint.config),
         "dtype": blueprint.dtype,
+        "quantize": blueprint.quantize,
+        "kv_dtype": blueprint.kv_dtype,
         "shapes": blueprint.shapes._asdict(),
         "decode_rows": blueprint.decode_rows,
         "prefill_tokens": blueprint.prefill_tokens,

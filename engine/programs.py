@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from ..models.config import ModelConfig
 from ..models.decoder import DecoderGraph
-from ..models.kernels import Kernels, KvLayer, PagedBatch
-from ..models.spec import ParamSpec
+from ..models.kernels import Kernels, KvLayer, PagedBatch, Weight
+from ..models.spec import ParamSpec, Quant
 from ..sharding.mesh import Placement
 from .batch import DECODE_WIDTH, pack_result, prefill_size, read_decode, read_prefill
 from .prompt_scores import block_rows, prompt_scores
@@ -27,7 +27,7 @@ from .state import LaneState, Shapes, abstract_kv, abstract_state, described
 from .turn import NO_PAGE
 from .watermark import Watermark
 
-Params = tuple[jax.Array, ...]
+Params = tuple[Weight, ...]
 Kv = tuple[KvLayer, ...]
 
 
@@ -41,6 +41,10 @@ class Blueprint:
     placement: Placement
     shapes: Shapes
     dtype: str
+    quantize: Quant | None
+    """How weights are stored, if in fewer bits than `dtype` has."""
+    kv_dtype: str
+    """Of keys and values: `dtype` or int8."""
     decode_rows: tuple[int, ...]
     """Row counts of the decode programs, ascending; the last is the number of lanes."""
     prefill_tokens: tuple[int, ...]
@@ -227,7 +231,7 @@ def _lower(
     """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
     b = blueprint
     params = abstract_params(b.graph.specs, b.placement)
-    kv = abstract_kv(b.config, b.shapes, b.dtype, b.placement)
+    kv = abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement)
     state = abstract_state(b.shapes, b.placement)
     mask_shape = (mask_rows, mask_width(b.shapes.vocab))
     plan, mask = (described(shape, jnp.int32, b.placement.replicated) for shape in (plan_shape, mask_shape))
@@ -260,9 +264,12 @@ def _compile(name: str, lowered: Any) -> tuple[Any, ProgramInfo]:
 
 def abstract_params(specs: Sequence[ParamSpec], placement: Placement) -> Params:
     """Shapes, types and placement of the parameters."""
-    return tuple(described(spec.stored_shape, spec.dtype, param_sharding(placement, spec)) for spec in specs)
+    return tuple(
+        spec.joined([described(p.stored_shape, p.dtype, param_sharding(placement, p)) for p in spec.parts])
+        for spec in specs
+    )
 
 
 def param_sharding(placement: Placement, spec: ParamSpec) -> jax.sharding.NamedSharding:
-    """Where one parameter lies."""
+    """Where one parameter lies, or one part of a quantised one."""
     return placement.replicated if spec.packed else placement.fitted(spec.axes, spec.shape)

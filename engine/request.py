@@ -178,14 +178,27 @@ class EngineInfo:
     max_queued: int
     kernels: str
     """Which attention and matmul implementation was chosen, and why."""
+    warning: str = ""
+    """What whoever chose these options should know of them."""
     memory_bytes: int = 0
     """What the engine may use, over all devices."""
+    quantize: str = ""
+    """How weights are stored, if in fewer bits than `dtype` has."""
+    kv_dtype: str = ""
+    """Of keys and values, if not `dtype`."""
+    parameters: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
     temp_bytes: int = 0
     """The largest program's temporaries."""
     programs: tuple[ProgramInfo, ...] = field(default=())
     version: str = ""
+
+    @property
+    def precision(self) -> str:
+        """For people: what is computed in, and how weights are stored if otherwise."""
+        others = (("weights", self.quantize), ("KV", self.kv_dtype))
+        return ", ".join([self.dtype, *(f"{name} {kind}" for name, kind in others if kind)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ Of several processes that serve one model process 0 calls `start`, and each othe
 
 import contextlib
 import gc
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from llguidance import LLTokenizer
 
 from ..models.guidance import guidance_tokenizer
 from ..models.opened import open_model
+from ..models.spec import parameters
 from ..models.tokenizer import TextTokenizer
 from ..tpu.runtime import use_compile_cache
 from .build import Progress, build, compile_within, design
@@ -90,12 +90,13 @@ def describe(config: EngineConfig, path: Path) -> dict[str, Any]:
     return {
         "model": config.model_id,
         "family": model.family,
-        "parameters": sum(math.prod(spec.shape) for spec in blueprint.graph.specs),
+        "parameters": parameters(blueprint.graph.specs),
         "layers": model.layers,
         "context tokens": model.max_positions,
         "dtype": blueprint.dtype,
+        "quantize": blueprint.quantize or "none",
         "weights bytes": memory.weights_bytes,
-        "KV cache bytes per token": page_bytes(model, 1, blueprint.dtype),
+        "KV cache bytes per token": page_bytes(model, 1, blueprint.kv_dtype),
         "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
         "devices": blueprint.placement.mesh.size,
         "memory bytes": memory.limit_bytes,

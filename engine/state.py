@@ -15,6 +15,8 @@ from ..sharding.mesh import Placement
 from .request import MAX_LOGIT_BIAS
 from .sampler import SamplingRows
 
+SCALE_BYTES = 4
+"""Of a scale of int8 keys or values, float32."""
 MAX_STOP_IDS = 32
 """Stop tokens a lane can hold."""
 
@@ -55,8 +57,9 @@ def kv_shape(config: ModelConfig, shapes: Shapes) -> tuple[int, int, int, int]:
 
 
 def page_bytes(config: ModelConfig, page_tokens: int, dtype: str) -> int:
-    """Bytes of one page in all layers, keys and values."""
-    return 2 * config.layers * config.kv_heads * page_tokens * config.head_dim * jnp.dtype(dtype).itemsize
+    """Bytes of one page in all layers, keys and values, of int8 with their scales."""
+    vector = config.head_dim * jnp.dtype(dtype).itemsize + (SCALE_BYTES if dtype == "int8" else 0)
+    return 2 * config.layers * config.kv_heads * page_tokens * vector
 
 
 def described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -102,10 +105,11 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
 
 
 def abstract_kv(config: ModelConfig, shapes: Shapes, dtype: str, placement: Placement) -> tuple[KvLayer, ...]:
-    """Shapes, types and placement of the pool, one entry a layer."""
-    sharding = placement.sharding(("kv_heads", None, None, None))
-    pool = described(kv_shape(config, shapes), dtype, sharding)
-    return tuple(KvLayer(pool, pool) for _ in range(config.layers))
+    """Shapes, types and placement of the pool, one entry a layer. int8 has its scales beside it."""
+    shape, axes = kv_shape(config, shapes), ("kv_heads", None, None, None)
+    pool = described(shape, dtype, placement.sharding(axes))
+    scales = described(shape[:3], jnp.float32, placement.sharding(axes[:3])) if dtype == "int8" else None
+    return tuple(KvLayer(pool, pool, scales, scales) for _ in range(config.layers))
 
 
 def held_bytes(abstract: Any) -> int:

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..sharding.mesh import Placement
 from .grouped import in_turns, ragged
-from .kernels import KvLayer, PagedBatch
+from .kernels import KvLayer, PagedBatch, Weight
+from .quantize import operand, vectors_to_int8
 
 BLOCK_TOKENS = 128
 """Keys looked at per turn of the loop: large enough to hide the loop, small enough to waste little at the end."""
@@ -34,8 +35,9 @@ class XlaKernels:
         self._cpu = platform == "cpu"
         self.placement = placement
 
-    def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+    def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
         """x [T, D] @ weight [..., D] -> [T, outputs]."""
+        weight, scales = operand(weight, x.dtype)
         if self._cpu and 1 < x.shape[0] <= 64:
             # XLA:CPU repacks its right operand at each call; with few rows the weight must be the left one.
             product = jax.lax.dot_general(
@@ -52,9 +54,11 @@ class XlaKernels:
                 (((1,), (weight.ndim - 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
+        if scales is not None:
+            product = product * scales[None]
         return product.reshape(x.shape[0], outputs).astype(x.dtype)
 
-    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
+    def grouped_linear(self, x: jax.Array, weight: Weight, sizes: jax.Array, outputs: int) -> jax.Array:
         """See `Kernels.grouped_linear`."""
         product = in_turns(x, weight, sizes) if self._cpu else ragged(x, weight, sizes)
         return product.reshape(x.shape[0], outputs).astype(x.dtype)
@@ -95,7 +99,18 @@ def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLayer
     def put(pool: jax.Array, new: jax.Array) -> jax.Array:
         return pool.at[:, page, slot].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
-    return KvLayer(put(kv.k, k), put(kv.v, v))
+    if kv.k_scales is None or kv.v_scales is None:
+        return KvLayer(put(kv.k, k), put(kv.v, v))
+    (k, k_scales), (v, v_scales) = vectors_to_int8(k), vectors_to_int8(v)
+    return KvLayer(put(kv.k, k), put(kv.v, v), put(kv.k_scales, k_scales), put(kv.v_scales, v_scales))
+
+
+def _held(pool: jax.Array, scales: jax.Array | None, pages: jax.Array) -> jax.Array:
+    """What pages [..., n] hold, one behind the other: float32[K, ..., n W, H]."""
+    kv_heads, _, page_tokens, head_dim = pool.shape
+    shape = (kv_heads, *pages.shape[:-1], pages.shape[-1] * page_tokens)
+    held = pool[:, pages].reshape(*shape, head_dim).astype(jnp.float32)
+    return held if scales is None else held * scales[:, pages].reshape(*shape, 1)
 
 
 def _block_pages(table: jax.Array, page_tokens: int) -> tuple[jax.Array, int]:
@@ -154,15 +169,12 @@ def _attend_rows(
     size = count * page_tokens
     position = batch.positions[None, :, None, None]
 
-    def gather(pool: jax.Array, pages: jax.Array) -> jax.Array:
-        return pool[:, pages].reshape(kv_heads, rows, size, head_dim).astype(jnp.float32)
-
     def body(block: jax.Array, carry):
         pages = jax.lax.dynamic_slice_in_dim(table, block * count, count, axis=1)
-        scores = jnp.einsum("ktgh,ktsh->ktgs", q, gather(kv.k, pages))
+        scores = jnp.einsum("ktgh,ktsh->ktgs", q, _held(kv.k, kv.k_scales, pages))
         keys = _keys(block, size)
         scores = adjust(scores, position, keys)
-        values = jnp.where((keys <= position).swapaxes(2, 3), gather(kv.v, pages), 0.0)
+        values = jnp.where((keys <= position).swapaxes(2, 3), _held(kv.v, kv.v_scales, pages), 0.0)
         return _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ktsh->ktgh")
 
     blocks = (batch.positions.max() + size) // size
@@ -182,17 +194,14 @@ def _attend_packed(
     ends = jnp.cumsum(row_blocks)
     position = batch.positions[None, :, None, None]
 
-    def gather(pool: jax.Array, pages: jax.Array) -> jax.Array:
-        return pool[:, pages].reshape(kv_heads, size, head_dim).astype(jnp.float32)
-
     def body(turn: jax.Array, carry):
         row = jnp.searchsorted(ends, turn, side="right").astype(jnp.int32)
         block = turn - (ends[row] - row_blocks[row])
         pages = jax.lax.dynamic_slice(table, (row, block * count), (1, count))[0]
-        scores = jnp.einsum("ktgh,ksh->ktgs", q, gather(kv.k, pages))
+        scores = jnp.einsum("ktgh,ksh->ktgs", q, _held(kv.k, kv.k_scales, pages))
         keys = _keys(block, size)
         scores = adjust(scores, position, keys)
-        values = jnp.where((keys < held[row]).swapaxes(2, 3)[0], gather(kv.v, pages), 0.0)
+        values = jnp.where((keys < held[row]).swapaxes(2, 3)[0], _held(kv.v, kv.v_scales, pages), 0.0)
         new = _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ksh->ktgh")
         # What a row holds must not reach another's tokens, not even as 0 times NaN.
         mine = (batch.rows == row)[None, :, None]

@@ -17,11 +17,11 @@ from ..sharding.axes import Constrain
 from .attention import default_scale
 from .config import ModelConfig
 from .experts import RoutedFeedForward
-from .kernels import Kernels, KvLayer, PagedBatch
+from .kernels import Kernels, KvLayer, PagedBatch, Weight
 from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, gated, param, softcap
 from .norms import norm
 from .rope import rotate, rotation
-from .spec import ParamSpec
+from .spec import ParamSpec, Quant
 
 
 class Layer(nnx.Module):
@@ -218,16 +218,18 @@ class Decoder(nnx.Module):
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
-    """A decoder taken apart: structure here, arrays as a flat tuple elsewhere, in the order of `specs`."""
+    """A decoder taken apart: structure here, parameters as a tuple elsewhere, in the order of `specs`."""
 
     graph: nnx.GraphDef
     tree: Any
     specs: tuple[ParamSpec, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str, *, packed: bool = False) -> "DecoderGraph":
+    def of(
+        cls, config: ModelConfig, dtype: str, *, packed: bool = False, quant: Quant | None = None
+    ) -> "DecoderGraph":
         """Describe a decoder without allocating anything."""
-        abstract = nnx.eval_shape(lambda: Decoder(config, Style(dtype, packed)))
+        abstract = nnx.eval_shape(lambda: Decoder(config, Style(dtype, packed, quant)))
         graph, state = nnx.split(abstract)
         specs = tuple(
             replace(param.get_metadata()["spec"], path=".".join(map(str, path)))
@@ -235,6 +237,6 @@ class DecoderGraph:
         )
         return cls(graph, jax.tree.structure(state), specs)
 
-    def merge(self, params: tuple[jax.Array, ...]) -> Decoder:
+    def merge(self, params: tuple[Weight, ...]) -> Decoder:
         """Parameters in the order of `specs` -> a decoder. While tracing only."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, jax.tree.leaves(params)))

@@ -4,12 +4,14 @@ Tokens are put in order of their experts, so that each expert's are one block of
 does this for the experts it holds. Knows no tokens' requests, and not how groups are multiplied (`kernels.py`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from .config import Experts, ModelConfig
-from .kernels import Kernels
+from .kernels import Kernels, Weight
 from .modules import Linear, Style, gated, param
 
 MASKED = -1e30
@@ -21,11 +23,13 @@ class RoutedFeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, experts: Experts, style: Style) -> None:
         d, x, f = config.hidden_size, experts.count, experts.ffn_size
         self.config, self.choice = config, experts
-        self.router = Linear((x, d), (None, None), experts.router_bias, style)
+        self.router = Linear((x, d), (None, None), experts.router_bias, style.unquantized())
         self.gate_up = Stack((x, 2, f, d), experts.bias, style)
         self.down = Stack((x, d, f), experts.bias, style)
         self.shared = Shared(config, experts.shared_ffn_size, style) if experts.shared_ffn_size else None
-        self.shared_gate = Linear((1, d), (None, None), False, style) if experts.shared_gate else None
+        self.shared_gate = (
+            Linear((1, d), (None, None), False, style.unquantized()) if experts.shared_gate else None
+        )
 
     def __call__(self, x: jax.Array, real: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D], of which the rows that are `real` bool[T] count -> [T, D]."""
@@ -34,7 +38,7 @@ class RoutedFeedForward(nnx.Module):
         chosen = jnp.where(real[:, None], chosen, self.choice.count)
         stacks = (*self.gate_up.arrays(), *self.down.arrays())
 
-        def compute(first: jax.Array | int, rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]):
+        def compute(first: jax.Array | int, rows: tuple[jax.Array, ...], stacks: tuple[Weight, ...]):
             x, chosen, shares = rows
             return self._routed(x, chosen, shares, first, stacks, kernels)
 
@@ -56,19 +60,19 @@ class RoutedFeedForward(nnx.Module):
         chosen: jax.Array,
         shares: jax.Array,
         first: jax.Array | int,
-        stacks: tuple[jax.Array, ...],
+        stacks: tuple[Weight, ...],
         kernels: Kernels,
     ) -> jax.Array:
         """What the experts from `first` on, whose parameters are `stacks`, make of x [T, D] -> [T, D]."""
         (gate_up, *up_bias), (down, *down_bias) = stacks[: len(stacks) // 2], stacks[len(stacks) // 2 :]
-        (tokens, choices), held = chosen.shape, gate_up.shape[0]
+        (tokens, choices), held = chosen.shape, jax.tree.leaves(gate_up)[0].shape[0]
         group = chosen.reshape(-1) - first
         group = jnp.where((group >= 0) & (group < held), group, held)
         order = jnp.argsort(group, stable=True)
         group = group[order]
         sizes = jnp.zeros(held, jnp.int32).at[group].add(1, mode="drop")
 
-        def biased(y: jax.Array, bias: list[jax.Array]) -> jax.Array:
+        def biased(y: jax.Array, bias: list[Any]) -> jax.Array:
             return y + bias[0].reshape(held, -1).at[group].get(mode="clip") if bias else y
 
         size = self.choice.ffn_size
@@ -85,12 +89,13 @@ class Stack(nnx.Module):
 
     def __init__(self, shape: tuple[int, ...], bias: bool, style: Style) -> None:
         axes = ("experts", *(None,) * (len(shape) - 1))
-        self.weight = param(shape, axes, style.dtype, style.packed, stacked=True)
+        self.weight = param(shape, axes, style.dtype, style.packed, stacked=True, quant=style.quant)
         self.bias = param(shape[:-1], axes[:-1], style.dtype) if bias else None
 
-    def arrays(self) -> tuple[jax.Array, ...]:
+    def arrays(self) -> tuple[Weight, ...]:
         """The weights, and the biases if there are any."""
-        return (self.weight[...],) if self.bias is None else (self.weight[...], self.bias[...])
+        weight = self.weight.get_value()
+        return (weight,) if self.bias is None else (weight, self.bias[...])
 
 
 class Shared(nnx.Module):

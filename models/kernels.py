@@ -9,6 +9,10 @@ from typing import NamedTuple, Protocol
 import jax
 
 from ..sharding.mesh import Placement
+from .spec import Quantized
+
+Weight = jax.Array | Quantized[jax.Array]
+"""A stored weight."""
 
 
 class PagedBatch(NamedTuple):
@@ -30,6 +34,9 @@ class KvLayer(NamedTuple):
     """[K, P, W, H]"""
     v: jax.Array
     """[K, P, W, H]"""
+    k_scales: jax.Array | None = None
+    """float32[K, P, W], where keys and values are int8: what each token's are to be multiplied with, head by head."""
+    v_scales: jax.Array | None = None
 
 
 class Kernels(Protocol):
@@ -45,7 +52,7 @@ class Kernels(Protocol):
         """Weights are stored as panels (see `spec.pack`)."""
         ...
 
-    def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
+    def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
         """x [T, D] times a stored weight -> [T, outputs], accumulated in float32, in x's dtype."""
         ...
 
@@ -54,7 +61,7 @@ class Kernels(Protocol):
         """How devices are arranged, where they are several."""
         ...
 
-    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
+    def grouped_linear(self, x: jax.Array, weight: Weight, sizes: jax.Array, outputs: int) -> jax.Array:
         """Rows x [S, D] in groups behind each other, `sizes` int32[X] of them, each group times a stored weight of its own,
         [X, …, D] in all -> [S, outputs] as `linear` does; rows behind the last group may give anything finite."""
         ...

@@ -1,23 +1,35 @@
-"""Parameters onto the devices, shard by shard: read, cast, packed if need be, placed. The host never holds a full copy.
+"""Parameters onto the devices, shard by shard: read, cast, quantised and packed if need be, placed. The host never holds a
+full copy.
 
 Knows specs, a `WeightSource` and one sharding per spec; neither file formats nor what a mesh is.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .kernels import Weight
+from .quantize import INT4_LEAST, INT8_MOST, quantized
 from .spec import ParamSpec, pack
 from .weights import Index, WeightSource
 
 THREADS = 4
 """Parameters in flight, which bounds the host memory that loading takes."""
 
+BLOCK_BYTES = 1 << 20
+"""Of a weight in float32, quantised at a time."""
+MOST = 0.035
+"""Magnitude of dummy weights: a standard deviation of 0.02, as models are initialised."""
+
 ShardingFor = Callable[[ParamSpec], jax.sharding.Sharding]
+Reader = Callable[[Index | None], np.ndarray]
+"""Gives the content of one shard of an array."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -27,8 +39,8 @@ def load_params(
     source: WeightSource,
     sharding_for: ShardingFor,
     progress: Progress | None = None,
-) -> tuple[jax.Array, ...]:
-    """Load every parameter, in the order of `specs`.
+) -> tuple[Weight, ...]:
+    """Load every parameter, in the order of `specs`. `sharding_for` is asked for each array (`ParamSpec.parts`).
 
     Raises:
         CheckpointError: before any weight is read, if specs and checkpoint do not fit.
@@ -36,7 +48,7 @@ def load_params(
     source.check(specs)
     total, done = sum(spec.nbytes for spec in specs), 0
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
-        loading = {pool.submit(_load, spec, source, sharding_for(spec)): spec for spec in specs}
+        loading = {pool.submit(_load, spec, source, sharding_for): spec for spec in specs}
         try:
             for future in as_completed(loading):
                 future.result()
@@ -49,47 +61,116 @@ def load_params(
     return tuple(future.result() for future in loading)
 
 
-def _load(spec: ParamSpec, source: WeightSource, sharding: jax.sharding.Sharding) -> jax.Array:
-    # The callback's arrays are never written again: on CPU the device may use their memory as it is.
-    array = jax.make_array_from_callback(spec.stored_shape, sharding, _reader(spec, source, sharding))
-    return array.block_until_ready()
+def _load(spec: ParamSpec, source: WeightSource, sharding_for: ShardingFor) -> Weight:
+    shardings = [sharding_for(part) for part in spec.parts]
+    # The callbacks' arrays are never written again: on CPU the device may use their memory as it is.
+    arrays = [
+        jax.make_array_from_callback(part.stored_shape, sharding, read).block_until_ready()
+        for part, sharding, read in zip(spec.parts, shardings, _readers(spec, source, shardings), strict=True)
+    ]
+    return spec.joined(arrays)
 
 
-def _reader(
-    spec: ParamSpec, source: WeightSource, sharding: jax.sharding.Sharding
-) -> Callable[[Index | None], np.ndarray]:
-    """What gives a shard its content: its own rows where they are contiguous in the file, else a cut of the whole."""
-    by_rows = not spec.packed and sharding.shard_shape(spec.shape)[-1] == spec.shape[-1]
+def _readers(
+    spec: ParamSpec, source: WeightSource, shardings: Sequence[jax.sharding.Sharding]
+) -> list[Reader]:
+    """What gives the shards of each part their content: their own rows where these are contiguous in the file, else a cut
+    of the whole."""
+    by_rows = not spec.packed and all(
+        sharding.shard_shape(part.shape)[-1] == part.shape[-1]
+        for part, sharding in zip(spec.parts, shardings, strict=True)
+    )
     if by_rows or len(spec.shape) == 1:
-        return lambda index: source.read(spec, index or _whole(spec))
+        read = _Rows(spec, source)
+        return [partial(read, number) for number in range(len(spec.parts))]
     # A split along the inputs takes a piece of every row: one read of all rows serves all shards.
-    whole = source.read(spec, _whole(spec))
-    stored = pack(whole, spec.stacked) if spec.packed else whole
-    return lambda index: np.ascontiguousarray(stored[index or ...])
+    whole = _stored(spec, source, _whole(spec))
+    stored = [pack(part, spec.stacked) for part in whole] if spec.packed else whole
+    return [partial(_cut, part) for part in stored]
+
+
+def _cut(whole: np.ndarray, index: Index | None) -> np.ndarray:
+    return np.ascontiguousarray(whole[index or ...])
+
+
+class _Rows:
+    """Reads a shard when the first of its parts is asked for; the parts of a parameter have their rows alike."""
+
+    def __init__(self, spec: ParamSpec, source: WeightSource) -> None:
+        self._spec, self._source = spec, source
+        self._left: dict[tuple[tuple[int, int, int], ...], tuple[np.ndarray, ...]] = {}
+
+    def __call__(self, number: int, index: Index | None) -> np.ndarray:
+        """Part `number` of a shard."""
+        rows = (*(index or _whole(self._spec))[:-1], slice(self._spec.shape[-1]))
+        if len(self._spec.parts) == 1:
+            return _stored(self._spec, self._source, index or rows)[0]
+        key = tuple(part.indices(size) for part, size in zip(rows, self._spec.shape, strict=True))
+        if key not in self._left:
+            self._left[key] = _stored(self._spec, self._source, rows)
+        return self._left[key][number]
+
+
+def _stored(spec: ParamSpec, source: WeightSource, index: Index) -> tuple[np.ndarray, ...]:
+    """A slice of each part, not packed. Of a quantised weight never more than BLOCK_BYTES are there unquantised."""
+    if spec.quant is None:
+        return (source.read(spec, index),)
+    sizes = [len(range(*part.indices(size))) for part, size in zip(index[:-1], spec.shape, strict=False)]
+    out = tuple(np.empty((*sizes, part.shape[-1]), part.dtype) for part in spec.parts)
+    in_full = replace(spec, dtype="float32")
+    for here, there in _blocks(index, spec.shape):
+        for part, made in zip(out, quantized(source.read(in_full, there), spec.quant), strict=True):
+            part[here] = made
+    return out
+
+
+def _blocks(index: Index, shape: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
+    """Cut a slice of an array of float32 into blocks of rows -> (where in the slice, where in the array)."""
+    start, stop, _ = index[0].indices(shape[0])
+    entry_bytes = 4 * math.prod(shape[1:])
+    if entry_bytes > BLOCK_BYTES and len(shape) > 2:
+        for at in range(start, stop):
+            for here, there in _blocks(index[1:], shape[1:]):
+                yield (slice(at - start, at - start + 1), *here), (slice(at, at + 1), *there)
+        return
+    step = max(1, BLOCK_BYTES // entry_bytes)
+    for at in range(start, stop, step):
+        end = min(at + step, stop)
+        yield (slice(at - start, end - start),), (slice(at, end), *index[1:])
 
 
 def _whole(spec: ParamSpec) -> Index:
     return tuple(slice(0, size) for size in spec.shape)
 
 
-def dummy_params(
-    specs: Sequence[ParamSpec], sharding_for: ShardingFor, seed: int = 0
-) -> tuple[jax.Array, ...]:
+def dummy_params(specs: Sequence[ParamSpec], sharding_for: ShardingFor, seed: int = 0) -> tuple[Weight, ...]:
     """Small random numbers made on the devices (norm scales are 1), for measuring without weights."""
     key = jax.random.key(seed)
     fills: dict[tuple[object, ...], Callable[[jax.Array], jax.Array]] = {}
     result = []
     for number, spec in enumerate(specs):
-        kind = (spec.stored_shape, spec.dtype, sharding_for(spec), spec.path.endswith(".scale"))
-        if kind not in fills:
-            shape, dtype, sharding, is_scale = kind
-            fills[kind] = jax.jit(partial(_fill, shape, dtype, is_scale), out_shardings=sharding)
-        result.append(fills[kind](jax.random.fold_in(key, number)))
+        arrays = []
+        for part in spec.parts:
+            constant = _constant(spec, part)
+            kind = (part.stored_shape, part.dtype, sharding_for(part), constant)
+            if kind not in fills:
+                shape, dtype, sharding, _ = kind
+                fills[kind] = jax.jit(partial(_fill, shape, dtype, constant), out_shardings=sharding)
+            arrays.append(fills[kind](jax.random.fold_in(key, number)))
+        result.append(spec.joined(arrays))
     return tuple(result)
 
 
-def _fill(shape: tuple[int, ...], dtype: str, is_scale: bool, key: jax.Array) -> jax.Array:
-    if is_scale:
-        return jnp.ones(shape, dtype)
-    # Standard deviation 0.02, as models are initialised.
-    return jax.random.uniform(key, shape, dtype, -0.035, 0.035)
+def _constant(spec: ParamSpec, part: ParamSpec) -> float | None:
+    """What an array is full of, if it is not random."""
+    if part is not spec and part.dtype not in ("int8", "uint8"):
+        return MOST / (INT8_MOST if spec.quant == "int8" else -INT4_LEAST)
+    return 1.0 if spec.path.endswith(".scale") else None
+
+
+def _fill(shape: tuple[int, ...], dtype: str, constant: float | None, key: jax.Array) -> jax.Array:
+    if constant is not None:
+        return jnp.full(shape, constant, dtype)
+    if dtype in ("int8", "uint8"):
+        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
+    return jax.random.uniform(key, shape, dtype, -MOST, MOST)

@@ -5,7 +5,7 @@ Knows how weights are stored and who multiplies them; not what a layer does with
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -14,7 +14,8 @@ from flax import nnx
 
 from .config import Activation, ModelConfig
 from .kernels import Kernels
-from .spec import PANEL, ParamSpec
+from .quantize import dequantized
+from .spec import GROUP, PANEL, ParamSpec, Quant, Quantized
 
 ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -32,6 +33,16 @@ class Style:
 
     dtype: str
     packed: bool
+    quant: Quant | None = None
+    """Of weights; of a map whose inputs do not divide into groups int8 where int4 is asked for."""
+
+    def unquantized(self) -> "Style":
+        """For a weight that is small and decides much."""
+        return replace(self, quant=None)
+
+    def by_row(self) -> "Style":
+        """For a table of vectors, of which single rows are read too, and few bits cost most: int8 at least."""
+        return replace(self, quant=self.quant and "int8")
 
 
 def param(
@@ -40,10 +51,15 @@ def param(
     dtype: str,
     packed: bool = False,
     stacked: bool = False,
+    quant: Quant | None = None,
 ) -> nnx.Param:
     """A parameter that carries its own description. Built under `nnx.eval_shape`, so nothing is allocated."""
-    spec = ParamSpec("", shape, dtype, axes, packed, stacked)
-    return nnx.Param(jnp.zeros(spec.stored_shape, dtype), spec=spec)
+    if quant == "int4" and shape[-1] % GROUP:
+        quant = "int8"
+    spec = ParamSpec("", shape, dtype, axes, packed, stacked, quant)
+    return nnx.Param(
+        spec.joined([jnp.zeros(part.stored_shape, part.dtype) for part in spec.parts]), spec=spec
+    )
 
 
 class Linear(nnx.Module):
@@ -53,12 +69,12 @@ class Linear(nnx.Module):
         self, shape: tuple[int, ...], axes: tuple[str | None, ...], bias: bool, style: Style
     ) -> None:
         self.outputs = math.prod(shape[:-1])
-        self.weight = param(shape, axes, style.dtype, style.packed)
+        self.weight = param(shape, axes, style.dtype, style.packed, quant=style.quant)
         self.bias = param(shape[:-1], axes[:-1], style.dtype) if bias else None
 
     def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D] -> [T, outputs]."""
-        y = kernels.linear(x, self.weight[...], self.outputs)
+        y = kernels.linear(x, self.weight.get_value(), self.outputs)
         return y if self.bias is None else y + self.bias[...].reshape(1, -1)
 
 
@@ -66,19 +82,23 @@ class Embedding(nnx.Module):
     """Token vectors; the same array is the output head of models with tied embeddings."""
 
     def __init__(self, vocab: int, size: int, style: Style, bias: bool = False) -> None:
-        self.vocab = vocab
-        self.packed = style.packed
-        self.weight = param((vocab, size), ("vocab", None), style.dtype, style.packed)
+        style = style.by_row()
+        self.vocab, self.packed, self.dtype = vocab, style.packed, style.dtype
+        self.weight = param((vocab, size), ("vocab", None), style.dtype, style.packed, quant=style.quant)
         self.bias = param((vocab,), ("vocab",), style.dtype) if bias else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32[T] -> [T, D]."""
-        weight = self.weight[...]
-        return weight[tokens // PANEL, :, tokens % PANEL] if self.packed else weight[tokens]
+
+        def rows(stored: jax.Array) -> jax.Array:
+            return stored[tokens // PANEL, :, tokens % PANEL] if self.packed else stored[tokens]
+
+        weight = jax.tree.map(rows, self.weight.get_value())
+        return dequantized(weight, self.dtype) if isinstance(weight, Quantized) else weight
 
     def logits(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D] -> float32[T, V]."""
-        logits = kernels.linear(x, self.weight[...], self.vocab).astype(jnp.float32)
+        logits = kernels.linear(x, self.weight.get_value(), self.vocab).astype(jnp.float32)
         return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)[None, :]
 
 

@@ -28,12 +28,31 @@ The paths and logical shapes of a decoder (letters as in the room's docstring, G
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, NamedTuple, TypeVar
 
+import ml_dtypes  # noqa: F401 - makes bfloat16 a name that NumPy knows
 import numpy as np
 
 PANEL = 16
 """Output features per panel of a packed weight."""
+GROUP = 32
+"""Inputs that share a scale in a weight of 4 bits."""
+
+Quant = Literal["int8", "int4"]
+"""Bits of a quantised weight, as `quantize.py` makes it."""
+
+Array = TypeVar("Array")
+
+
+class Quantized(NamedTuple, Generic[Array]):
+    """A weight in few bits: what stands for the one array that a plain weight is. A pytree."""
+
+    values: Array
+    """int8[..., D], or uint8[..., D/2] where they are of 4 bits."""
+    scales: Array
+    """float32[..., 1], or bfloat16[..., D/GROUP]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +63,39 @@ class ParamSpec:
     shape: tuple[int, ...]
     """Logical shape."""
     dtype: str
+    """What it is computed in, and stored in unless it is quantised."""
     axes: tuple[str | None, ...]
     """Logical axis names, one per dimension; None is never split."""
     packed: bool = False
     """Stored as panels (`pack`), for the native CPU kernels; never together with a sharded mesh."""
     stacked: bool = False
     """The first axis counts weights that are packed each for itself."""
+    quant: Quant | None = None
+    """Stored as a `Quantized`, made while it is read."""
+
+    @property
+    def parts(self) -> tuple["ParamSpec", ...]:
+        """The arrays it is stored as, each described like a parameter of its own: itself, or values and scales."""
+        if self.quant is None:
+            return (self,)
+        *outputs, inputs = self.shape
+        *by_output, by_input = self.axes
+        if self.quant == "int8":
+            sizes, dtypes, last = (inputs, 1), ("int8", "float32"), (by_input, None)
+        else:
+            sizes, dtypes, last = (inputs // 2, inputs // GROUP), ("uint8", "bfloat16"), (by_input, by_input)
+        return tuple(
+            replace(self, shape=(*outputs, size), dtype=dtype, axes=(*by_output, axis), quant=None)
+            for size, dtype, axis in zip(sizes, dtypes, last, strict=True)
+        )
+
+    def joined(self, arrays: Sequence[Array]) -> "Array | Quantized[Array]":
+        """What stands for the parameter, of one array for each of `parts`."""
+        return arrays[0] if self.quant is None else Quantized(*arrays)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the array on the device."""
+        """Shape of the array on the device, of a parameter that is one."""
         if not self.packed:
             return self.shape
         *outputs, inputs = self.shape
@@ -63,7 +105,12 @@ class ParamSpec:
     @property
     def nbytes(self) -> int:
         """Bytes on the device, all shards together."""
-        return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
+        return sum(math.prod(part.stored_shape) * np.dtype(part.dtype).itemsize for part in self.parts)
+
+
+def parameters(specs: Iterable[ParamSpec]) -> int:
+    """Numbers in all, however they are stored."""
+    return sum(math.prod(spec.shape) for spec in specs)
 
 
 def pack(weight: np.ndarray, stacked: bool = False) -> np.ndarray:

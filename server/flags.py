@@ -43,6 +43,24 @@ PLATFORM_ENV = {
 """Option -> variables by which SageMaker (HF_MODEL_…, SM_…) and Vertex AI (AIP_…) set it."""
 
 
+_READ_OTHERWISE = "its checkpoints are not read; serve the unquantized one with int8 or int4, or a GGUF file"
+NO_SUCH_QUANTIZATION = {
+    **dict.fromkeys(("awq", "gptq", "marlin", "exl2"), _READ_OTHERWISE),
+    **dict.fromkeys(("bitsandbytes", "eetq"), "take int8, which is made while the weights are read, too"),
+    **dict.fromkeys(
+        ("bitsandbytes-nf4", "bitsandbytes-fp4"), "take int4, which is made while the weights are read, too"
+    ),
+    **dict.fromkeys(
+        ("fp8", "compressed-tensors"),
+        "FP8 checkpoints are read without it; to make another smaller take int8",
+    ),
+}
+"""TGI's other kinds of `--quantize` -> what to use instead."""
+NO_SUCH_KV_TYPE = dict.fromkeys(
+    ("fp8_e4m3fn", "fp8_e5m2"), "take int8, which has its size and a scale for each vector"
+)
+
+
 def _tgi(name: str, to: str, help: str, kind: Kind = "text", **rest: Any) -> Flag:
     """An option TGI has: same name, same variable."""
     env, platform_env = name.upper().replace("-", "_"), PLATFORM_ENV.get(name, ())
@@ -62,6 +80,15 @@ MODEL = (
     _tgi(
         "dtype", "engine.dtype", "Of weights, activations and KV; default float32 on CPU, bfloat16 elsewhere.",
         choices=("float32", "bfloat16"), why="for float16 take bfloat16, which has its size and does not overflow"
+    ),
+    _tgi(
+        "quantize", "engine.quantize",
+        "Keep weights in 8 bits (a scale for each output) or 4 (a scale for 32 inputs of each), made while they are read.",
+        choices=("int8", "int4"), refused=NO_SUCH_QUANTIZATION
+    ),
+    _tgi(
+        "kv-cache-dtype", "engine.kv_dtype", "Keep keys and values in 8 bits, with a scale for each token and head.",
+        choices=("int8",), refused=NO_SUCH_KV_TYPE
     ),
     _own(
         "load-format", "engine.load_format", "`dummy` fills the weights with small random numbers, for benchmarks.",
@@ -277,8 +304,6 @@ _NO_MEANING = {
     "usage-stats": "nothing is sent anywhere",
 }
 _REFUSED = {
-    "quantize": "serve the unquantized model, or a GGUF file, which is expanded while it is read",
-    "kv-cache-dtype": "KV has the type of --dtype",
     "speculate": "there is no speculative decoding yet",
     "lora-adapters": "there are no adapters yet; serve a merged checkpoint",
     "rope-scaling": "positions scale as the model's config.json says",

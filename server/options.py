@@ -42,6 +42,8 @@ class Flag:
     default: Any = None
     """Used when neither flag nor variable is there; None leaves the config's own default."""
     choices: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Values that others have and we do not -> what to use instead."""
     must_start: str = ""
     """What a text has to begin with."""
     at_least: float | None = None
@@ -208,6 +210,8 @@ def convert(given: Given) -> Any:
         parts = tuple(part.strip() for part in raw.split(",") if part.strip())
         return parts if flag.kind == "list" else tuple(_number(given, part) for part in parts)
     if flag.kind == "text":
+        if raw in flag.refused:
+            raise UsageError(f"{given.origin}={raw} is not supported: {flag.refused[raw]}")
         if flag.choices and raw not in flag.choices:
             raise UsageError(
                 f"{given.origin}={raw}: expected one of {', '.join(flag.choices)}{_and(flag.why)}"

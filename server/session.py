@@ -144,6 +144,8 @@ class Session:
         asyncio.get_running_loop().run_in_executor(None, tokenizer.warm)
         self._console.settle()
         self._console.table("serving", plan(info, self._server))
+        if info.warning:
+            self._console.say(info.warning, "WARNING")
         # Scripts made for TGI wait for this word.
         self._console.say(f"Connected: listening on {self._url}", fields={"url": self._url})
         name = self._server.served_model_name or info.model_id
@@ -222,7 +224,7 @@ def plan(info: EngineInfo, server: ServerConfig) -> list[tuple[str, object]]:
     tokens = info.pages * info.page_tokens
     return [
         ("model", info.model_id + (f" at {info.model_sha[:12]}" if info.model_sha else "")),
-        ("device", f"{info.device_count} x {info.device_kind} ({info.platform}), {info.dtype}"),
+        ("device", f"{info.device_count} x {info.device_kind} ({info.platform}), {info.precision}"),
         ("kernels", info.kernels),
         (
             "context",

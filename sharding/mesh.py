@@ -76,18 +76,18 @@ class Placement:
         return jax.lax.with_sharding_constraint(logits, NamedSharding(self.mesh, PartitionSpec(over, None)))
 
     def over_experts(
-        self, compute: Callable[..., jax.Array], rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]
+        self, compute: Callable[..., jax.Array], rows: tuple[jax.Array, ...], stacks: tuple[Any, ...]
     ) -> jax.Array:
         """While tracing: add up what every device makes of the experts it holds.
 
         `compute(first, rows, stacks)` gets the number of its first expert, all experts' `rows` [T, …] of its part of the
-        launch and its own experts' part of `stacks` [X, …], and returns [T, …].
+        launch and its own experts' part of `stacks`, pytrees of [X, …], and returns [T, …].
         """
         by_row = fitted(partition(("tokens",)), rows[0].shape[:1], self.mesh.shape)
         by_expert = partition(("experts",))
 
-        def here(rows: tuple[jax.Array, ...], stacks: tuple[jax.Array, ...]) -> jax.Array:
-            first = jax.lax.axis_index("model") * stacks[0].shape[0]
+        def here(rows: tuple[jax.Array, ...], stacks: tuple[Any, ...]) -> jax.Array:
+            first = jax.lax.axis_index("model") * jax.tree.leaves(stacks)[0].shape[0]
             return jax.lax.psum(compute(first, rows, stacks), "model")
 
         return jax.shard_map(

@@ -1,4 +1,4 @@
-// float32 decoder kernels for the CPU: matmul with panel-packed weights, and paged attention.
+// float32 decoder kernels for the CPU: matmul with panel-packed weights (of float32, 8 or 4 bits), and paged attention.
 //
 // Called by XLA through its FFI, on XLA's own threads. Knows buffers only: neither models nor requests. Re-entrant:
 // nothing here is shared between two calls but thread-local scratch memory.
@@ -33,11 +33,18 @@ namespace ffi = xla::ffi;
 using i64 = int64_t;
 using F32x2 = ffi::Buffer<ffi::F32, 2>;
 using F32x3 = ffi::Buffer<ffi::F32, 3>;
+using S8x3 = ffi::Buffer<ffi::S8, 3>;
+using U8x3 = ffi::Buffer<ffi::U8, 3>;
+using BF16x3 = ffi::Buffer<ffi::BF16, 3>;
+using S8x4 = ffi::Buffer<ffi::S8, 4>;
+using U8x4 = ffi::Buffer<ffi::U8, 4>;
+using BF16x4 = ffi::Buffer<ffi::BF16, 4>;
 using F32x4 = ffi::Buffer<ffi::F32, 4>;
 using I32x1 = ffi::Buffer<ffi::S32, 1>;
 using I32x2 = ffi::Buffer<ffi::S32, 2>;
 
 constexpr int PANEL = 16;  // outputs of a packed weight that lie side by side; models/spec.py has the same number
+constexpr int GROUP = 32;  // inputs that share a scale in a weight of 4 bits; from there, too
 constexpr int KEYS = 64;   // keys of one softmax block
 
 #if defined(__AVX512F__)
@@ -301,9 +308,128 @@ void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
 // linear
 // ---------------------------------------------------------------------------------------------------------------------
 
+// A packed weight of float32, by what `Linear` asks of it: panels p … p + count times a tile of x, [D, rows], into out.
+struct Float32 {
+  const float* w;
+  i64 D;
+  Float32 at(i64 panel) const { return {w + panel * D * PANEL, D}; }
+  void run(int rows, const float* x, i64 count, float* out, i64 stride) const {
+    run_tile<kLinear>(rows, {x, &w, D, PANEL, D * PANEL, D, count, out, stride});
+  }
+};
+
+// LANES small integers, each in an int. (Left to the vector types' own conversion, GCC takes them apart one by one.)
+#if defined(__AVX512F__)
+inline ivec wide(const int8_t* p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline ivec wide(const uint8_t* p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline ivec wide(const uint16_t* p) { return (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__) && defined(__FMA__)
+inline ivec wide(const int8_t* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline ivec wide(const uint8_t* p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline ivec wide(const uint16_t* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#else
+template <typename T>
+inline ivec wide(const T* p) {
+  ivec v;
+  for (int i = 0; i < LANES; ++i) v[i] = p[i];
+  return v;
+}
+#endif
+inline vec converted(ivec v) { return __builtin_convertvector(v, vec); }
+
+// int8 values [panels, D, 16] and a scale for each output [panels, 1, 16], which the sum is multiplied with.
+struct Int8 {
+  const int8_t* w;
+  const float* scales;
+  i64 D;
+  Int8 at(i64 panel) const { return {w + panel * D * PANEL, scales + panel * PANEL, D}; }
+
+  template <int MR, int NP>
+  void micro(const float* x, float* out, i64 stride) const {
+    vec acc[MR][NP * VECTORS] = {};
+#pragma GCC unroll 4
+    for (i64 d = 0; d < D; ++d, x += MR)
+      for (int c = 0; c < NP * VECTORS; ++c) {
+        const vec weight = converted(wide(w + (c / VECTORS * D + d) * PANEL + c % VECTORS * LANES));
+        for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[r]) * weight;
+      }
+    for (int r = 0; r < MR; ++r)
+      for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c] * load(scales + c * LANES));
+  }
+  void run(int rows, const float* x, i64 count, float* out, i64 stride) const;
+};
+
+// Two values of 4 bits, both of one output.
+struct Pair {
+  vec low, high;
+};
+inline Pair pair(const uint8_t* p) {
+  const ivec bits = wide(p);
+#if defined(__AVX512F__)
+  // The low 4 bits of an index choose among 16 numbers: mask, sign and conversion in one instruction.
+  const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return {(vec)_mm512_permutexvar_ps((__m512i)bits, steps), (vec)_mm512_permutexvar_ps((__m512i)(bits >> 4), steps)};
+#else
+  return {converted((bits << 28) >> 28), converted((bits << 24) >> 28)};
+#endif
+}
+inline vec from_bfloat16(const uint16_t* p) { return (vec)(wide(p) << 16); }
+
+// Values of 4 bits [panels, D/2, 16], input i of a group of GROUP beside input i + GROUP/2, and bfloat16 scales
+// [panels, D/GROUP, 16]; models/quantize.py makes them.
+struct Int4 {
+  const uint8_t* w;
+  const uint16_t* scales;
+  i64 D;
+  Int4 at(i64 panel) const { return {w + panel * (D / 2) * PANEL, scales + panel * (D / GROUP) * PANEL, D}; }
+
+  template <int MR, int NP>
+  void micro(const float* x, float* out, i64 stride) const {
+    vec acc[MR][NP * VECTORS] = {};
+    for (i64 g = 0; g < D / GROUP; ++g, x += GROUP * MR) {
+      vec scale[NP * VECTORS];
+      for (int c = 0; c < NP * VECTORS; ++c)
+        scale[c] = from_bfloat16(scales + (c / VECTORS * (D / GROUP) + g) * PANEL + c % VECTORS * LANES);
+#pragma GCC unroll 4
+      for (int i = 0; i < GROUP / 2; ++i)
+        for (int c = 0; c < NP * VECTORS; ++c) {
+          const Pair two = pair(w + (c / VECTORS * (D / 2) + g * (GROUP / 2) + i) * PANEL + c % VECTORS * LANES);
+          const vec low = two.low * scale[c], high = two.high * scale[c];
+          for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[i * MR + r]) * low;
+          for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[(i + GROUP / 2) * MR + r]) * high;
+        }
+    }
+    for (int r = 0; r < MR; ++r)
+      for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
+  }
+  void run(int rows, const float* x, i64 count, float* out, i64 stride) const;
+};
+
+template <class W, int MR>
+void run_quantized(const W& w, const float* x, i64 count, float* out, i64 stride) {
+  constexpr int NP = panels_at_once(MR);
+  i64 p = 0;
+  for (; p + NP <= count; p += NP) w.at(p).template micro<MR, NP>(x, out + p * PANEL, stride);
+  for (; p < count; ++p) w.at(p).template micro<MR, 1>(x, out + p * PANEL, stride);
+}
+template <class W, int... I>
+void run_quantized(int rows, const W& w, const float* x, i64 count, float* out, i64 stride,
+                   std::integer_sequence<int, I...>) {
+  using Run = void (*)(const W&, const float*, i64, float*, i64);
+  static constexpr Run table[] = {&run_quantized<W, I + 1>...};
+  table[rows - 1](w, x, count, out, stride);
+}
+void Int8::run(int rows, const float* x, i64 count, float* out, i64 stride) const {
+  run_quantized(rows, *this, x, count, out, stride, std::make_integer_sequence<int, MAX_ROWS>());
+}
+void Int4::run(int rows, const float* x, i64 count, float* out, i64 stride) const {
+  run_quantized(rows, *this, x, count, out, stride, std::make_integer_sequence<int, MAX_ROWS>());
+}
+
+template <class W>
 struct Linear {
   const float* x;
-  const float* w;
+  W w;
   float* y;
   i64 T, D, N;
   Cut cut{T};
@@ -317,29 +443,29 @@ struct Linear {
   void run(const float* rows, i64 begin, i64 end) const {
     for (i64 p = begin; p < end; p += group) {
       const i64 count = std::min(group, end - p);
-      const float* from = w + p * D * PANEL;
+      const W from = w.at(p);
       for (i64 i = 0; i < cut.tiles; ++i) {
         const int size = cut.size(i);
-        Tile t{rows + cut.begin(i) * D, &from, D, PANEL, D * PANEL, D, count, y + cut.begin(i) * N + p * PANEL, N};
+        const float* tile = rows + cut.begin(i) * D;
         if ((p + count) * PANEL <= N) {
-          run_tile<kLinear>(size, t);
+          from.run(size, tile, count, y + cut.begin(i) * N + p * PANEL, N);
           continue;
         }
         // The last panel is wider than what is left of a row of y.
         alignas(64) float spare[MAX_ROWS * 4 * PANEL];
-        t.out = spare, t.stride = count * PANEL;
-        run_tile<kLinear>(size, t);
+        from.run(size, tile, count, spare, count * PANEL);
         for (int r = 0; r < size; ++r)
-          std::memcpy(y + (cut.begin(i) + r) * N + p * PANEL, spare + r * t.stride, (N - p * PANEL) * sizeof(float));
+          std::memcpy(y + (cut.begin(i) + r) * N + p * PANEL, spare + r * count * PANEL, (N - p * PANEL) * sizeof(float));
       }
     }
   }
 };
 
 // y [T, N] = x [T, D] times the packed weight w.
-void multiply(ffi::ThreadPool& pool, const float* x, const float* w, float* y, i64 T, i64 D, i64 N) {
+template <class W>
+void multiply(ffi::ThreadPool& pool, const float* x, W w, float* y, i64 T, i64 D, i64 N) {
   if (T == 0 || N == 0) return;
-  const Linear job{x, w, y, T, D, N};
+  const Linear<W> job{x, w, y, T, D, N};
   const float* shared = T == 1 ? job.x : nullptr;
   const bool each = T > 1 && T <= 16;  // every worker packs for itself: cheaper than waiting for each other
   if (T > 16) {
@@ -358,29 +484,83 @@ void multiply(ffi::ThreadPool& pool, const float* x, const float* w, float* y, i
   });
 }
 
+// [panels, D / inputs_each, 16]?
+template <class Buffer>
+bool fits(const Buffer& w, i64 D, i64 inputs_each, i64 panels) {
+  return w.dimensions()[0] == panels && w.dimensions()[1] * inputs_each == D && w.dimensions()[2] == PANEL;
+}
+
+ffi::Error misfit(const char* weight) {
+  return ffi::Error::InvalidArgument(std::string("xlane matmul: x [T, D], ") + weight + " and y [T, N] do not fit together");
+}
+
 ffi::Error linear(ffi::ThreadPool pool, F32x2 x, F32x3 w, ffi::Result<F32x2> y) {
   const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1];
-  if (w.dimensions()[1] != D || w.dimensions()[2] != PANEL || y->dimensions()[0] != T || N > w.dimensions()[0] * PANEL)
-    return ffi::Error::InvalidArgument("xlane linear: x [T, D], w [panels, D, 16] and y [T, N] do not fit together");
-  multiply(pool, x.typed_data(), w.typed_data(), y->typed_data(), T, D, N);
+  if (!fits(w, D, 1, (N + PANEL - 1) / PANEL) || y->dimensions()[0] != T) return misfit("w [panels, D, 16]");
+  multiply(pool, x.typed_data(), Float32{w.typed_data(), D}, y->typed_data(), T, D, N);
+  return ffi::Error::Success();
+}
+
+ffi::Error linear8(ffi::ThreadPool pool, F32x2 x, S8x3 w, F32x3 scales, ffi::Result<F32x2> y) {
+  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1], panels = (N + PANEL - 1) / PANEL;
+  if (!fits(w, D, 1, panels) || !fits(scales, D, D, panels) || y->dimensions()[0] != T)
+    return misfit("w [panels, D, 16], scales [panels, 1, 16]");
+  multiply(pool, x.typed_data(), Int8{w.typed_data(), scales.typed_data(), D}, y->typed_data(), T, D, N);
+  return ffi::Error::Success();
+}
+
+ffi::Error linear4(ffi::ThreadPool pool, F32x2 x, U8x3 w, BF16x3 scales,
+                   ffi::Result<F32x2> y) {
+  const i64 T = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1], panels = (N + PANEL - 1) / PANEL;
+  if (!fits(w, D, 2, panels) || !fits(scales, D, GROUP, panels) || y->dimensions()[0] != T)
+    return misfit("w [panels, D/2, 16], scales [panels, D/32, 16]");
+  const auto* bits = static_cast<const uint16_t*>(scales.untyped_data());
+  multiply(pool, x.typed_data(), Int4{w.typed_data(), bits, D}, y->typed_data(), T, D, N);
   return ffi::Error::Success();
 }
 
 // Rows in groups behind each other, each group with a weight of its own: experts. A group without rows costs nothing.
-ffi::Error grouped(ffi::ThreadPool pool, F32x2 x, F32x4 w, I32x1 sizes, ffi::Result<F32x2> y) {
-  const i64 S = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1], panels = w.dimensions()[1];
-  if (w.dimensions()[2] != D || w.dimensions()[3] != PANEL || y->dimensions()[0] != S || N > panels * PANEL ||
-      sizes.dimensions()[0] != w.dimensions()[0])
-    return ffi::Error::InvalidArgument("xlane grouped: x [S, D], w [X, panels, D, 16], sizes [X] and y [S, N] do not fit together");
+template <class W>
+ffi::Error multiply_groups(ffi::ThreadPool& pool, const F32x2& x, const W& w, const I32x1& sizes, ffi::Result<F32x2>& y) {
+  const i64 S = x.dimensions()[0], D = x.dimensions()[1], N = y->dimensions()[1], panels = (N + PANEL - 1) / PANEL;
+  if (y->dimensions()[0] != S) return misfit("w");
   i64 row = 0;
-  for (i64 g = 0; g < w.dimensions()[0]; ++g) {
+  for (i64 g = 0; g < sizes.dimensions()[0]; ++g) {
     const i64 count = sizes.typed_data()[g];
     if (count < 0 || row + count > S) return ffi::Error::InvalidArgument("xlane grouped: more rows in groups than there are");
-    multiply(pool, x.typed_data() + row * D, w.typed_data() + g * panels * D * PANEL, y->typed_data() + row * N, count, D, N);
+    multiply(pool, x.typed_data() + row * D, w.at(g * panels), y->typed_data() + row * N, count, D, N);
     row += count;
   }
   std::memset(y->typed_data() + row * N, 0, (S - row) * N * sizeof(float));
   return ffi::Error::Success();
+}
+
+// [X, panels, D / inputs_each, 16]?
+template <class Buffer>
+bool fit_groups(const Buffer& w, i64 X, i64 D, i64 inputs_each, i64 panels) {
+  const auto shape = w.dimensions();
+  return shape[0] == X && shape[1] == panels && shape[2] * inputs_each == D && shape[3] == PANEL;
+}
+
+ffi::Error grouped(ffi::ThreadPool pool, F32x2 x, F32x4 w, I32x1 sizes, ffi::Result<F32x2> y) {
+  const i64 D = x.dimensions()[1], X = sizes.dimensions()[0], panels = (y->dimensions()[1] + PANEL - 1) / PANEL;
+  if (!fit_groups(w, X, D, 1, panels)) return misfit("w [X, panels, D, 16]");
+  return multiply_groups(pool, x, Float32{w.typed_data(), D}, sizes, y);
+}
+
+ffi::Error grouped8(ffi::ThreadPool pool, F32x2 x, S8x4 w, F32x4 scales, I32x1 sizes, ffi::Result<F32x2> y) {
+  const i64 D = x.dimensions()[1], X = sizes.dimensions()[0], panels = (y->dimensions()[1] + PANEL - 1) / PANEL;
+  if (!fit_groups(w, X, D, 1, panels) || !fit_groups(scales, X, D, D, panels))
+    return misfit("w [X, panels, D, 16], scales [X, panels, 1, 16]");
+  return multiply_groups(pool, x, Int8{w.typed_data(), scales.typed_data(), D}, sizes, y);
+}
+
+ffi::Error grouped4(ffi::ThreadPool pool, F32x2 x, U8x4 w, BF16x4 scales, I32x1 sizes, ffi::Result<F32x2> y) {
+  const i64 D = x.dimensions()[1], X = sizes.dimensions()[0], panels = (y->dimensions()[1] + PANEL - 1) / PANEL;
+  if (!fit_groups(w, X, D, 2, panels) || !fit_groups(scales, X, D, GROUP, panels))
+    return misfit("w [X, panels, D/2, 16], scales [X, panels, D/32, 16]");
+  const auto* bits = static_cast<const uint16_t*>(scales.untyped_data());
+  return multiply_groups(pool, x, Int4{w.typed_data(), bits, D}, sizes, y);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -487,13 +667,46 @@ struct Queries {
   i64 head;   // kv head
 };
 
+// Keys or values of all pages [K, P, W, H]: numbers as they are, or int8 with a scale [K, P, W] for each vector.
+struct Pool {
+  float* floats;
+  int8_t* steps;
+  float* scales;
+
+  // `at` counts vectors.
+  void put(i64 at, const float* from, i64 H) const {
+    if (floats) return (void)std::memcpy(floats + at * H, from, H * sizeof(float));
+    float most = 0;
+    for (i64 h = 0; h < H; ++h) {
+      const float size = std::fabs(from[h]);
+      most = size > most || size != size ? size : most;  // what is not a number stays none
+    }
+    const float scale = most / 127.0f, step = scale == 0 ? 1.0f : scale;
+    scales[at] = scale;
+    for (i64 h = 0; h < H; ++h) steps[at * H + h] = static_cast<int8_t>(std::nearbyintf(from[h] / step));
+  }
+  void get(i64 at, float* to, i64 H) const {
+    if (floats) return (void)std::memcpy(to, floats + at * H, H * sizeof(float));
+    const int8_t* from = steps + at * H;
+    i64 h = 0;
+    for (; h + LANES <= H; h += LANES) store(to + h, converted(wide(from + h)) * scales[at]);
+    for (; h < H; ++h) to[h] = from[h] * scales[at];
+  }
+  // 16 vectors that are to be read soon.
+  void add(i64 at, i64 H, Ahead& ahead) const {
+    if (floats) return ahead.add(floats + at * H, 16 * H);
+    ahead.add(reinterpret_cast<const float*>(steps + at * H), 16 * H / 4);
+  }
+};
+
 // Everything one call knows. Letters: T tokens, N query heads, K kv heads, G = N / K, H head size, W tokens per page.
 struct Attend {
   i64 T, N, K, H, P, W, pmax, G, padded, window;  // padded: H rounded up to whole panels; window 0: none
   float scale, softcap;  // softcap 0: none
   const float *slopes, *sinks;  // [N], of the query heads; null: none
   const float* qkv;  // [T, K, G + 2, H]
-  float *kpool, *vpool, *out;
+  Pool keys, values;
+  float* out;
   const int32_t *positions, *rows, *table;
 
   // A query (member < G), the key (G) or the value (G + 1) of a token and kv head.
@@ -504,21 +717,20 @@ struct Attend {
   i64 first_key(const Queries& qs) const { return first_key(position(qs, 0)); }
   i64 last_key(const Queries& qs) const { return position(qs, qs.end - qs.begin - 1); }
   i64 first_key(i64 position) const { return window > 0 ? std::max<i64>(0, position - window + 1) : 0; }
-  float* slot(float* pool, i64 head, i64 row, i64 position) const {
-    return pool + ((head * P + page(row, position)) * W + position % W) * H;
-  }
+  // Where in a pool a vector is, counted in vectors.
+  i64 slot(i64 head, i64 row, i64 position) const { return (head * P + page(row, position)) * W + position % W; }
 };
 
 constexpr i64 QUERY_ROWS = 4 * MAX_ROWS;
 
-// 16 keys (or values) behind each other, `padded` floats each. Pages that are no multiple of 16 tokens, or heads that are
-// no multiple of 16 wide, are copied together in `spare`.
-const float* keys16(const Attend& a, float* pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
-  if (a.whole_pages()) return a.slot(pool, qs.head, row, from);
+// 16 keys (or values) behind each other, `padded` floats each. Pages that are no multiple of 16 tokens, heads that are no
+// multiple of 16 wide, and int8 are put together in `spare`.
+const float* keys16(const Attend& a, const Pool& pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
+  if (pool.floats && a.whole_pages()) return pool.floats + a.slot(qs.head, row, from) * a.H;
   for (i64 j = 0; j < 16; ++j) {
     float* to = spare + j * a.padded;
     const i64 held = from + j <= last ? a.H : 0;
-    if (held) std::memcpy(to, a.slot(pool, qs.head, row, from + j), held * sizeof(float));
+    if (held) pool.get(a.slot(qs.head, row, from + j), to, held);
     std::memset(to + held, 0, (a.padded - held) * sizeof(float));
   }
   return spare;
@@ -529,8 +741,8 @@ void add_block(const Attend& a, const Queries& qs, i64 from, Ahead& ahead) {
   if (!a.whole_pages()) return;
   const i64 row = a.rows[qs.token], last = a.last_key(qs);
   for (i64 p = from / 16 * 16; p <= last && p < (from / KEYS + 1) * KEYS; p += 16) {
-    ahead.add(a.slot(a.kpool, qs.head, row, p), 16 * a.H);
-    ahead.add(a.slot(a.vpool, qs.head, row, p), 16 * a.H);
+    a.keys.add(a.slot(qs.head, row, p), a.H, ahead);
+    a.values.add(a.slot(qs.head, row, p), a.H, ahead);
   }
 }
 
@@ -592,7 +804,7 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
       add_block(a, *following, a.first_key(*following), ahead);
 
     for (i64 g = skip; g < groups; ++g) {
-      const float* k = keys16(a, a.kpool, qs, row, block + g * 16, last, spare);
+      const float* k = keys16(a, a.keys, qs, row, block + g * 16, last, spare);
       transpose16(k, H, keys + g * 16 * H, ahead);
     }
     const float* first_keys = keys + skip * 16 * H;
@@ -635,7 +847,7 @@ void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
 
     const float* values[KEYS / 16];
     for (i64 g = skip; g < groups; ++g)
-      values[g] = keys16(a, a.vpool, qs, row, block + g * 16, last, spare + g * 16 * H);
+      values[g] = keys16(a, a.values, qs, row, block + g * 16, last, spare + g * 16 * H);
     for (i64 i = 0; i < cut.tiles; ++i) {
       Tile t{score + cut.begin(i) * KEYS + skip * 16, values + skip, 16, H, PANEL, count - skip * 16, H / PANEL,
              sum + cut.begin(i) * H, H, &ahead};
@@ -674,26 +886,33 @@ std::string check(const Attend& a, const Run& run, i64 rows) {
 void write_run(const Attend& a, const Run& run, i64 head) {
   for (i64 t = run.begin; t < run.end; ++t) {
     const i64 row = a.rows[t];
-    std::memcpy(a.slot(a.kpool, head, row, a.positions[t]), a.part(t, head, a.G), a.H * sizeof(float));
-    std::memcpy(a.slot(a.vpool, head, row, a.positions[t]), a.part(t, head, a.G + 1), a.H * sizeof(float));
+    a.keys.put(a.slot(head, row, a.positions[t]), a.part(t, head, a.G), a.H);
+    a.values.put(a.slot(head, row, a.positions[t]), a.part(t, head, a.G + 1), a.H);
   }
 }
 
-ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
-                  F32x4 kpool, F32x4 vpool, I32x1 positions,
-                  I32x1 rows, I32x2 table,
-                  ffi::Result<F32x3> out, ffi::Result<F32x4> kout,
-                  ffi::Result<F32x4> vout, ffi::RemainingArgs more, int64_t window, float scale, float softcap,
-                  ffi::Span<const float> slopes) {
+// What both kinds of pools have alike.
+struct Launch {
+  ffi::ThreadPool* pool;
+  F32x4 qkv;
+  I32x1 positions, rows;
+  I32x2 table;
+  ffi::Result<F32x3> out;
+  ffi::RemainingArgs more;
+  i64 window;
+  float scale, softcap;
+  ffi::Span<const float> slopes;
+};
+
+ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi::Span<const i64> shape) {
+  auto& [pool, qkv, positions, rows, table, out, more, window, scale, softcap, slopes] = launch;
   Attend a;
   a.T = qkv.dimensions()[0], a.G = qkv.dimensions()[2] - 2, a.H = qkv.dimensions()[3];
-  a.K = kpool.dimensions()[0], a.P = kpool.dimensions()[1], a.W = kpool.dimensions()[2], a.pmax = table.dimensions()[1];
+  a.K = shape[0], a.P = shape[1], a.W = shape[2], a.pmax = table.dimensions()[1];
   a.N = a.K * a.G;
-  if (a.K == 0 || a.G <= 0 || qkv.dimensions()[1] != a.K || kpool.dimensions()[3] != a.H ||
+  if (a.K == 0 || a.G <= 0 || qkv.dimensions()[1] != a.K || shape[3] != a.H ||
       positions.dimensions()[0] != a.T || rows.dimensions()[0] != a.T)
     return bad("qkv, the pools and the batch do not fit together");
-  if (kpool.typed_data() != kout->typed_data() || vpool.typed_data() != vout->typed_data())
-    return bad("the pools must be updated in place");
   a.padded = (a.H + PANEL - 1) / PANEL * PANEL, a.window = window, a.scale = scale, a.softcap = softcap;
   if (slopes.size() != 0 && static_cast<i64>(slopes.size()) != a.N) return bad("there must be a slope for each query head");
   a.slopes = slopes.size() ? slopes.begin() : nullptr, a.sinks = nullptr;
@@ -704,7 +923,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
     a.sinks = sinks->typed_data();
   }
   a.qkv = qkv.typed_data(), a.out = out->typed_data();
-  a.kpool = kout->typed_data(), a.vpool = vout->typed_data();
+  a.keys = keys, a.values = values;
   a.positions = positions.typed_data(), a.rows = rows.typed_data(), a.table = table.typed_data();
 
   std::vector<Run> runs;
@@ -726,7 +945,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
   }
   if (runs.empty()) return ffi::Error::Success();
 
-  parallel(pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](i64 begin, i64 end) {
+  parallel(*pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](i64 begin, i64 end) {
     for (i64 head = begin; head < end; ++head)
       for (const Run& run : runs) write_run(a, run, head);
   });
@@ -738,7 +957,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
     const i64 all = (run->end - run->begin) * a.G;
     return Queries{run->begin, index * QUERY_ROWS, std::min(all, (index + 1) * QUERY_ROWS), unit % a.K};
   };
-  parallel(pool, units * a.K, 1, [&](i64 begin, i64 end) {
+  parallel(*pool, units * a.K, 1, [&](i64 begin, i64 end) {
     Queries now = queries(begin);
     for (i64 unit = begin; unit < end; ++unit) {
       const bool more = unit + 1 < end;
@@ -750,6 +969,31 @@ ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv,
   return ffi::Error::Success();
 }
 
+constexpr const char* kInPlace = "the pools must be updated in place";
+
+ffi::Error attend(ffi::ThreadPool pool, F32x4 qkv, F32x4 k, F32x4 v, I32x1 positions, I32x1 rows, I32x2 table,
+                  ffi::Result<F32x3> out, ffi::Result<F32x4> kout, ffi::Result<F32x4> vout, ffi::RemainingArgs more,
+                  int64_t window, float scale, float softcap, ffi::Span<const float> slopes) {
+  if (k.typed_data() != kout->typed_data() || v.typed_data() != vout->typed_data()) return bad(kInPlace);
+  const Launch launch{&pool, qkv, positions, rows, table, out, more, window, scale, softcap, slopes};
+  return attend_over(launch, {k.typed_data(), nullptr, nullptr}, {v.typed_data(), nullptr, nullptr}, k.dimensions());
+}
+
+ffi::Error attend8(ffi::ThreadPool pool, F32x4 qkv, S8x4 k, S8x4 v, F32x3 kscales, F32x3 vscales, I32x1 positions,
+                   I32x1 rows, I32x2 table, ffi::Result<F32x3> out, ffi::Result<S8x4> kout, ffi::Result<S8x4> vout,
+                   ffi::Result<F32x3> kscales_out, ffi::Result<F32x3> vscales_out, ffi::RemainingArgs more,
+                   int64_t window, float scale, float softcap, ffi::Span<const float> slopes) {
+  if (k.typed_data() != kout->typed_data() || v.typed_data() != vout->typed_data() ||
+      kscales.typed_data() != kscales_out->typed_data() || vscales.typed_data() != vscales_out->typed_data())
+    return bad(kInPlace);
+  for (int i = 0; i < 3; ++i)
+    if (kscales.dimensions()[i] != k.dimensions()[i] || vscales.dimensions()[i] != k.dimensions()[i])
+      return bad("there must be a scale for each vector of the pools");
+  const Launch launch{&pool, qkv, positions, rows, table, out, more, window, scale, softcap, slopes};
+  return attend_over(launch, {nullptr, k.typed_data(), kscales.typed_data()},
+                     {nullptr, v.typed_data(), vscales.typed_data()}, k.dimensions());
+}
+
 }  // namespace
 
 extern "C" const char* xlane_isa() { return kIsa; }
@@ -757,11 +1001,45 @@ extern "C" const char* xlane_isa() { return kIsa; }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear, linear,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32x2>().Arg<F32x3>().Ret<F32x2>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear8, linear8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x2>()
+                                  .Arg<S8x3>()
+                                  .Arg<F32x3>()
+                                  .Ret<F32x2>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_linear4, linear4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x2>()
+                                  .Arg<U8x3>()
+                                  .Arg<BF16x3>()
+                                  .Ret<F32x2>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_grouped, grouped,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32x2>()
                                   .Arg<F32x4>()
+                                  .Arg<I32x1>()
+                                  .Ret<F32x2>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_grouped8, grouped8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x2>()
+                                  .Arg<S8x4>()
+                                  .Arg<F32x4>()
+                                  .Arg<I32x1>()
+                                  .Ret<F32x2>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_grouped4, grouped4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x2>()
+                                  .Arg<U8x4>()
+                                  .Arg<BF16x4>()
                                   .Arg<I32x1>()
                                   .Ret<F32x2>());
 
@@ -777,6 +1055,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend, attend,
                                   .Ret<F32x3>()
                                   .Ret<F32x4>()
                                   .Ret<F32x4>()
+                                  .RemainingArgs()
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<ffi::Span<const float>>("slopes"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xlane_attend8, attend8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32x4>()
+                                  .Arg<S8x4>()
+                                  .Arg<S8x4>()
+                                  .Arg<F32x3>()
+                                  .Arg<F32x3>()
+                                  .Arg<I32x1>()
+                                  .Arg<I32x1>()
+                                  .Arg<I32x2>()
+                                  .Ret<F32x3>()
+                                  .Ret<S8x4>()
+                                  .Ret<S8x4>()
+                                  .Ret<F32x3>()
+                                  .Ret<F32x3>()
                                   .RemainingArgs()
                                   .Attr<int64_t>("window")
                                   .Attr<float>("scale")

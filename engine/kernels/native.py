@@ -13,14 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...models.kernels import KvLayer, PagedBatch
-from ...models.spec import PANEL
+from ...models.kernels import KvLayer, PagedBatch, Weight
+from ...models.spec import PANEL, Quantized
 from .build import build
 
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
 LINEAR = "xlane_linear.1"
+LINEAR8 = "xlane_linear8.1"
+LINEAR4 = "xlane_linear4.1"
 GROUPED = "xlane_grouped.1"
+GROUPED8 = "xlane_grouped8.1"
+GROUPED4 = "xlane_grouped4.1"
 ATTEND = "xlane_attend.3"
+ATTEND8 = "xlane_attend8.1"
 
 _lock = threading.Lock()
 _registered: list["NativeKernels"] = []  # XLA takes a target's name once per process
@@ -37,22 +42,17 @@ class NativeKernels:
     placement: None = None
     """These compute on one device."""
 
-    def linear(self, x: jax.Array, weight: jax.Array, outputs: int) -> jax.Array:
-        """x float32[T, D] times weight float32[panels, D, 16] -> float32[T, outputs]."""
-        _require_float32("linear", x=x, weight=weight)
-        if x.ndim != 2 or weight.shape != (-(-outputs // PANEL), x.shape[1], PANEL):
-            raise ValueError(f"linear: x {x.shape} and weight {weight.shape} do not give {outputs} outputs")
-        return jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype))(x, weight)
+    def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
+        """x float32[T, D] times a weight as panels, [panels, D, 16] -> float32[T, outputs]."""
+        target, arrays = _stored("linear", x, weight, outputs, (), (LINEAR, LINEAR8, LINEAR4))
+        return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype))(x, *arrays)
 
-    def grouped_linear(self, x: jax.Array, weight: jax.Array, sizes: jax.Array, outputs: int) -> jax.Array:
-        """x float32[S, D] in groups of `sizes` int32[X], weight float32[X, panels, D, 16] -> float32[S, outputs]."""
-        _require_float32("grouped_linear", x=x, weight=weight)
-        if weight.shape != (sizes.shape[0], -(-outputs // PANEL), x.shape[1], PANEL):
-            raise ValueError(
-                f"grouped_linear: x {x.shape} and weight {weight.shape} do not give {outputs} outputs"
-            )
-        call = jax.ffi.ffi_call(GROUPED, jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype))
-        return call(x, weight, sizes)
+    def grouped_linear(self, x: jax.Array, weight: Weight, sizes: jax.Array, outputs: int) -> jax.Array:
+        """x float32[S, D] in groups of `sizes` int32[X], weight as panels, [X, panels, D, 16] -> float32[S, outputs]."""
+        targets = (GROUPED, GROUPED8, GROUPED4)
+        target, arrays = _stored("grouped_linear", x, weight, outputs, sizes.shape, targets)
+        call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype))
+        return call(x, *arrays, sizes)
 
     def attend(
         self,
@@ -67,28 +67,35 @@ class NativeKernels:
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KvLayer]:
-        """Write the keys and values of qkv float32[T, K, G+2, H] into their pages in place, then attend its queries.
+        """Write the keys and values of qkv float32[T, K, G+2, H] into their pages in place, then attend its queries. The pages
+        are of float32, or of int8 with scales.
 
         `one_token_rows` is not needed: the kernel finds the runs of tokens itself.
         """
-        _require_float32("attend", qkv=qkv, k_pool=kv.k, v_pool=kv.v)
+        pools = tuple(pool for pool in kv if pool is not None)
+        target = ATTEND if len(pools) == 2 else ATTEND8
+        _require_float32("attend", qkv=qkv, **({"k_pool": kv.k, "v_pool": kv.v} if target is ATTEND else {}))
         if sinks is not None:
             _require_float32("attend", sinks=sinks)
         del one_token_rows
         tokens, kv_heads, members, head_dim = qkv.shape
         out = jax.ShapeDtypeStruct((tokens, kv_heads * (members - 2), head_dim), qkv.dtype)
-        results = (out, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kv))
-        call = jax.ffi.ffi_call(ATTEND, results, input_output_aliases={1: 1, 2: 2})
-        arguments = (qkv, kv.k, kv.v, batch.positions, batch.rows, batch.table)
-        out, k_pool, v_pool = call(
-            *arguments,
+        results = (out, *(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools))
+        in_place = {number: number for number in range(1, 1 + len(pools))}
+        call = jax.ffi.ffi_call(target, results, input_output_aliases=in_place)
+        out, *pools = call(
+            qkv,
+            *pools,
+            batch.positions,
+            batch.rows,
+            batch.table,
             *(() if sinks is None else (sinks,)),
             window=np.int64(window or 0),
             scale=np.float32(scale),
             softcap=np.float32(softcap or 0.0),
             slopes=np.array(slopes, np.float32),
         )
-        return out, KvLayer(k_pool, v_pool)
+        return out, KvLayer(*pools)
 
 
 def native_kernels(cache_dir: Path) -> NativeKernels | str:
@@ -113,7 +120,8 @@ def _load(cache_dir: Path) -> NativeKernels | str:
         library = ctypes.CDLL(str(built.path))
     except OSError as error:
         return f"the compiled kernels do not load: {error}"
-    for target, symbol in ((LINEAR, "xlane_linear"), (GROUPED, "xlane_grouped"), (ATTEND, "xlane_attend")):
+    for target in (LINEAR, LINEAR8, LINEAR4, GROUPED, GROUPED8, GROUPED4, ATTEND, ATTEND8):
+        symbol = target.partition(".")[0]
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     library.xlane_isa.restype = ctypes.c_char_p
     return NativeKernels(name=f"native ({library.xlane_isa().decode()})", compile_s=built.seconds)
@@ -123,3 +131,28 @@ def _require_float32(function: str, **arrays: jax.Array) -> None:
     for name, array in arrays.items():
         if array.dtype != jnp.float32:
             raise TypeError(f"{function}: the native kernels compute in float32, {name} is {array.dtype}")
+
+
+def _stored(
+    function: str,
+    x: jax.Array,
+    weight: Weight,
+    outputs: int,
+    groups: tuple[int, ...],
+    targets: tuple[str, str, str],
+) -> tuple[str, tuple[jax.Array, ...]]:
+    """Which of the targets (for float32, int8, int4) takes this weight, and the arrays it takes."""
+    _require_float32(function, x=x)
+    if not isinstance(weight, Quantized):
+        _require_float32(function, weight=weight)
+        arrays, target, inputs_each = (weight,), targets[0], 1
+    elif weight.values.dtype == jnp.int8:
+        arrays, target, inputs_each = tuple(weight), targets[1], 1
+    else:
+        arrays, target, inputs_each = tuple(weight), targets[2], 2
+    shape = (*groups, -(-outputs // PANEL), x.shape[-1] // inputs_each, PANEL)
+    if x.ndim != 2 or arrays[0].shape != shape:
+        raise ValueError(
+            f"{function}: x {x.shape} and weight {arrays[0].shape} do not give {outputs} outputs"
+        )
+    return target, arrays

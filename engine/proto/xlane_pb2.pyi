@@ -211,7 +211,7 @@ class ProgramInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., compile_s: _Optional[float] = ..., argument_bytes: _Optional[int] = ..., alias_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., flops: _Optional[float] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model_id", "model_sha", "dtype", "platform", "device_kind", "device_count", "vocab_size", "max_total_tokens", "max_input_tokens", "lanes", "pages", "page_tokens", "max_queued", "kernels", "programs", "version", "memory_bytes", "weights_bytes", "kv_bytes", "temp_bytes")
+    __slots__ = ("model_id", "model_sha", "dtype", "platform", "device_kind", "device_count", "vocab_size", "max_total_tokens", "max_input_tokens", "lanes", "pages", "page_tokens", "max_queued", "kernels", "programs", "version", "memory_bytes", "weights_bytes", "kv_bytes", "temp_bytes", "quantize", "parameters", "warning", "kv_dtype")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +232,10 @@ class EngineInfo(_message.Message):
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     TEMP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZE_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_sha: str
     dtype: str
@@ -252,7 +256,11 @@ class EngineInfo(_message.Message):
     weights_bytes: int
     kv_bytes: int
     temp_bytes: int
-    def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ...) -> None: ...
+    quantize: str
+    parameters: int
+    warning: str
+    kv_dtype: str
+    def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., quantize: _Optional[str] = ..., parameters: _Optional[int] = ..., warning: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()

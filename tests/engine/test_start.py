@@ -14,7 +14,7 @@ from tests.engine.conftest import ids, request, run
 from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 from xlane.engine import EngineConfig, FinishReason, PlanError
 from xlane.engine import start as engine_start
-from xlane.engine.build import design
+from xlane.engine.build import design, slower
 from xlane.engine.engine import Engine
 from xlane.engine.manifest import write_manifest
 from xlane.engine.programs import Programs
@@ -234,6 +234,21 @@ def test_describe_tells_without_compiling(model: Path, events: CacheEvents) -> N
     assert (told["lanes"], told["KV cache tokens"], told["max total tokens"]) == (2, 48, 24)
     assert (told["family"], told["layers"], told["context tokens"]) == ("llama", 1, 64)
     assert events.taken() == (0, 0)
+
+
+def test_describe_counts_weights_in_few_bits(model: Path) -> None:
+    told = describe(config(None, quantize="int8"), model)
+    outputs = 2 * VOCAB + 8 * 16 + 32 + 2 * 48 + 32
+    norms = 3 * 32
+    assert told["weights bytes"] == (told["parameters"] - norms) + 4 * outputs + 4 * norms
+    assert (told["dtype"], told["quantize"]) == ("float32", "int8")
+
+
+def test_a_start_warns_of_options_that_cost_speed(model: Path) -> None:
+    opened = open_model(model, weights=False)
+    blueprint = design(config(None, quantize="int4"), opened.config)[0]
+    assert "--quantize int4" in slower(blueprint)
+    assert slower(design(config(None), opened.config)[0]) == ""
 
 
 def test_what_cannot_work_is_refused_before_anything_is_compiled(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.tiny import TINY_KINDS, hf_logits, tiny_model
+from tests.support.rounding import rounded_model
+from tests.support.tiny import TINY_KINDS, hf_logits, one_of_each, tiny_model
 from xlane.engine.kernels.native import native_kernels
 from xlane.engine.programs import param_sharding
 from xlane.models.attention import XlaKernels
@@ -17,6 +18,7 @@ from xlane.models.decoder import DecoderGraph
 from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.models.loader import load_params
 from xlane.models.opened import open_model
+from xlane.models.spec import Quant
 from xlane.sharding.mesh import make_placement
 
 PAGE_TOKENS, PAGES, WIDTH = 4, 24, 8
@@ -59,10 +61,10 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class Network:
     """A tiny model with its KV pool, called directly."""
 
-    def __init__(self, path: Path, kernels: Kernels, devices: int = 1) -> None:
+    def __init__(self, path: Path, kernels: Kernels, devices: int = 1, quant: Quant | None = None) -> None:
         opened = open_model(path)
         self.config = opened.config
-        self.graph = DecoderGraph.of(opened.config, "float32", packed=kernels.packed)
+        self.graph = DecoderGraph.of(opened.config, "float32", packed=kernels.packed, quant=quant)
         self.placement = make_placement(1, devices)
         assert opened.source is not None
         self.params = load_params(
@@ -149,6 +151,36 @@ def test_a_split_model_gives_the_same_logits(kind: str, models: Path) -> None:
     assert largest_error(first[:10], ours[:10]) <= TOLERANCE
     alone = network([0, OURS[10]], [1, 0], [-1, 10], True)
     assert largest_error(alone[1], ours[10]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("kind", one_of_each(TINY_KINDS))
+def test_logits_in_few_bits_equal_transformers_with_rounded_weights(
+    kind: str, quant: Quant, kernels: Kernels, models: Path
+) -> None:
+    """A prefill and a decode. Rounding is all that few bits change: the tolerance stays that of whole weights."""
+    path = tiny_model(kind, models)
+    rounded = hf_logits(rounded_model(path, quant), OURS)
+    assert largest_error(rounded, hf_logits(path, OURS)) > 10 * TOLERANCE
+    network = Network(path, kernels, quant=quant)
+    first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)
+    assert largest_error(first[:10], rounded[:10]) <= TOLERANCE
+    alone = network([0, OURS[10]], [1, 0], [-1, 10], True)
+    assert largest_error(alone[1], rounded[10]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("kind", SPLIT_KINDS)
+def test_a_split_model_in_few_bits_gives_the_same_logits(kind: str, quant: Quant, models: Path) -> None:
+    """Over two devices; what is split along the inputs has its scales from whole rows."""
+    path = tiny_model(kind, models)
+    rounded = hf_logits(rounded_model(path, quant), OURS)
+    network = Network(path, XlaKernels("cpu", make_placement(1, 2)), devices=2, quant=quant)
+    leaves = jax.tree.leaves(network.params)
+    split = [p for p in leaves if p.sharding.shard_shape(p.shape) != p.shape]
+    assert sum(p.size for p in split) > 0.5 * sum(p.size for p in leaves)
+    first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)
+    assert largest_error(first[:10], rounded[:10]) <= TOLERANCE
 
 
 def test_specs_follow_the_order_of_the_tree() -> None:

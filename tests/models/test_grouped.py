@@ -8,27 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.rounding import rounded
 from xlane.engine.kernels.native import NativeKernels, native_kernels
 from xlane.models.config import Experts
 from xlane.models.experts import route
 from xlane.models.grouped import in_turns, ragged
-from xlane.models.spec import ParamSpec, pack
+from xlane.models.quantize import quantized
+from xlane.models.spec import ParamSpec, Quant, Quantized, pack
 
 INPUTS, OUTPUTS = 24, 20
 
-Grouped = Callable[[jax.Array, np.ndarray, jax.Array], jax.Array]
+Grouped = Callable[[jax.Array, np.ndarray | Quantized[np.ndarray], jax.Array], jax.Array]
 
 
 @pytest.fixture(params=["in turns", "ragged", "native"])
 def grouped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Grouped:
     if request.param != "native":
         compute = jax.jit(in_turns if request.param == "in turns" else ragged)
-        return lambda x, weight, sizes: compute(x, jnp.asarray(weight), sizes)
+        return lambda x, weight, sizes: compute(x, jax.tree.map(jnp.asarray, weight), sizes)
     native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
     if isinstance(native, str):
         pytest.skip(native)
     compute = jax.jit(native.grouped_linear, static_argnums=3)
-    return lambda x, weight, sizes: compute(x, jnp.asarray(pack(weight, stacked=True)), sizes, OUTPUTS)
+
+    def panels(part: np.ndarray) -> jax.Array:
+        return jnp.asarray(pack(part, stacked=True))
+
+    return lambda x, weight, sizes: compute(x, jax.tree.map(panels, weight), sizes, OUTPUTS)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,16 @@ def test_every_group_meets_its_own_weight(grouped: Grouped, rows: int, sizes: li
         want = x[start : start + size].astype(np.float64) @ weight[group].astype(np.float64).T
         np.testing.assert_allclose(got[start : start + size], want, rtol=0, atol=1e-5)
         start += size
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_every_group_meets_its_own_weight_in_few_bits(grouped: Grouped, quant: Quant) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 64), dtype=np.float32)
+    weight = rng.standard_normal((4, OUTPUTS, 64), dtype=np.float32)
+    got = np.asarray(grouped(jnp.asarray(x), quantized(weight, quant), jnp.array([3, 0, 17, 12], jnp.int32)))
+    for group, rows in ((0, slice(0, 3)), (2, slice(3, 20)), (3, slice(20, 32))):
+        np.testing.assert_allclose(got[rows], x[rows] @ rounded(weight[group], quant).T, rtol=0, atol=5e-5)
 
 
 def test_a_row_is_the_same_bits_whatever_its_group_holds(tmp_path_factory: pytest.TempPathFactory) -> None:

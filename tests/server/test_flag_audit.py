@@ -18,6 +18,8 @@ WORKS: dict[str, tuple[str, str, Any]] = {
     "sharded": ("false", "engine.model_parallel", 1),
     "num-shard": ("4", "engine.model_parallel", 4),
     "dtype": ("bfloat16", "engine.dtype", "bfloat16"),
+    "kv-cache-dtype": ("int8", "engine.kv_dtype", "int8"),
+    "quantize": ("int4", "engine.quantize", "int4"),
     "max-concurrent-requests": ("9", "server.max_concurrent_requests", 9),
     "max-best-of": ("3", "server.max_best_of", 3),
     "max-stop-sequences": ("6", "server.max_stop_sequences", 6),
@@ -58,10 +60,17 @@ NOTED = {
 """Taken, and told that it has no meaning here: no answer differs for want of it."""
 
 REFUSED = {
-    "quantize": "awq", "kv-cache-dtype": "fp8_e5m2", "speculate": "2", "lora-adapters": "a", "rope-scaling": "linear",
+    "speculate": "2", "lora-adapters": "a", "rope-scaling": "linear",
     "rope-factor": "2.0", "weights-cache-override": "/w", "ngrok": "true",
 }  # fmt: skip
 """Answers would differ from what was asked for."""
+
+REFUSED_VALUES = {
+    "kv-cache-dtype": ["fp8_e4m3fn", "fp8_e5m2"],
+    "quantize": """awq compressed-tensors eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4
+        fp8""".split(),  # noqa: SIM905
+}
+"""TGI's values of a flag that has others here."""
 
 VARIABLES_NOTED = """PREFIX_CACHING ATTENTION PREFILL_CHUNKING TGI_WIGGLE_ROOM USE_FLASH_ATTENTION LOG_COLORIZE COMPUTE_TYPE
     MAX_IMAGE_FETCH_SIZE HF_KERNELS_CACHE XPU_MEMORY_FRACTION DISABLE_EXLLAMA EXLLAMA_VERSION
@@ -130,6 +139,18 @@ def test_it_is_refused_by_name(name: str):
         ([], {variable(name): REFUSED[name]}, variable(name)),
     ):
         with pytest.raises(UsageError, match=f"^{origin}={REFUSED[name]} is not supported: .{{10,}}"):
+            read(*argv, **environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"), [(name, raw) for name, all in REFUSED_VALUES.items() for raw in all]
+)
+def test_a_value_is_refused_by_name(name: str, raw: str):
+    for argv, environ, origin in (
+        ([f"--{name}={raw}"], {}, f"--{name}"),
+        ([], {variable(name): raw}, variable(name)),
+    ):
+        with pytest.raises(UsageError, match=f"^{origin}={raw} is not supported: .{{10,}}"):
             read(*argv, **environ)
 
 

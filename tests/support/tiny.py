@@ -134,6 +134,14 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
 TINY_KINDS = tuple(_KINDS)
 
 
+def one_of_each(kinds: Sequence[str]) -> list[str]:
+    """The first kind of each family that two devices can share."""
+    first: dict[str, str] = {}
+    for kind in kinds:
+        first.setdefault(kind.split("-")[0], kind)
+    return list((first | {"falcon": "falcon-40b"}).values())
+
+
 def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str = "float32") -> Path:
     """Build one of TINY_KINDS under `directory` and return where. Built once per directory, kind and form."""
     path = directory / f"{kind}-{dtype}{'-sharded' if sharded else ''}"

@@ -1,0 +1,58 @@
+"""What few bits make of weights, written as naively as the definitions read, and checkpoints with such weights.
+
+transformers, given the rounded weights in float32, is the witness of everything between file and logits.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from tests.support.tiny import hf_tensors
+
+GROUP = 32
+TABLES = re.compile(r"embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head")
+"""Of vectors: 8 bits at least."""
+WHOLE = re.compile(r"norm|wpe|embed_positions|[._]gate\.weight|router|bias")
+"""Not rounded: norms, positions, biases, and what chooses among experts."""
+INPUTS_FIRST = re.compile(r"^gpt2.*(c_attn|c_proj|c_fc)|^gpt_oss.*experts")
+"""Stored [inputs, outputs]: model and tensor."""
+
+
+def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
+    """float32[N, D] -> what is left of it in `int8` or `int4`."""
+    out = np.empty_like(weight, np.float32)
+    for row, values in enumerate(weight.astype(np.float32)):
+        if kind == "int4" and len(values) % GROUP == 0:
+            out[row] = np.concatenate([_int4(group) for group in np.split(values, len(values) // GROUP)])
+        else:
+            scale = np.float32(np.abs(values).max() / 127)
+            out[row] = np.round(values / scale) * scale if scale else 0
+    return out
+
+
+def _int4(group: np.ndarray) -> np.ndarray:
+    largest = group.max() if group.max() > -group.min() else group.min()
+    scale = np.float32(ml_dtypes.bfloat16(largest / -8))
+    return np.clip(np.round(group / scale), -8, 7) * scale if scale else np.zeros_like(group)
+
+
+def rounded_model(path: Path, kind: str) -> Path:
+    """A copy of a checkpoint whose weights are rounded. Made once."""
+    copy = path.with_name(f"{path.name}-{kind}")
+    if copy.exists():
+        return copy
+    tensors = hf_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or WHOLE.search(name):
+            continue
+        bits = "int8" if TABLES.search(name) else kind
+        inputs_last = tensor.swapaxes(-1, -2) if INPUTS_FIRST.search(f"{path.name} {name}") else tensor
+        flat = rounded(inputs_last.reshape(-1, inputs_last.shape[-1]), bits).reshape(inputs_last.shape)
+        tensors[name] = flat.swapaxes(-1, -2).copy() if inputs_last is not tensor else flat
+    shutil.copytree(path, copy, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
