@@ -1,9 +1,8 @@
 """`xlane bench serve`: load on any OpenAI-compatible, TGI or llama.cpp server, and what its users would feel.
 
 Closed loop: N clients, each asks again when it has its answer; shows what the server can do. Open loop: requests at
-random moments (Poisson) whatever the server does; shows what waiting feels like at that rate. Every prompt is of random
-words and of exact length, every answer of exact length where the server can ignore end of text. One table, then one JSON
-line. Knows HTTP bodies of three APIs; nothing of engines.
+random moments (Poisson) whatever the server does; shows what waiting feels like at that rate. One table, then one JSON
+line. Knows when to send; what is asked is `bench_prompts.py`, what it came to `bench_report.py`. Nothing of engines.
 """
 
 import asyncio
@@ -12,75 +11,22 @@ import random
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import uvloop
 
+from .bench_api import APIS, merged
 from .bench_client import Answer, Endpoint, call, exchange
-from .bench_report import Counts, Result, summarise, table
+from .bench_plot import check_plot, draw, panels_of
+from .bench_prompts import Prompts, Wanted, choose, read_workload
+from .bench_report import Result, Slo, line, summarise, table
 from .options import UsageError
 
 REQUEST_TIMEOUT_S = 600.0
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-    "service",
-    "friend",
-]
-"""Common words, so that most are one token of any English tokenizer."""
+DEFAULT_TOKENS = 128
+DEFAULT_CLIENTS = (1, 8)
+DEFAULT_OPEN_REQUESTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,118 +36,60 @@ class Load:
     url: str
     api: str
     model: str | None = None
-    prompt_tokens: int
-    output_tokens: int
-    concurrency: tuple[int, ...]
-    rate: float | None = None
+    workload: tuple[Wanted, ...]
+    """Chosen from at random."""
+    concurrency: tuple[int, ...] = ()
+    """A run in closed loop for each."""
+    rate: tuple[float, ...] = ()
+    """A run in open loop for each: requests a second."""
     requests: int | None = None
     warmup: int = 1
     shared_prefix: int = 0
+    slo: Slo | None = None
+    extra_body: Mapping[str, Any]
+    """Merged into every request."""
     seed: int
     api_key: str | None = None
-    json: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Api:
-    """How one kind of server is asked, and where it says what it did."""
+class Ask:
+    """One request, ready to be sent."""
 
-    path: str
-    body: Callable[[str, int, str], dict[str, Any]]
-    """(prompt, output tokens, model) -> body"""
-    counts: Counts
-    tokenize: Callable[[str], dict[str, Any]]
+    request: bytes
+    output_tokens: int
 
 
-APIS = {
-    "openai": Api(
-        "/v1/completions",
-        lambda prompt, tokens, model: {
-            "model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True},
-        },
-        lambda last: (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]),
-        # TGI's field, llama.cpp's and vLLM's: each server takes its own and ignores the others.
-        lambda text: {"inputs": text, "content": text, "prompt": text, "add_special": True},
-    ),
-    "tgi": Api(
-        "/generate_stream",
-        lambda prompt, tokens, model: {"inputs": prompt, "parameters": {"max_new_tokens": tokens, "details": True}},
-        lambda last: (last["details"].get("input_length") or 0, last["details"]["generated_tokens"]),
-        lambda text: {"inputs": text},
-    ),
-    "llama.cpp": Api(
-        "/completion",
-        lambda prompt, tokens, model: {
-            "prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-        },
-        lambda last: (last["tokens_evaluated"], last["tokens_predicted"]),
-        lambda text: {"content": text, "add_special": True},
-    ),
-}  # fmt: skip
+Send = Callable[[Ask], Awaitable[Answer]]
 
 
-class Prompts:
-    """Makes prompts of random words that the server itself counts as exactly so many tokens."""
-
-    def __init__(self, endpoint: Endpoint, api: Api, load: Load) -> None:
-        self._endpoint, self._api, self._load = endpoint, api, load
-        self._random = random.Random(load.seed)
-        self._prefix = self._words(load.shared_prefix)
-        self.exact = True
-        """False if the server has no /tokenize: then a word counts as a token."""
-
-    def _words(self, count: int) -> list[str]:
-        return self._random.choices(WORDS, k=count)
-
-    async def make(self) -> str:
-        """One new prompt."""
-        wanted = self._load.prompt_tokens
-        words = [*self._prefix, *self._words(wanted - len(self._prefix))]
-        for _ in range(8):
-            count = await self._count(" ".join(words)) if self.exact else wanted
-            # Words of the same mean length, but at least one: rounding must not stop us one step before the end.
-            step = max(1, round(abs(count - wanted) * len(words) / max(1, count)))
-            if count > wanted:
-                del words[max(1, len(words) - step) :]
-            elif count < wanted:
-                words += self._words(step)
-            else:
-                break
-        return " ".join(words)
-
-    async def _count(self, text: str) -> int:
-        try:
-            reply = await call(self._endpoint, "/tokenize", self._api.tokenize(text))
-            return len(reply["tokens"] if isinstance(reply, dict) else reply)
-        except (ConnectionError, KeyError, TypeError, ValueError):
-            self.exact = False
-            return self._load.prompt_tokens
-
-
-Send = Callable[[bytes], Awaitable[Answer]]
-
-
-async def closed_loop(requests: Sequence[bytes], clients: int, send: Send) -> list[Answer]:
+async def closed_loop(asks: Sequence[Ask], clients: int, send: Send) -> list[Answer]:
     """Each client takes the next request when it has its answer."""
-    queue = iter(requests)
+    queue = iter(asks)
 
     async def client() -> list[Answer]:
-        return [await send(request) for request in queue]
+        return [await send(ask) for ask in queue]
 
     return [
         answer for answers in await asyncio.gather(*(client() for _ in range(clients))) for answer in answers
     ]
 
 
-async def open_loop(requests: Sequence[bytes], rate: float, seed: int, send: Send) -> list[Answer]:
-    """Requests start at moments of a Poisson process, whatever became of earlier ones."""
+async def open_loop(asks: Sequence[Ask], rate: float, seed: int, send: Send) -> list[Answer]:
+    """Requests start at moments of a Poisson process, whatever became of earlier ones. An answer's time counts from the
+    moment its request was due, so that a busy load generator makes no server look quick."""
     pauses = random.Random(seed)
     due = time.perf_counter()
     tasks: list[asyncio.Task[Answer]] = []
-    for request in requests:
+
+    async def at(due: float, ask: Ask) -> Answer:
+        answer = await send(ask)
+        answer.sent_at = due
+        return answer
+
+    for ask in asks:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.ensure_future(send(request)))
+        tasks.append(asyncio.ensure_future(at(due, ask)))
         due += pauses.expovariate(rate)
     return list(await asyncio.gather(*tasks))
 
@@ -211,28 +99,32 @@ async def measure(load: Load, tell: Callable[[str], None]) -> list[Result]:
     api = APIS[load.api]
     endpoint = Endpoint.parse(load.url, load.api_key)
     model = load.model or await _first_model(endpoint)
-    prompts = Prompts(endpoint, api, load)
+    prompts = Prompts(endpoint, api, load.shared_prefix, load.seed)
+    workload = choose(load.workload, load.seed)
 
-    async def requests(count: int) -> list[bytes]:
-        texts = [await prompts.make() for _ in range(count)]
-        return [endpoint.request(api.path, api.body(text, load.output_tokens, model)) for text in texts]
+    async def asks(count: int) -> list[Ask]:
+        made = [await prompts.make(next(workload)) for _ in range(count)]
+        bodies = [merged(api.body(p.text, p.output_tokens, model), load.extra_body) for p in made]
+        return [Ask(endpoint.request(api.path, body), p.output_tokens) for body, p in zip(bodies, made)]
 
-    async def send(request: bytes) -> Answer:
-        return await exchange(endpoint, request, REQUEST_TIMEOUT_S)
+    async def send(ask: Ask) -> Answer:
+        answer = await exchange(endpoint, ask.request, REQUEST_TIMEOUT_S)
+        answer.wanted_tokens = ask.output_tokens
+        return answer
 
-    for request in await requests(load.warmup):
-        answer = await send(request)
+    for ask in await asks(load.warmup):
+        answer = await send(ask)
         if answer.error:
             raise ConnectionError(f"{load.url}{api.path}: {answer.error}")
-    if not prompts.exact:
-        tell(f"{load.url} has no /tokenize: prompts are {load.prompt_tokens} words, not tokens")
-    if load.rate is not None:
-        answers = await open_loop(await requests(load.requests or 64), load.rate, load.seed, send)
-        return [summarise(answers, api.counts, None, load.rate)]
-    results = []
+    results: list[Result] = []
+    for rate in load.rate:
+        answers = await open_loop(await asks(load.requests or DEFAULT_OPEN_REQUESTS), rate, load.seed, send)
+        results.append(summarise(answers, api.counts, rate=rate, slo=load.slo))
     for clients in load.concurrency:
-        answers = await closed_loop(await requests(load.requests or max(16, 4 * clients)), clients, send)
-        results.append(summarise(answers, api.counts, clients, None))
+        answers = await closed_loop(await asks(load.requests or max(16, 4 * clients)), clients, send)
+        results.append(summarise(answers, api.counts, concurrency=clients, slo=load.slo))
+    if not prompts.exact:
+        tell(f"{load.url} has no /tokenize: a word of a prompt was taken for a token")
     return results
 
 
@@ -243,31 +135,88 @@ async def _first_model(endpoint: Endpoint) -> str:
         return "default"
 
 
+def load_of(options: Mapping[str, Any]) -> Load:
+    """What the command's options ask for. Raises UsageError for what contradicts itself."""
+    given = dict(options)
+    file, prompt, output = (given.pop(name, None) for name in ("workload", "prompt_tokens", "output_tokens"))
+    if file is None:
+        workload = (Wanted(prompt_tokens=prompt or DEFAULT_TOKENS, output_tokens=output or DEFAULT_TOKENS),)
+    elif prompt or output:
+        raise UsageError("--workload has its own lengths: leave --prompt-tokens and --output-tokens out")
+    else:
+        workload = read_workload(file)
+    shortest = min((w.prompt_tokens for w in workload if w.prompt_tokens), default=None)
+    prefix = given.get("shared_prefix", 0)
+    if shortest is not None and prefix >= shortest:
+        raise UsageError(f"--shared-prefix {prefix} must be less than the shortest prompt, {shortest} tokens")
+    if given.get("rate") and given.get("concurrency"):
+        raise UsageError(
+            "give --rate or --concurrency, not both: requests come at their own times, or when clients are free"
+        )
+    if not given.get("rate"):
+        given.setdefault("concurrency", DEFAULT_CLIENTS)
+    slo, extra_body = given.pop("slo", ()), given.pop("extra_body", "{}")
+    # A new seed each time, so that no prefix cache remembers the prompts of an earlier run.
+    seed = given.pop("seed", None)
+    return Load(
+        **given,
+        workload=workload,
+        slo=Slo.parse(slo) if slo else None,
+        extra_body=_extra_body(extra_body),
+        seed=time.time_ns() % 2**32 if seed is None else seed,
+    )
+
+
+def _extra_body(text: str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--extra-body {text}: {error}") from None
+    if not isinstance(body, dict):
+        raise UsageError(f"--extra-body {text}: expected a JSON object")
+    return body
+
+
 def bench(options: Mapping[str, Any]) -> int:
     """Run the command; 3 if a request failed."""
-    # A new seed each time, so that no prefix cache remembers the prompts of an earlier run.
-    load = Load(**{"seed": time.time_ns() % 2**32, **options})
-    if load.shared_prefix >= load.prompt_tokens:
-        raise UsageError(
-            f"--shared-prefix {load.shared_prefix} must be less than --prompt-tokens {load.prompt_tokens}"
-        )
+    given = dict(options)
+    plot, json_only = given.pop("plot", None), given.pop("json", False)
+    load = load_of(given)
+    if plot is not None:
+        check_plot(plot)
     try:
         results = uvloop.run(measure(load, lambda text: print(f"note: {text}", file=sys.stderr)))
     except (ConnectionError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    if not load.json:
-        print(
-            f"{load.url}  {load.api}  {load.prompt_tokens} prompt / {load.output_tokens} output tokens; times in ms"
-        )
+    if not json_only:
+        print(f"{load.url}  {load.api}; times in ms")
         print(table(results))
-    wanted = asdict(load)
-    wanted.pop("api_key")
-    wanted.pop("json")
-    print(json.dumps({"load": wanted, "runs": [asdict(result) for result in results]}), flush=True)
+    if plot is not None:
+        what = "clients" if load.concurrency else "requests a second"
+        loads = [f"{run.concurrency or run.rate:g}" for run in results]
+        draw(plot, f"{load.model or load.api} at {load.url}", what, loads, panels_of(results))
+    print(line(_told(load, options), results), flush=True)
     for result in results:
-        if result.failed:
+        if result.short:
             print(
-                f"error: {result.failed} of {result.requests} failed: {result.first_error}", file=sys.stderr
+                f"note: {result.load}: {result.short} answers are shorter than was asked for", file=sys.stderr
+            )
+        if result.failed:
+            why = ", ".join(f"{count} × {kind}" for kind, count in result.errors.items())
+            print(
+                f"error: {result.load}: {result.failed} of {result.requests} failed ({why}); the first: "
+                f"{result.first_error}",
+                file=sys.stderr,
             )
     return 3 if any(result.failed for result in results) else 0
+
+
+def _told(load: Load, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The load as the JSON line repeats it: all that is needed to run it again, but no key and no long list."""
+    told = asdict(replace(load, workload=(), api_key=None)) | {"workload": options.get("workload")}
+    del told["api_key"]
+    if told["workload"] is None:
+        wanted = load.workload[0]
+        told |= {"prompt_tokens": wanted.prompt_tokens, "output_tokens": wanted.output_tokens}
+    return told

@@ -6,6 +6,7 @@ events: one connection a request, a C parser, and no JSON but in the last event.
 
 import asyncio
 import json
+import re
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
+
+HAS_TEXT = re.compile(rb'"(?:text|content|reasoning_content)":\s*"[^"]')
+"""An event that brings its reader something: not one of a role, a usage or an end alone. Quotes inside a JSON text are escaped,
+so no text can look like a field."""
 
 
 @dataclass(slots=True)
@@ -24,9 +29,11 @@ class Answer:
     done_at: float = 0.0
     status: int = 0
     moments: list[float] = field(default_factory=list)
-    """When each event with content arrived."""
+    """When each event with text arrived."""
     last_event: bytes = b""
-    """The last event that carried usage or details, else the last one."""
+    """TGI's has the details, OpenAI's the usage, llama.cpp's the timings."""
+    wanted_tokens: int = 0
+    """How many were asked for; for whoever sent the request to fill in."""
     body: bytearray = field(default_factory=bytearray)
     """What came, if it was no event stream."""
     error: str = ""
@@ -53,7 +60,8 @@ class Endpoint:
         tls = parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        return cls(parts.hostname, port, parts.path.rstrip("/"), tls, key)
+        # Clients of OpenAI are given its URL with the version; each path here has its own.
+        return cls(parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"), tls, key)
 
     def request(self, path: str, body: Any = None) -> bytes:
         """The bytes of one request; no body is a GET."""
@@ -73,6 +81,7 @@ class _Exchange(asyncio.Protocol):
         self._request, self._done = request, done
         self._parser = httptools.HttpResponseParser(self)
         self._events = False
+        self._failed = ""
         self._rest = b""
         self._now = 0.0
         self._transport: asyncio.BaseTransport | None = None
@@ -101,23 +110,25 @@ class _Exchange(asyncio.Protocol):
         if not self._events:
             self.answer.body += body
             return
-        *events, self._rest = (self._rest + body).split(b"\n\n")
+        *events, self._rest = (self._rest + body).replace(b"\r\n", b"\n").split(b"\n\n")
         for event in events:
             self._event(event)
 
     def _event(self, event: bytes) -> None:
-        data = event.partition(b"data:")[2].strip()
-        if not data or data == b"[DONE]":
-            return
-        usage_only = b'"choices":[]' in data or b'"choices": []' in data
-        if not usage_only:
-            self.answer.moments.append(self._now)
-        # TGI's last event has the details, OpenAI's the usage, llama.cpp's the timings.
-        self.answer.last_event = data
+        for line in event.split(b"\n"):
+            kind, _, data = line.partition(b":")
+            data = data.strip()
+            # llama.cpp has had `error:` in the place of `data:`.
+            if kind == b"error" or data.startswith(b'{"error"'):
+                self._failed = f"error event: {data[:200].decode(errors='replace')}"
+            elif kind == b"data" and data not in (b"", b"[DONE]"):
+                if HAS_TEXT.search(data):
+                    self.answer.moments.append(self._now)
+                self.answer.last_event = data
 
     def on_message_complete(self) -> None:
         self.answer.status = self._parser.get_status_code()
-        self._end("")
+        self._end(self._failed)
 
     def _end(self, error: str) -> None:
         if not self._done.done():

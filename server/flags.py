@@ -271,21 +271,31 @@ BENCH = (
 BENCH_SERVE = (
     Flag("url", "url", "The server.", default="http://127.0.0.1:3000"),
     Flag(
-        "api", "api", "Which streaming endpoint.", default="openai",
-        choices=("openai", "tgi", "llama.cpp"), why="/v1/completions, /generate_stream or /completion"
+        "api", "api", "Which streaming endpoint.", default="openai", choices=("openai", "chat", "tgi", "llama.cpp"),
+        why="/v1/completions, /v1/chat/completions, /generate_stream or /completion"
     ),
     Flag("model", "model", "Name of the model in requests; default the first the server lists."),
-    Flag("prompt-tokens", "prompt_tokens", "Length of each prompt, exactly.", "int", default=128, at_least=1),
-    Flag("output-tokens", "output_tokens", "Tokens generated for each, exactly.", "int", default=128, at_least=1),
-    Flag("concurrency", "concurrency", "Clients that each wait for their answer; several runs with commas.", "ints",
-         default=(1, 8), at_least=1),
-    Flag("rate", "rate", "Requests a second at random moments (Poisson), instead of waiting clients.", "float",
-         at_least=0.001),
-    Flag("requests", "requests", "Requests a run; default 4 for each client, at least 16.", "int", at_least=1),
+    Flag("prompt-tokens", "prompt_tokens", "Length of each prompt, exactly; default 128.", "int", at_least=1),
+    Flag("output-tokens", "output_tokens", "Tokens generated for each, exactly; default 128.", "int", at_least=1),
+    Flag(
+        "workload", "workload",
+        "A file of requests to choose from: JSON objects with prompt_tokens and output_tokens, with prompt and "
+        "output_tokens, or ShareGPT's conversations; one a line, or an array."
+    ),
+    Flag("concurrency", "concurrency", "Clients that each wait for their answer; several runs with commas; default 1,8.",
+         "ints", at_least=1),
+    Flag("rate", "rate", "Requests a second at random moments (Poisson), instead of waiting clients; several runs with "
+         "commas.", "floats", at_least=0.001),
+    Flag("requests", "requests", "Requests a run; default 4 for each client, at least 16; 64 at a rate.", "int",
+         at_least=1),
     Flag("warmup", "warmup", "Requests before the clock starts.", "int", default=1, at_least=0),
     Flag("shared-prefix", "shared_prefix", "Tokens at the start that all prompts share.", "int", default=0, at_least=0),
+    Flag("slo", "slo", "What a request must keep to for goodput: ttft_ms=500,itl_ms=50; also tpot_ms and e2e_ms. itl_ms "
+         "is of a stream's longest pause.", "list"),
+    Flag("extra-body", "extra_body", "A JSON object merged into every request; null takes a field away."),
     Flag("seed", "seed", "Of prompts and arrivals; default a new one each time.", "int"),
     Flag("api-key", "api_key", "Bearer key.", env="API_KEY"),
+    Flag("plot", "plot", "Draw the runs into this .png or .svg; needs the extra `plot`."),
     Flag("json", "json", "Print the JSON line only.", "bool"),
 )  # fmt: skip
 

@@ -19,9 +19,9 @@ class UsageError(Exception):
     """What was asked for cannot be meant; the message is one line that says what is allowed."""
 
 
-Kind = Literal["text", "int", "float", "bool", "list", "ints"]
-"""A list (`ints`: of whole numbers) takes commas and may be repeated."""
-LISTS = ("list", "ints")
+Kind = Literal["text", "int", "float", "bool", "list", "ints", "floats"]
+"""A list (`ints`: of whole numbers, `floats`: of any) takes commas and may be repeated."""
+LISTS = ("list", "ints", "floats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +224,15 @@ def convert(given: Given) -> Any:
 
 def _number(given: Given, raw: str) -> float:
     flag = given.flag
-    noun = "a number" if flag.kind == "float" else "a whole number"
+    fractional = flag.kind in ("float", "floats")
+    noun = "a number" if fractional else "a whole number"
     low, high = flag.at_least, flag.at_most
     if low is not None and high is not None:
         noun += f" from {low:g} to {high:g}"
     elif low is not None:
         noun += f" of at least {low:g}"
     try:
-        value = float(raw) if flag.kind == "float" else int(raw.replace("_", ""))
+        value = float(raw) if fractional else int(raw.replace("_", ""))
     except ValueError:
         raise UsageError(f"{given.origin}={raw}: expected {noun}") from None
     out = not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)

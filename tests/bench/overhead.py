@@ -108,8 +108,9 @@ def engine_ms(engine: Engine, rows: int) -> float:
 
 def http_ms(url: str, rows: int) -> float:
     """The same through the server: the median time between two tokens, which other streams' prefills do not touch."""
-    args = argparse.Namespace(prompt_tokens=PROMPT, output_tokens=OUTPUT, per_client=1)
-    return load(url, "openai", args, rows)["runs"][0]["itl_ms"]["p50"]
+    requests = max(4, rows)
+    run = load(url, clients=rows, requests=requests, api="openai", prompt_tokens=PROMPT, output_tokens=OUTPUT)
+    return run.itl_ms.p50
 
 
 def settings(opened) -> dict[str, Engine]:

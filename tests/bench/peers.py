@@ -1,9 +1,12 @@
-"""xlane and llama.cpp's server side by side, in turns, at equal precision, on the same prompts lengths, with one client.
+"""xlane beside the servers a user could run instead: in turns, at equal precision, same prompt lengths, one client.
 
-    python -m tests.bench.peers --llama-server PATH --gguf F32.gguf [--concurrency 1,16] [--rounds 3]
+    python -m tests.bench.peers ROWS.jsonl --servers xlane,llama.cpp,transformers \\
+        --llama-server PATH --gguf F32.gguf --transformers PATH [--rounds 3] [--plot PLOT.svg]
 
-Each round starts one server, warms it, runs every concurrency, stops it, and goes on to the other; the table shows the
-median of the rounds. Prints one JSON line last. Bounded: a server that is not ready within two minutes ends the run.
+Each round starts one server, warms it, runs every concurrency, stops it, and goes on to the next. Every run is a line more
+in ROWS.jsonl, with what this machine could do at that time, so that a long comparison may be made in several calls, in
+turns: `--servers xlane --rounds 1`, and so on. The table and the plot are of all lines, medians of the rounds; with
+`--rounds 0` they are made of those that are there. Bounded: a server that is not ready within two minutes ends the run.
 """
 
 import argparse
@@ -14,10 +17,32 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from xlane.engine.bench import measure_ceilings
+from xlane.server.bench import load_of, measure
+from xlane.server.bench_plot import Panel, draw
+from xlane.server.bench_report import Result
 
 READY_S = 120
+PARAMETERS = 134.5e6
+"""Of the demo model, in float32."""
+LIMIT = "limit of this machine"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server to measure."""
+
+    command: Sequence[str]
+    api: str = "openai"
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
 
 
 def free_port() -> int:
@@ -52,69 +77,126 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def load(url: str, api: str, args: argparse.Namespace, concurrency: int) -> dict:
-    """One run of `xlane bench serve`; its JSON row."""
-    command = [
-        sys.executable, "-m", "xlane.server", "bench", "serve", "--url", url, "--api", api,
-        "--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(args.output_tokens),
-        "--concurrency", str(concurrency), "--requests", str(max(4, concurrency * args.per_client)),
-        "--json",
-    ]  # fmt: skip
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(answer.strip().splitlines()[-1])
+def load(url: str, *, clients: int, requests: int, **options: Any) -> Result:
+    """One run of `xlane bench serve` with its options. Raises RuntimeError if an answer is missing or short."""
+    asked = load_of({"url": url, "concurrency": (clients,), "requests": requests, **options})
+    (result,) = uvloop.run(measure(asked, lambda note: print(note, file=sys.stderr)))
+    if result.failed or result.short:
+        raise RuntimeError(f"{url}: {result.failed} failed ({result.first_error}), {result.short} short")
+    return result
+
+
+def peers(args: argparse.Namespace) -> dict[str, Peer]:
+    """All that can be measured, each with as many slots."""
+    host, slots = ["--host", "127.0.0.1"], args.slots
+    llama = [args.llama_server, "-m", args.gguf, "-np", str(slots), "-c", str(slots * 512), "-t", "2", *host]
+    # A directory, a colon, the file in it. Without continuous batching it answers one request after another.
+    gguf = Path(args.gguf).resolve()
+    torch = [
+        args.transformers,
+        "serve",
+        f"{gguf.parent}:{gguf.name}",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own.
+    generation = json.dumps({"do_sample": False, "max_new_tokens": args.output_tokens})
+    foreign = {"ignore_eos": None, "stream_options": None, "generation_config": generation}
+    return {
+        "xlane": Peer([sys.executable, "-m", "xlane.server", "serve", "--max-batch-size", str(slots)]),
+        "llama.cpp": Peer(llama, "llama.cpp"),
+        "transformers": Peer([*torch, "--continuous-batching", *host], extra_body=foreign),
+    }
+
+
+def one_round(name: str, peer: Peer, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each concurrency, and one of what the machine can do just before."""
+    concurrencies = [int(number) for number in args.concurrency.split(",")]
+    ceilings = measure_ceilings("cpu", "float32")
+    for clients in concurrencies:
+        rate = limit(ceilings.read_gb_per_s, ceilings.matmul_gflop_per_s, clients, args)
+        yield {"server": LIMIT, "concurrency": clients, "output_tokens_per_s": rate, **asdict(ceilings)}
+    options = {
+        "api": peer.api,
+        "prompt_tokens": args.prompt_tokens,
+        "extra_body": json.dumps(peer.extra_body),
+    }
+    with server(peer.command, free_port()) as url:
+        most = max(concurrencies)
+        load(url, clients=most, requests=most, output_tokens=8, **options)
+        for clients in concurrencies:
+            requests = max(4, clients * args.per_client)
+            run = load(url, clients=clients, requests=requests, output_tokens=args.output_tokens, **options)
+            yield {"server": name, "at": time.strftime("%Y-%m-%d %H:%M"), **asdict(run)}
+
+
+def limit(read_gb_per_s: float, gflop_per_s: float, clients: int, args: argparse.Namespace) -> float:
+    """Output tokens a second if nothing cost anything but arithmetic, and reading every weight once a step."""
+    arithmetic_s = 2 * PARAMETERS / (gflop_per_s * 1e9)
+    step_s = max(4 * PARAMETERS / (read_gb_per_s * 1e9), clients * arithmetic_s)
+    seconds = clients * args.prompt_tokens * arithmetic_s + args.output_tokens * step_s
+    return clients * args.output_tokens / seconds
+
+
+def report(rows: Sequence[Mapping[str, Any]], plot: str | None) -> dict[str, dict[str, float]]:
+    """Print medians over the rounds, draw them; server -> concurrency -> output tokens a second."""
+    concurrencies = sorted({row["concurrency"] for row in rows})
+    names = list(dict.fromkeys(row["server"] for row in rows if row["server"] != LIMIT))
+
+    def median(name: str, *path: str) -> list[float]:
+        def of(row: Any) -> float:
+            for part in path:
+                row = row[part]
+            return row
+
+        chosen = [
+            [of(r) for r in rows if (r["server"], r["concurrency"]) == (name, c)] for c in concurrencies
+        ]
+        return [statistics.median(values) if values else float("nan") for values in chosen]
+
+    rates = {name: median(name, "output_tokens_per_s") for name in (*names, LIMIT)}
+    print(f"{'':>22}" + "".join(f"{c:>10}" for c in concurrencies))
+    for name, values in rates.items():
+        print(f"{name:>22}" + "".join(f"{value:>10.1f}" for value in values))
+    measures = {"Time to first token": "ttft_ms", "Time between tokens": "itl_ms"}
+    panels = [Panel("Output tokens", "tokens/s", rates)]
+    for title, measured in measures.items():
+        curves = {name: median(name, measured, "p50") for name in names}
+        panels.append(Panel(f"{title}, median", "ms", curves))
+        print(title, {name: [round(value, 1) for value in values] for name, values in curves.items()})
+    if plot:
+        draw(plot, "SmolLM2-135M, float32, two CPU cores", "clients", list(map(str, concurrencies)), panels)
+    return {name: dict(zip(map(str, concurrencies), values)) for name, values in rates.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--llama-server", required=True)
-    parser.add_argument("--gguf", required=True)
-    parser.add_argument("--concurrency", default="1,16")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--servers", default="xlane,llama.cpp,transformers")
+    parser.add_argument("--llama-server", default="llama-server")
+    parser.add_argument("--gguf", default="f32.gguf")
+    parser.add_argument("--transformers", default="transformers")
+    parser.add_argument("--concurrency", default="1,8,16,32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--per-client", type=int, default=2)
+    parser.add_argument("--plot")
     args = parser.parse_args()
-    concurrencies = [int(number) for number in args.concurrency.split(",")]
-    llama = [
-        args.llama_server,
-        "-m",
-        args.gguf,
-        "-np",
-        "16",
-        "-c",
-        str(16 * 512),
-        "-t",
-        "2",
-        "--host",
-        "127.0.0.1",
-    ]
-    servers = {
-        "xlane": ([sys.executable, "-m", "xlane.server", "serve"], "openai"),
-        "llama.cpp": (llama, "llama.cpp"),
-    }
-    results: dict[tuple[str, int], list[dict]] = {}
+    known = peers(args)
     for _ in range(args.rounds):
-        for name, (command, api) in servers.items():
-            with server(command, free_port()) as url:
-                load(url, api, argparse.Namespace(**{**vars(args), "output_tokens": 8}), max(concurrencies))
-                for concurrency in concurrencies:
-                    row = load(url, api, args, concurrency)
-                    results.setdefault((name, concurrency), []).append(row)
-                    print(name, concurrency, json.dumps(row), file=sys.stderr, flush=True)
-    summary = {}
-    for (name, concurrency), rows in results.items():
-        rate = statistics.median(_rate(row) for row in rows)
-        summary[f"{name} at {concurrency}"] = rate
-        print(
-            f"{name:>10} at {concurrency:>3}: {rate:8.1f} output tokens/s (rounds: {[round(_rate(r), 1) for r in rows]})"
-        )
-    print(json.dumps(summary))
-
-
-def _rate(row: dict) -> float:
-    return row["runs"][0]["output_tokens_per_s"]
+        for name in args.servers.split(","):
+            for row in one_round(name, known[name], args):
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                with args.rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
+    print(json.dumps(report(rows, args.plot)))
 
 
 if __name__ == "__main__":
