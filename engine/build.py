@@ -25,6 +25,7 @@ from .buckets import DEFAULTS, SEGMENTS, decode_rows, prefill_tokens
 from .config import EngineConfig
 from .errors import PlanError
 from .kernels.native import native_kernels
+from .kernels.pallas_gpu import PallasGpuKernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
 from .programs import Blueprint, Params, Programs, abstract_params, compile_all, param_sharding
@@ -187,9 +188,14 @@ def _kernels(
     config: EngineConfig, platform: str, placement: Placement, dtype: str, report: Progress
 ) -> tuple[Kernels, str]:
     """Choose who computes; the note says which and why."""
-    plain = XlaKernels(platform, None if placement.single else placement)
+    several = None if placement.single else placement
+    plain = XlaKernels(platform, several)
     if config.kernels == "xla":
         return plain, "xla (asked for)"
+    if platform == "gpu" and config.kernels in ("auto", "pallas"):
+        return PallasGpuKernels(several), "pallas (attention; XLA's products)"
+    if config.kernels == "pallas":
+        raise PlanError(f"--kernels pallas serves GPUs, and this is {platform}: use --kernels auto")
     if platform != "cpu" or not placement.single or dtype != "float32":
         why = f"{platform}, {dtype}, {placement.mesh.size} device(s)"
         if config.kernels == "native":

@@ -59,7 +59,7 @@ class EngineConfig:
     """What a watermark adds to their logits."""
 
     kernels: str = "auto"
-    """`auto`, `xla` or `native` (CPU only)."""
+    """`auto`, `xla`, `native` (CPU only) or `pallas` (GPU only)."""
     cache_dir: str | None = None
     """Where compiled programs are kept between starts; None keeps none."""
 

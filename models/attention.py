@@ -48,11 +48,12 @@ class XlaKernels:
             )
             product = jnp.moveaxis(product, -1, 0)
         else:
+            # Accelerators add up in float32 whatever the result's type, and would write a float32 result out to convert it.
             product = jax.lax.dot_general(
                 x,
                 weight,
                 (((1,), (weight.ndim - 1,)), ((), ())),
-                preferred_element_type=jnp.float32,
+                preferred_element_type=jnp.float32 if self._cpu else x.dtype,
             )
         if scales is not None:
             product = product * scales[None]

@@ -156,8 +156,8 @@ DEVICE = (
     ),
     _own("page-tokens", "engine.page_tokens", "Tokens per KV page.", "int", at_least=1),
     _own(
-        "kernels", "engine.kernels", "Who computes attention and matmul; `native` is for CPUs.",
-        choices=("auto", "xla", "native")
+        "kernels", "engine.kernels", "Who computes attention and matmul; `native` is for CPUs, `pallas` for GPUs.",
+        choices=("auto", "xla", "native", "pallas")
     ),
     _own(
         "cache-dir", "engine.cache_dir",

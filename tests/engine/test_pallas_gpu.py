@@ -1,0 +1,124 @@
+"""The GPU's attention kernels, interpreted, against plain XLA: over page borders, head counts and sizes, windows and caps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlane.engine.kernels.pallas_gpu import PallasGpuKernels, _splits
+from xlane.models.attention import XlaKernels
+from xlane.models.kernels import KvLayer, PagedBatch
+from xlane.sharding.mesh import Placement, make_placement
+
+INTERPRET = jax.default_backend() != "gpu"
+"""On a GPU the kernels themselves are tested: `JAX_PLATFORMS=cuda pytest tests/engine/test_pallas_gpu.py`."""
+
+PAGES, WIDTH = 40, 16
+NOBODYS = PAGES - 1
+"""A page full of NaN, that stands wherever a row holds nothing."""
+
+DECODE = ([70, 65, -1, 127, 0], [0, 1, 2, 3, 4], True)
+PREFILL = (
+    [*range(30, 60), *range(25), *range(100, 128), 0, *[-1] * 5],
+    [0] * 30 + [1] * 25 + [3] * 28 + [4] * 6,
+    False,
+)
+
+KINDS = {
+    "plain": (2, 4, 16, {}),
+    "one head a kv head": (4, 1, 16, {}),
+    "odd heads and width": (2, 3, 24, {}),
+    "all heads share": (1, 8, 64, {}),
+    "wide": (1, 2, 128, {}),
+    "widest": (1, 2, 256, {}),
+    "window": (2, 2, 16, {"window": 20}),
+    "window of one page": (2, 2, 16, {"window": 8}),
+    "softcap": (2, 2, 16, {"softcap": 2.0}),
+    "slopes": (2, 3, 16, {"slopes": (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)}),
+    "sinks": (2, 3, 16, {"sinks": np.linspace(-1, 4, 6).reshape(2, 3)}),
+    "all": (
+        2,
+        2,
+        16,
+        {"window": 30, "softcap": 3.0, "slopes": (0.4, 0.3, 0.2, 0.1), "sinks": np.ones((2, 2))},
+    ),
+}
+
+
+def _launch(kv_heads: int, group: int, head_dim: int, page_tokens: int, where: tuple, seed: int = 0):
+    """qkv, pool and batch as a step has them; what no row holds is NaN."""
+    positions, rows, _ = where
+    rng = np.random.default_rng(seed)
+    count = max(rows) + 1
+    table = np.full((count, WIDTH), NOBODYS)
+    free = iter(rng.permutation(PAGES - 1))
+    for row in range(count):
+        held = max((p + 1 for p, r in zip(positions, rows, strict=True) if r == row), default=0)
+        for index in range(-(-held // page_tokens)):
+            table[row, index] = next(free)
+    pools = rng.normal(size=(2, kv_heads, PAGES, page_tokens, head_dim)).astype(np.float32)
+    pools[:, :, NOBODYS] = np.nan
+    qkv = rng.normal(size=(len(positions), kv_heads, group + 2, head_dim)).astype(np.float32)
+    batch = PagedBatch(*(jnp.asarray(x, jnp.int32) for x in (positions, rows, table)))
+    return jnp.asarray(qkv), KvLayer(*map(jnp.asarray, pools)), batch
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """A GPU would round the reference's operands."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def _compared(kernels, where: tuple, shape: tuple[int, int, int], page_tokens: int, options: dict):
+    options = {"window": None, **options}
+    if "sinks" in options:
+        options["sinks"] = jnp.asarray(options["sinks"], jnp.float32)
+    launch = _launch(*shape, page_tokens, where)
+    both = [
+        k.attend(*launch, scale=0.3, one_token_rows=where[2], **options) for k in (XlaKernels("gpu"), kernels)
+    ]
+    (expected, pool), (got, same_pool) = both
+    real = np.array(where[0]) >= 0
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=5e-5)
+    assert np.isfinite(np.asarray(got)).all()
+    for mine, reference in zip(same_pool, pool, strict=True):
+        np.testing.assert_array_equal(mine, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_agrees_with_plain_xla(where: tuple, kind: str) -> None:
+    *shape, options = KINDS[kind]
+    _compared(PallasGpuKernels(interpret=INTERPRET), where, tuple(shape), 8, options)
+
+
+@pytest.mark.parametrize("page_tokens", [8, 12, 32, 128])
+@pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_any_page_size(where: tuple, page_tokens: int) -> None:
+    _compared(PallasGpuKernels(interpret=INTERPRET), where, (2, 2, 16), page_tokens, {})
+
+
+@pytest.mark.parametrize(("data", "model"), [(1, 2), (1, 4)])
+@pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_each_device_attends_with_its_heads(where: tuple, data: int, model: int) -> None:
+    placement: Placement = make_placement(data, model)
+    _compared(PallasGpuKernels(placement, interpret=INTERPRET), where, (4, 2, 16), 8, {})
+
+
+@pytest.mark.parametrize(
+    "where",
+    [([70, 65, -1, 127], [0, 1, 2, 3], True), ([*range(40, 60), *range(20)], [0] * 20 + [1] * 20, False)],
+    ids=["decode", "prefill"],
+)
+def test_rows_split_over_the_data_axis(where: tuple) -> None:
+    _compared(
+        PallasGpuKernels(make_placement(2, 2), interpret=INTERPRET), where, (2, 2, 16), 8, {"window": 30}
+    )
+
+
+def test_few_rows_are_split_and_many_are_not() -> None:
+    assert _splits(8, 64) == 32  # one row of eight kv heads: 256 programs, as many as one may have
+    assert _splits(8, 1) == 1  # one block cannot be split
+    assert _splits(64 * 8, 64) == 2
+    assert _splits(256 * 8, 64) == 1
