@@ -16,7 +16,7 @@ import numpy as np
 
 from ..models.opened import open_model
 from ..sharding.processes import ProcessError, all_equal, join_processes
-from ..tpu.runtime import use_compile_cache
+from ..tpu.runtime import set_gpu_defaults, use_compile_cache
 from .build import Built, Progress, build
 from .config import EngineConfig, programs_folder
 from .errors import PlanError
@@ -49,6 +49,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
 
     Raises PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
     """
+    set_gpu_defaults(os.environ)
     meet(config)
     use_compile_cache(programs_folder(config))
     opened = open_model(path, weights=config.load_format != "dummy")

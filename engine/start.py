@@ -5,6 +5,7 @@ Of several processes that serve one model process 0 calls `start`, and each othe
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..models.guidance import guidance_tokenizer
 from ..models.opened import open_model
 from ..models.spec import parameters
 from ..models.tokenizer import TextTokenizer
-from ..tpu.runtime import use_compile_cache
+from ..tpu.runtime import set_gpu_defaults, use_compile_cache
 from .build import Progress, build, compile_within, design
 from .config import EngineConfig, programs_folder
 from .engine import Engine
@@ -109,5 +110,6 @@ def describe(config: EngineConfig, path: Path) -> dict[str, Any]:
 
 
 def _prepare(config: EngineConfig) -> None:
+    set_gpu_defaults(os.environ)
     meet(config)
     use_compile_cache(programs_folder(config))

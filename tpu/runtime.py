@@ -1,8 +1,25 @@
-"""What must be set before jax is used: the persistent compile cache. Functions that are called, never import effects."""
+"""What must be set before jax is used: XLA's flags, the persistent compile cache. Functions that are called, never import effects."""
 
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import jax
+
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+
+
+def set_gpu_defaults(environ: MutableMapping[str, str]) -> None:
+    """Before the first device is looked at: how XLA is to use a GPU, where the user has not said it. Without one it means
+    nothing.
+
+    Conditions and loops become part of the step's CUDA graph. Otherwise the host waits at each of them until the device
+    has come there: a launch returns when its step is nearly over, and the host's own work comes on top of it.
+    """
+    flags = environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_command_buffer" not in flags:
+        environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer={_GRAPHS}".strip()
+    # XLA takes so much of the device at once; what the engine may use of it is its own plan's business.
+    environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def use_compile_cache(directory: Path | None) -> None:

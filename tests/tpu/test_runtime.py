@@ -1,0 +1,34 @@
+"""What is set before jax is used: where the user has not set it."""
+
+import os
+import subprocess
+import sys
+
+from xlane.tpu.runtime import set_gpu_defaults
+
+
+def test_conditions_become_part_of_the_graph():
+    environ: dict[str, str] = {"XLA_FLAGS": "--xla_dump_to=/tmp/x"}
+    set_gpu_defaults(environ)
+    first, graphs = environ["XLA_FLAGS"].split()
+    assert first == "--xla_dump_to=/tmp/x"
+    assert {"CONDITIONAL", "WHILE", "FUSION"} <= set(graphs.partition("=")[2].split(","))
+    assert environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.95"
+
+
+def test_the_users_own_settings_stay():
+    own = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    environ = dict(own)
+    set_gpu_defaults(environ)
+    assert environ == own
+
+
+def test_xla_knows_the_flags():
+    """An unknown flag ends the process when the first device is looked at; so does one that does not parse."""
+    environ = {**os.environ, "XLA_FLAGS": ""}
+    set_gpu_defaults(environ)
+    code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "2", run.stderr
