@@ -52,6 +52,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
     *,
+    weights: bool = True,
     retry_wait_s: float = 1.0,
 ) -> ResolvedModel:
     """Find a model, fetching what is missing.
@@ -62,6 +63,7 @@ def resolve(
         token: for private and gated repositories; None uses HF_TOKEN or the saved login.
         cache_dir: where fetched files are kept; None uses huggingface_hub's cache.
         progress: told about bytes while fetching; huggingface_hub's own bars are off meanwhile.
+        weights: False takes a local directory that has none, too: it is served with random ones.
         retry_wait_s: pause before the first retry of a broken connection; doubles each time.
 
     Raises:
@@ -73,6 +75,8 @@ def resolve(
             raise HubError(
                 f"{model_id} is on this machine and has no revisions; leave out revision {revision!r}"
             )
+        if not weights and (local / "config.json").is_file():
+            return ResolvedModel(local, None, "safetensors")
         return _at(local, None)
     if local.is_absolute() or model_id.startswith((".", "~")) or "/" not in model_id:
         raise HubError(

@@ -16,4 +16,5 @@ def find_model(
     if config.model_id == DEMO:
         kept = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         return ResolvedModel(demo_model(kept, progress), None, "gguf")
-    return resolve(config.model_id, config.revision, cache_dir=hub_cache, progress=progress)
+    weights = config.load_format != "dummy"
+    return resolve(config.model_id, config.revision, cache_dir=hub_cache, progress=progress, weights=weights)

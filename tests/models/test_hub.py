@@ -216,6 +216,13 @@ def test_local_directory_and_file(tmp_path: Path):
     assert resolve(str(tmp_path / "m.gguf")).kind == "gguf"
 
 
+def test_a_local_directory_without_weights_is_served_with_random_ones(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(str(tmp_path), weights=False).path == tmp_path
+    with pytest.raises(HubError, match="has no weights"):
+        resolve(str(tmp_path))
+
+
 def test_local_directory_with_one_gguf(tmp_path: Path):
     assert resolve(str(write(tmp_path, "m.gguf"))).path == tmp_path / "m.gguf"
 

@@ -1,0 +1,247 @@
+"""The compiled programs alone on this device: time of a decode step and of a prefill launch, next to what memory and
+arithmetic allow, with the kernels that took longest.
+
+    python -m tests.bench.device_step [--model 8b|1b|CONFIG.json] [--rows 1,64,256] [--context 1024] [--prefill 2048]
+        [--kernels pallas,xla] [--layers N] [--profile FOLDER]
+
+Weights are random. Every row holds `context` tokens of its own pages. No scheduler, no host work: launches are chained and
+waited for at the end, so a figure is the device's. Prints a line a figure, and one JSON line last.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import math
+import os
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.bench.dummy_model import SHAPES
+from xlane.engine.batch import pack_prefill
+from xlane.engine.bench import Ceilings, measure_ceilings
+from xlane.engine.build import design
+from xlane.engine.config import EngineConfig
+from xlane.engine.memory import MemoryPlan
+from xlane.engine.programs import Blueprint, compile_all, param_sharding
+from xlane.engine.request import SamplingParams
+from xlane.engine.sampler import mask_width
+from xlane.engine.state import abstract_kv, abstract_state, zeros_like
+from xlane.engine.turn import NO_PAGE, Segment
+from xlane.models.config import ModelConfig
+from xlane.models.loader import dummy_params
+from xlane.models.registry import config_from_hf
+from xlane.tpu.runtime import set_gpu_defaults
+
+
+def main() -> None:
+    args = _arguments()
+    set_gpu_defaults(os.environ)
+    shape = json.loads(Path(args.model).read_text()) if args.model.endswith(".json") else SHAPES[args.model]
+    model = config_from_hf(shape | ({"num_hidden_layers": args.layers} if args.layers else {}))
+    ceilings = measure_ceilings(jax.devices()[0].platform, args.dtype)
+    print(f"ceilings {ceilings}", flush=True)
+    figures: list[dict[str, Any]] = []
+    params = None
+    for kernels in args.kernels.split(","):
+        blueprint, memory = _designed(args, model, kernels)
+        if params is None:
+            place = partial(param_sharding, blueprint.placement)
+            params = dummy_params(blueprint.graph.specs, place)
+        figures += _measured(args, kernels, blueprint, memory.weights_bytes, params, ceilings)
+    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "figures": figures}))
+
+
+def _designed(args: argparse.Namespace, model: ModelConfig, kernels: str) -> tuple[Blueprint, MemoryPlan]:
+    rows = sorted(map(int, args.rows.split(",")))
+    config = EngineConfig(
+        model_id="dummy", lanes=rows[-1], kernels=kernels, dtype=args.dtype, kv_bytes=args.kv_bytes,
+        max_total_tokens=max(args.context + 512, args.prefill + 64), prefill_chunk_tokens=args.prefill,
+    )  # fmt: skip
+    blueprint, memory, note = design(config, model)
+    print(f"{kernels}: {note}", flush=True)
+    only = dataclasses.replace(
+        blueprint, decode_rows=tuple(rows), prefill_tokens=(args.prefill,), prefill_segments=1
+    )
+    return only, memory
+
+
+def _measured(
+    args: argparse.Namespace,
+    kernels: str,
+    blueprint: Blueprint,
+    weights_bytes: int,
+    params: Any,
+    ceilings: Ceilings,
+) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    programs = compile_all(blueprint)
+    print(f"compiled {len(programs.infos)} programs in {time.perf_counter() - began:.1f} s", flush=True)
+    for info in programs.infos:
+        print(
+            f"  {info.name} {info.compile_s:.1f} s, temporaries {info.temp_bytes / 2**20:.0f} MiB", flush=True
+        )
+    launches = _Launches(blueprint, programs, params, args.context)
+    figures = []
+    for count in blueprint.decode_rows:
+        step_s = launches.decode(count, args.steps)
+        least_s = _least(weights_bytes, blueprint, count, args.context, ceilings)
+        figures.append(_figure(f"decode[{count}]", kernels, step_s, least_s, count))
+        if args.profile:
+            _profiled(partial(launches.decode, count, 4), Path(args.profile) / f"{kernels}-{count}")
+    launch_s = launches.prefill(args.prefill, 4)
+    flops = 2 * weights_bytes / jnp.dtype(blueprint.dtype).itemsize * args.prefill
+    least_s = flops / (ceilings.matmul_gflop_per_s * 1e9)
+    figures.append(_figure(f"prefill[{args.prefill}]", kernels, launch_s, least_s, args.prefill))
+    if args.profile:
+        _profiled(partial(launches.prefill, args.prefill, 2), Path(args.profile) / f"{kernels}-prefill")
+    return figures
+
+
+class _Launches:
+    """Arrays that live on the device, and the launches over them."""
+
+    def __init__(self, blueprint: Blueprint, programs: Any, params: Any, context: int) -> None:
+        self.blueprint, self.programs, self.params, self.context = blueprint, programs, params, context
+        shapes, place = blueprint.shapes, blueprint.placement
+        self.kv = zeros_like(abstract_kv(blueprint.config, shapes, blueprint.dtype, place))
+        self.state = zeros_like(abstract_state(shapes, place))
+
+    def _held(self) -> None:
+        """Every lane holds `context` tokens and goes on."""
+        shapes = self.blueprint.shapes
+        # Fewer pages than a full pool would take are shared: what is read is as much.
+        table = np.arange(shapes.lanes * shapes.table_width, dtype=np.int32) % shapes.pages
+        put = self.blueprint.placement.put
+        ones = np.ones(shapes.lanes, np.float32)
+        sampling = self.state.sampling._replace(
+            repetition=put(ones.copy()),
+            top_p=put(ones.copy()),
+            typical_p=put(ones.copy()),
+            stop=put(np.full(self.state.sampling.stop.shape, -1, np.int32)),
+        )
+        self.state = self.state._replace(
+            position=put(np.full(shapes.lanes, self.context, np.int32)),
+            remaining=put(np.full(shapes.lanes, 10**6, np.int32)),
+            active=put(np.ones(shapes.lanes, bool)),
+            table=put(table.reshape(shapes.lanes, -1)),
+            sampling=sampling,
+        )
+
+    def _mask(self, rows: int) -> jax.Array:
+        return self.blueprint.placement.put(
+            np.zeros((rows, mask_width(self.blueprint.shapes.vocab)), np.int32)
+        )
+
+    def decode(self, rows: int, steps: int) -> float:
+        """Seconds a step."""
+        self._held()
+        plan = np.stack([np.arange(rows), np.zeros(rows), np.full(rows, NO_PAGE)], axis=1).astype(np.int32)
+        plan, mask = self.blueprint.placement.put(plan), self._mask(rows)
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                self.kv, self.state, _ = self.programs.decode(
+                    rows, self.params, self.kv, self.state, plan, mask
+                )
+            jax.block_until_ready(self.state)
+
+        return _timed(run, steps)
+
+    def prefill(self, tokens: int, times: int) -> float:
+        """Seconds a launch of one prompt."""
+        b = self.blueprint
+        pages = -(-tokens // b.shapes.page_tokens)
+        segment = Segment(
+            lane=0, tokens=[1] * tokens, start=0, last=True, prompt_tokens=tokens, remaining=8, recorded=0,
+            prompt_top=0, targets=(), pages=list(range(pages)), sampling=SamplingParams(max_tokens=8),
+        )  # fmt: skip
+        packed = pack_prefill([segment], b.prefill_segments, tokens, b.shapes.table_width, b.shapes.lanes)
+        plan, mask = b.placement.put(packed), self._mask(b.prefill_segments)
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                self.kv, self.state, _ = self.programs.prefill(
+                    tokens, self.params, self.kv, self.state, plan, mask
+                )
+            jax.block_until_ready(self.state)
+
+        return _timed(run, times)
+
+
+def _timed(run: Any, count: int) -> float:
+    run(2)
+    began = time.perf_counter()
+    run(count)
+    return (time.perf_counter() - began) / count
+
+
+def _least(weights_bytes: int, blueprint: Blueprint, rows: int, context: int, ceilings: Ceilings) -> float:
+    """Seconds a step takes at least: every weight (of the embedding just rows) and every held token's KV read once."""
+    c, itemsize = blueprint.config, jnp.dtype(blueprint.dtype).itemsize
+    embedding = 0 if c.tied_embeddings else c.vocab_size * c.hidden_size * itemsize
+    kv = 2 * c.layers * c.kv_heads * c.head_dim * itemsize * rows * context
+    reading = (weights_bytes - embedding + kv) / (ceilings.read_gb_per_s * 1e9)
+    return max(
+        reading, rows * (weights_bytes - embedding) / itemsize * 2 / (ceilings.matmul_gflop_per_s * 1e9)
+    )
+
+
+def _figure(name: str, kernels: str, seconds: float, least_s: float, tokens: int) -> dict[str, Any]:
+    print(
+        f"{kernels:7} {name:14} {seconds * 1e3:8.3f} ms, at least {least_s * 1e3:.3f} ms ({least_s / seconds:.0%}), "
+        f"{tokens / seconds:.0f} tokens/s",
+        flush=True,
+    )
+    return {"program": name, "kernels": kernels, "ms": seconds * 1e3, "least_ms": least_s * 1e3}
+
+
+def _profiled(run: Any, folder: Path, most: int = 14) -> None:
+    """Print the kernels that took longest, from the profiler's trace."""
+    with jax.profiler.trace(str(folder)):
+        run()
+    took: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    for path in folder.rglob("*.trace.json.gz"):
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        streams = {
+            (e["pid"], e["tid"])
+            for e in events
+            if e.get("name") == "thread_name" and "Stream" in str(e["args"].get("name"))
+        }
+        for event in events:
+            if event.get("ph") == "X" and (event["pid"], event.get("tid")) in streams:
+                took[event["name"]] += event["dur"]
+                times[event["name"]] += 1
+    total = math.fsum(took.values())
+    print(f"  profile {folder.name}: {total / 1e3:.2f} ms of kernels in all")
+    for name, micros in took.most_common(most):
+        print(f"    {micros / total:6.1%} {micros / times[name]:9.1f} us x {times[name]:5d}  {name[:90]}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="8b", help="8b, 1b, or a Hugging Face config.json")
+    parser.add_argument("--rows", default="1,64,256")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kv-bytes", type=int, default=None)
+    parser.add_argument("--profile", default=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
