@@ -116,7 +116,13 @@ class PallasGpuKernels(XlaKernels):
         return jax.shard_map(
             attend,
             mesh=self.placement.mesh,
-            in_specs=(queries, KvLayer(pool, pool), PagedBatch(by_token, by_token, table), heads, heads),
+            in_specs=(
+                queries,
+                KvLayer(pool, pool, heads, heads),
+                PagedBatch(by_token, by_token, table),
+                heads,
+                heads,
+            ),
             out_specs=queries,
             check_vma=False,
         )
@@ -135,17 +141,17 @@ def decode_attention(
     """One query a row: qkv [T, K, G+2, H], slopes and sinks [K, G] or None -> [T, K, G, H] in its type."""
     rows, kv_heads = qkv.shape[:2]
     splits = _splits(rows * kv_heads, form.table_width * form.page_tokens // form.keys)
-    given = [x for x in (slopes, sinks) if x is not None]
+    given, by_head = _per_head(slopes, sinks, kv)
     part = jax.ShapeDtypeStruct((splits, rows, kv_heads, form.group), jnp.float32)
     parts = pl.pallas_call(
-        partial(_decode_kernel, form=form, splits=splits, given=_which(slopes, sinks)),
+        partial(_decode_kernel, form=form, splits=splits, given=by_head),
         grid=(rows, kv_heads, splits),
         in_specs=[
             pl.BlockSpec((None, None, *qkv.shape[2:]), lambda t, k, s: (t, k, 0, 0)),
             *[pl.BlockSpec((None, *_flat(kv.k).shape[1:]), lambda t, k, s: (k, 0, 0))] * 2,
             pl.BlockSpec(batch.positions.shape, lambda t, k, s: (0,)),
             pl.BlockSpec((batch.table.size,), lambda t, k, s: (0,)),
-            *[pl.BlockSpec((None, form.group), lambda t, k, s: (k, 0)) for _ in given],
+            *[pl.BlockSpec((None, x.shape[1]), lambda t, k, s: (k, 0)) for x in given],
         ],
         out_specs=[
             *[pl.BlockSpec((None, None, None, form.group), lambda t, k, s: (s, t, k, 0))] * 2,
@@ -187,10 +193,10 @@ def prefill_attention(
     tokens, kv_heads = qkv.shape[:2]
     members = pl.next_power_of_2(form.group)
     block = max(1, min(QUERY_ROWS, _tile_rows(form.head_dim, qkv.dtype)) // members)
-    given = [x for x in (slopes, sinks) if x is not None]
+    given, by_head = _per_head(slopes, sinks, kv)
     whole_tokens = pl.BlockSpec((tokens,), lambda t, k: (0,))
     return pl.pallas_call(
-        partial(_prefill_kernel, form=form, block=block, members=members, given=_which(slopes, sinks)),
+        partial(_prefill_kernel, form=form, block=block, members=members, given=by_head),
         grid=(pl.cdiv(tokens, block), kv_heads),
         in_specs=[
             pl.BlockSpec((tokens, None, *qkv.shape[2:]), lambda t, k: (0, k, 0, 0)),
@@ -198,7 +204,7 @@ def prefill_attention(
             whole_tokens,
             whole_tokens,
             pl.BlockSpec((batch.table.size,), lambda t, k: (0,)),
-            *[pl.BlockSpec((None, form.group), lambda t, k: (k, 0)) for _ in given],
+            *[pl.BlockSpec((None, x.shape[1]), lambda t, k: (k, 0)) for x in given],
         ],
         out_specs=pl.BlockSpec((tokens, None, form.group, form.head_dim), lambda t, k: (0, k, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((tokens, kv_heads, form.group, form.head_dim), qkv.dtype),
@@ -230,14 +236,19 @@ def _flat(pool: jax.Array) -> jax.Array:
     return pool.reshape(pool.shape[0], -1, pool.shape[-1])
 
 
-def _which(slopes: jax.Array | None, sinks: jax.Array | None) -> tuple[bool, bool]:
-    return slopes is not None, sinks is not None
+def _per_head(
+    slopes: jax.Array | None, sinks: jax.Array | None, kv: KvLayer
+) -> tuple[list[jax.Array], tuple[bool, ...]]:
+    """What there is that has a row [K, …] for each kv head, and which of the four that is."""
+    scales = [None if x is None else x.reshape(x.shape[0], -1) for x in (kv.k_scales, kv.v_scales)]
+    there = [slopes, sinks, *scales]
+    return [x for x in there if x is not None], tuple(x is not None for x in there)
 
 
 def _decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: _Form, splits: int, given):
     """One row, kv head and part of the keys: its carry. qkv [G+2, H], pools [P W, H], table [R Pmax]."""
     member = jnp.arange(max(LEAST_ROWS, pl.next_power_of_2(form.group)), dtype=jnp.int32)
-    slopes, sinks, (maximum_ref, total_ref, acc_ref) = _given(refs, given, member, form)
+    slopes, sinks, k_scales, v_scales, (maximum_ref, total_ref, acc_ref) = _given(refs, given, member, form)
     row, split = pl.program_id(0), pl.program_id(2)
     position = position_ref[row]
     low = 0 if form.window is None else jnp.maximum(position + 1 - form.window, 0) // form.keys
@@ -247,7 +258,7 @@ def _decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: 
     turns = jnp.maximum(jnp.minimum(begin + share, high) - begin, 0)
     heads = _bounded((member, form.group), (_dims(form), form.head_dim))
     queries = _Queries(_load(qkv_ref, heads), position[None], None, slopes)
-    held = _Row(k_ref, v_ref, table_ref, row, position)
+    held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, position)
 
     def body(turn, carry):
         keys = (begin + turn) * form.keys + jnp.arange(form.keys, dtype=jnp.int32)
@@ -290,7 +301,7 @@ def _prefill_kernel(
 ):
     """A block of tokens and one kv head. qkv [T, G+2, H], pools [P W, H], table [R Pmax] -> [T, G, H]."""
     member = jnp.arange(members, dtype=jnp.int32)
-    slopes, sinks, (out_ref,) = _given(refs, given, member, form)
+    slopes, sinks, k_scales, v_scales, (out_ref,) = _given(refs, given, member, form)
     count, shape = qkv_ref.shape[0], (block, members)
     token = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
     inside = jnp.minimum(token, count - 1)
@@ -314,7 +325,7 @@ def _prefill_kernel(
             low = jnp.maximum(first - form.window + 1, 0) // form.keys
         turns = jnp.maximum((last + form.keys) // form.keys - low, 0)
         queries = _Queries(q, query, query_row == row, slopes)
-        held = _Row(k_ref, v_ref, table_ref, row, last)
+        held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, last)
 
         def body(turn, carry):
             keys = (low + turn) * form.keys + jnp.arange(form.keys, dtype=jnp.int32)
@@ -330,12 +341,14 @@ def _prefill_kernel(
     _store(out_ref, _bounded((token, count), (member, form.group), (_dims(form), form.head_dim)), out)
 
 
-def _given(refs: tuple[Any, ...], given: tuple[bool, bool], member: jax.Array, form: _Form) -> Any:
-    """Slopes and sinks, float32[members], where they were given, and the refs that are left."""
+def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: jax.Array, form: _Form) -> Any:
+    """Slopes and sinks, float32[members], and the refs of the scales of keys and values, each where it was given; and the
+    refs that are left."""
     left = iter(refs)
+    slopes, sinks, k_scales, v_scales = (next(left) if there else None for there in given)
     heads = _bounded((member, form.group))
-    slopes, sinks = (_load(next(left), heads).astype(jnp.float32) if there else None for there in given)
-    return slopes, sinks, tuple(left)
+    slopes, sinks = (None if x is None else _load(x, heads).astype(jnp.float32) for x in (slopes, sinks))
+    return slopes, sinks, k_scales, v_scales, tuple(left)
 
 
 class _Queries(NamedTuple):
@@ -357,6 +370,9 @@ class _Row(NamedTuple):
     k_ref: Any
     v_ref: Any
     """Pools [P W, H]."""
+    k_scales_ref: Any
+    v_scales_ref: Any
+    """[P W], where keys and values are int8; else None."""
     table_ref: Any
     """All rows' pages, [R Pmax]."""
     number: jax.Array
@@ -378,7 +394,9 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: _Fo
     page = jnp.clip(triton.load(row.table_ref.at[index]), 0, row.k_ref.shape[0] // form.page_tokens - 1)
     at = page * form.page_tokens + keys % form.page_tokens
     block = _bounded((at, None), (_dims(form), form.head_dim))
-    scores = _dot(queries.q, _load(row.k_ref, block).T) * form.scale
+    scores = _dot(queries.q, _load(row.k_ref, block).astype(queries.q.dtype).T) * form.scale
+    if row.k_scales_ref is not None:
+        scores *= triton.load(row.k_scales_ref.at[at])[None, :]
     if form.softcap is not None:
         scores = form.softcap * jnp.tanh(scores / form.softcap)
     if queries.slopes is not None:
@@ -392,10 +410,14 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: _Fo
     highest = jnp.maximum(maximum, scores.max(axis=1))
     weights = jnp.where(seen, jnp.exp(scores - highest[:, None]), 0.0)
     fade = jnp.exp(maximum - highest)
+    total = total * fade + weights.sum(axis=1)
+    if row.v_scales_ref is not None:
+        weights *= jnp.where(keys <= row.last, triton.load(row.v_scales_ref.at[at]), 0.0)[None, :]
     # A key nobody may see can hold anything, and a weight of 0 does not silence a NaN.
-    values = jnp.where((keys <= row.last)[:, None], _load(row.v_ref, block), jnp.zeros((), row.v_ref.dtype))
+    values = _load(row.v_ref, block).astype(queries.q.dtype)
+    values = jnp.where((keys <= row.last)[:, None], values, jnp.zeros((), values.dtype))
     acc = acc * fade[:, None] + _dot(weights.astype(values.dtype), values)
-    return highest, total * fade + weights.sum(axis=1), acc
+    return highest, total, acc
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -425,7 +447,7 @@ def _bounded(*axes: tuple[jax.Array, int | None]) -> tuple[tuple[jax.Array, ...]
 def _load(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None]) -> jax.Array:
     """A block, with zeros outside."""
     at, inside = block
-    return triton.load(ref.at[at]) if inside is None else triton.load(ref.at[at], mask=inside, other=0.0)
+    return triton.load(ref.at[at]) if inside is None else triton.load(ref.at[at], mask=inside, other=0)
 
 
 def _store(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None], value: jax.Array) -> None:
