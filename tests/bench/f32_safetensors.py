@@ -1,0 +1,21 @@
+"""A float32 GGUF file as a directory that transformers serves: it reads GGUF, but its server does not serve it.
+
+python -m tests.bench.f32_safetensors F32.gguf DIRECTORY
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def write_directory(source: Path, target: Path) -> None:
+    """Weights as they are, configuration and tokenizer as transformers reads them from the file."""
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+
+
+if __name__ == "__main__":
+    write_directory(Path(sys.argv[1]), Path(sys.argv[2]))
