@@ -3,6 +3,7 @@
 Knows names and numbers; not what was measured nor how.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -77,7 +78,9 @@ def draw(path: str, title: str, axis: str, loads: Sequence[str], panels: Sequenc
             axes.set_ylabel(panel.unit)
             axes.set_xlabel(axis)
             axes.set_xticks(range(len(loads)), loads)
-            most = max((value for values in panel.curves.values() for value in values), default=0.0)
+            # Of a load that was not measured there is no number (NaN), and no mark.
+            known = [v for values in panel.curves.values() for v in values if not math.isnan(v)]
+            most = max(known, default=0.0)
             axes.set_ylim(0, 1.08 * most or 1)
             axes.grid(axis="y", color="#dddddd")
             axes.set_axisbelow(True)

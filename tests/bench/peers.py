@@ -11,6 +11,7 @@ turns: `--servers xlane --rounds 1`, and so on. The table and the plot are of al
 
 import argparse
 import json
+import math
 import socket
 import statistics
 import subprocess
@@ -159,7 +160,10 @@ def report(rows: Sequence[Mapping[str, Any]], plot: str | None) -> dict[str, dic
         print(title, {name: [round(value, 1) for value in values] for name, values in curves.items()})
     if plot:
         draw(plot, "SmolLM2-135M, float32, two CPU cores", "clients", list(map(str, concurrencies)), panels)
-    return {name: dict(zip(map(str, concurrencies), values)) for name, values in rates.items()}
+    return {
+        name: {str(c): rate for c, rate in zip(concurrencies, values) if not math.isnan(rate)}
+        for name, values in rates.items()
+    }
 
 
 def main() -> None:

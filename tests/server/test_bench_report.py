@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xlane.server.bench_api import APIS
 from xlane.server.bench_client import Answer
-from xlane.server.bench_plot import check_plot, draw, panels_of
+from xlane.server.bench_plot import Panel, check_plot, draw, panels_of
 from xlane.server.bench_report import Result, Slo, Spread, summarise, table
 from xlane.server.options import UsageError
 
@@ -120,6 +120,13 @@ def test_the_same_numbers_make_the_same_svg(tmp_path: Path):
     one, two = (path.read_text() for path in paths)
     assert one == two
     assert one.startswith("<?xml")
+
+
+def test_a_load_that_was_not_measured_leaves_a_gap(tmp_path: Path):
+    nan = float("nan")
+    panels = [Panel("Tokens", "tokens/s", {"a": [nan, 2.0], "b": [nan, nan]})]
+    draw(str(tmp_path / "gap.png"), "tiny", "clients", ["1", "2"], panels)
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_drawn_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
