@@ -14,7 +14,7 @@ from .errors import RequestFailed
 from .request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, LogprobsMode, SamplingParams, TokenOutput
 from .sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
 from .state import MAX_STOP_IDS
-from .turn import Segment
+from .turn import NO_PAGE, Segment, Size
 
 BROKEN = 2
 """In a result's first column: the row's logits held a NaN. 1 is a token, 0 a lane that had ended."""
@@ -35,6 +35,15 @@ class DecodePlan(NamedTuple):
 
 
 DECODE_WIDTH = len(DecodePlan._fields)
+
+
+def pack_decode(plan: list[tuple[int, int, int]], rows: int, lanes: int) -> np.ndarray:
+    """Write at most `rows` rows -> int32[rows, DECODE_WIDTH]."""
+    packed = np.full((rows, DECODE_WIDTH), (lanes, 0, NO_PAGE), np.int32)
+    packed[: len(plan)] = plan
+    if (packed[:, 2] == NO_PAGE).all():
+        packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
+    return packed
 
 
 def read_decode(packed: jax.Array) -> DecodePlan:
@@ -173,6 +182,35 @@ def _read_header(head: jax.Array) -> dict[str, jax.Array]:
         values = jax.lax.bitcast_convert_type(columns, dtype.base)
         fields[name] = values if dtype.shape else values[:, 0]
     return fields
+
+
+def plan_size(size: Size, segments: int, table_width: int) -> int:
+    """Length of the packed plan of a launch."""
+    return size.rows * DECODE_WIDTH + bool(size.tokens) * prefill_size(segments, size.tokens, table_width)
+
+
+def pack_plan(
+    rows: list[tuple[int, int, int]],
+    plan: list[Segment],
+    size: Size,
+    segments: int,
+    table_width: int,
+    lanes: int,
+) -> np.ndarray:
+    """Write a launch: what decodes, then the pieces of prompts -> int32[plan_size]."""
+    decode = pack_decode(rows, size.rows, lanes).reshape(-1) if size.rows else np.empty(0, np.int32)
+    if not size.tokens:
+        return decode
+    return np.concatenate([decode, pack_prefill(plan, segments, size.tokens, table_width, lanes)])
+
+
+def read_plan(
+    packed: jax.Array, size: Size, segments: int, table_width: int
+) -> tuple[DecodePlan | None, PrefillPlan | None]:
+    """The reader of `pack_plan`, while tracing; None for what a program of this size does not do."""
+    split = size.rows * DECODE_WIDTH
+    decode = read_decode(packed[:split].reshape(size.rows, DECODE_WIDTH)) if size.rows else None
+    return decode, read_prefill(packed[split:], segments, size.tokens, table_width) if size.tokens else None
 
 
 def pack_result(valid: jax.Array, sampled: Sampled) -> jax.Array:

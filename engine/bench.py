@@ -11,8 +11,10 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from os import cpu_count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -33,6 +35,7 @@ COLUMNS = (
     ("step ms", "step_ms", "{:.2f}"),
     ("of ceiling", "decode_of_ceiling", "{:.0%}"),
     ("host ms", "host_ms", "{:.2f}"),
+    ("gap ms", "gap_ms", "{:.2f}"),
 )
 
 
@@ -57,7 +60,9 @@ class Row:
     step_ms: float
     decode_of_ceiling: float
     host_ms: float
-    total_s: float
+    """The host's work a turn, beside the device."""
+    gap_ms: float
+    """The device's wait for its next launch."""
 
 
 def main(config: EngineConfig, path: Path, options: Mapping[str, Any]) -> int:
@@ -67,7 +72,8 @@ def main(config: EngineConfig, path: Path, options: Mapping[str, Any]) -> int:
     prompt, output = options["prompt_tokens"], options["output_tokens"]
     rows = []
     for concurrency in map(int, options["concurrency"]):
-        asyncio.run(_run(engine, concurrency, prompt, 4))  # the first use of a program touches fresh memory
+        # The first use of a program touches fresh memory.
+        asyncio.run(_run(engine, concurrency, prompt, 4, "warm"))
         rows.append(measure(engine, ceilings, concurrency, prompt, output))
     engine.stop()
     if not options.get("json"):
@@ -85,12 +91,12 @@ def main(config: EngineConfig, path: Path, options: Mapping[str, Any]) -> int:
 
 
 def measure(engine: Engine, ceilings: Ceilings, concurrency: int, prompt: int, output: int) -> Row:
-    """Run `concurrency` requests at once and set the times against the ceilings."""
-    firsts, total_s = asyncio.run(_run(engine, concurrency, prompt, output))
-    prefill_s = max(firsts)
-    decode_s = total_s - prefill_s
-    steps = max(1, output - 1)
-    step_s = decode_s / steps
+    """Run `concurrency` requests at once, first for their prompts alone, and set the times against the ceilings."""
+    name = f"bench-{time.perf_counter()}"
+    prefill_s = max(moments[-1] for moments in asyncio.run(_run(engine, concurrency, prompt, 1, name)))
+    # The prompts are found now, so that all lanes decode together from early on.
+    step_s = full_step_s(asyncio.run(_run(engine, concurrency, prompt, output, name)))
+    stats = engine.stats()
     memory = engine.memory
     flop_per_token = 2 * engine.info.parameters
     held = concurrency * (prompt + output / 2)
@@ -109,29 +115,34 @@ def measure(engine: Engine, ceilings: Ceilings, concurrency: int, prompt: int, o
         decode_tokens_per_s=concurrency / step_s,
         step_ms=step_s * 1e3,
         decode_of_ceiling=at_least_s / step_s,
-        host_ms=engine.stats().gap_ms,
-        total_s=total_s,
+        host_ms=stats.host_ms,
+        gap_ms=stats.gap_ms,
     )
 
 
-async def _run(engine: Engine, concurrency: int, prompt: int, output: int) -> tuple[list[float], float]:
-    """Seconds to the first token of each request, and until the last of all."""
+def full_step_s(streams: list[list[float]]) -> float:
+    """Mean time between two tokens of a stream while all of them run; of all, if they never do. Takes the times of each
+    stream's tokens."""
+    began, ended = max(moments[0] for moments in streams), min(moments[-1] for moments in streams)
+    gaps = [(a, b) for moments in streams for a, b in pairwise(moments)]
+    together = [(a, b) for a, b in gaps if a >= began and b <= ended]
+    return fmean(b - a for a, b in together or gaps)
+
+
+async def _run(engine: Engine, concurrency: int, prompt: int, output: int, salt: str) -> list[list[float]]:
+    """When each request got its tokens, in seconds since the start. What runs of another salt left in the prefix cache is
+    not found."""
     client = LocalClient(engine)
     rng = np.random.default_rng(concurrency)
     started = time.perf_counter()
 
-    async def one(number: int) -> float:
+    async def one(number: int) -> list[float]:
         ids = tuple(rng.integers(10, engine.info.vocab_size, prompt).tolist())
         sampling = SamplingParams(max_tokens=output, temperature=0.0)
-        name = f"bench-{number}-{started}"
-        first = 0.0
-        # A salt of its own: what an earlier run left in the prefix cache would make this one's prefill look quick.
-        async for _ in client.submit(Request(id=name, prompt_ids=ids, sampling=sampling, cache_salt=name)):
-            first = first or time.perf_counter() - started
-        return first
+        request = Request(id=f"{salt}-{number}-{started}", prompt_ids=ids, sampling=sampling, cache_salt=salt)
+        return [time.perf_counter() - started async for _ in client.submit(request)]
 
-    firsts = await asyncio.gather(*(one(number) for number in range(concurrency)))
-    return list(firsts), time.perf_counter() - started
+    return list(await asyncio.gather(*(one(number) for number in range(concurrency))))
 
 
 def measure_ceilings(platform: str, dtype: str) -> Ceilings:

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+from .turn import Size
+
 SEGMENTS = 8
 """Most requests that share a prefill launch."""
+MIXED_TOKENS_A_LANE = 4
+"""Most prompt tokens a lane, in a launch that all lanes decode in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,9 +16,11 @@ class Defaults:
 
     lanes: int
     chunk_tokens: int
+    least_tokens: int
+    """Of a prefill program: smaller ones would save nothing."""
 
 
-DEFAULTS = {"cpu": Defaults(16, 128), "gpu": Defaults(128, 2048), "tpu": Defaults(64, 1024)}
+DEFAULTS = {"cpu": Defaults(16, 128, 16), "gpu": Defaults(128, 2048, 64), "tpu": Defaults(64, 1024, 64)}
 
 
 def decode_rows(lanes: int, data: int) -> tuple[int, ...]:
@@ -34,3 +40,16 @@ def prefill_tokens(chunk_tokens: int, smallest: int) -> tuple[int, ...]:
     while sizes[-1] // 2 >= smallest:
         sizes.append(sizes[-1] // 2)
     return tuple(sorted(sizes))
+
+
+def launch_sizes(lanes: int, data: int, chunk_tokens: int, least_tokens: int) -> tuple[Size, ...]:
+    """Everything to compile, smallest first: decodes, prompts, and both in one launch.
+
+    Of these there are few. Beside some lanes only the smallest piece of a prompt, with every second number of lanes; beside
+    all lanes also larger ones, while they are no more than a few times the lanes' own work.
+    """
+    rows, tokens = decode_rows(lanes, data), prefill_tokens(chunk_tokens, least_tokens)
+    mixed = {Size(some, tokens[0]) for some in rows[::-2]}
+    mixed |= {Size(lanes, count) for count in tokens if count <= MIXED_TOKENS_A_LANE * lanes}
+    sizes = {*(Size(some, 0) for some in rows), *(Size(0, count) for count in tokens), *mixed}
+    return tuple(sorted(sizes, key=lambda size: (sum(size), size)))

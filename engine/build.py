@@ -21,16 +21,17 @@ from ..models.loader import dummy_params, load_params
 from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, make_placement
 from ..sharding.processes import least_of_all
-from .buckets import DEFAULTS, SEGMENTS, decode_rows, prefill_tokens
+from .buckets import DEFAULTS, SEGMENTS, launch_sizes
 from .config import EngineConfig
 from .errors import PlanError
 from .kernels.native import native_kernels
 from .kernels.pallas_gpu import PallasGpuKernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
-from .programs import Blueprint, Params, Programs, abstract_params, compile_all, param_sharding
+from .programs import Programs, abstract_params, compile_all, param_sharding
 from .prompt_scores import block_rows
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
+from .step import Blueprint, Params
 from .watermark import Watermark
 
 Progress = Callable[[str, int, int], None]
@@ -80,7 +81,7 @@ def build(
         memory=memory,
         kernels_note=note,
         warning=slower(blueprint),
-        chunk_tokens=blueprint.prefill_tokens[-1],
+        chunk_tokens=blueprint.chunk_tokens,
         max_input_tokens=min(
             config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1
         ),
@@ -132,7 +133,10 @@ def design(
     kv_dtype = config.kv_dtype or dtype
     itemsize = jnp.dtype(dtype).itemsize
     one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
-    temp_bytes = estimate_temp_bytes(model, max(chunk, lanes), block_rows(lanes), itemsize)
+    sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens)
+    temp_bytes = estimate_temp_bytes(
+        model, max(map(sum, sizes)), max(block_rows(lanes), lanes + segments), itemsize
+    )
     demand = Demand(
         weights_bytes=held_bytes(abstract_params(graph.specs, placement)),
         page_bytes=held_bytes(abstract_kv(model, one_page, kv_dtype, placement)),
@@ -150,8 +154,7 @@ def design(
         dtype=dtype,
         quantize=config.quantize,
         kv_dtype=kv_dtype,
-        decode_rows=decode_rows(lanes, placement.data_size),
-        prefill_tokens=prefill_tokens(chunk, 16 if platform == "cpu" else 64),
+        sizes=sizes,
         prefill_segments=segments,
         watermark=_watermark(config),
     )

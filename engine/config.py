@@ -49,7 +49,10 @@ class EngineConfig:
     memory_fraction: float = 0.9
     """Share of the device's memory the engine may use in all."""
     prefill_chunk_tokens: int | None = None
-    """Most prompt tokens computed in one launch, so the longest a decode step waits for a prefill."""
+    """Most prompt tokens computed in one launch."""
+    target_itl_ms: float | None = None
+    """Longest a stream shall wait for its next token while prompts are computed beside it; default twice what it waits without
+    them. The smallest piece of a prompt is computed in any case."""
     max_queued: int = 128
     """Requests that may wait for a lane before Overloaded is raised."""
 
@@ -60,6 +63,10 @@ class EngineConfig:
 
     kernels: str = "auto"
     """`auto`, `xla`, `native` (CPU only) or `pallas` (GPU only)."""
+    prefix_cache_path: str | None = None
+    """File that keeps the prefix cache while no engine runs: written at an orderly end, read at the start."""
+    prefix_cache_bytes: int = 2**30
+    """Most bytes of pages in that file; what was used last is kept."""
     cache_dir: str | None = None
     """Where compiled programs are kept between starts; None keeps none."""
 

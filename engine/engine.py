@@ -6,6 +6,7 @@ Everything a request can get wrong is refused here, at the door, before it may t
 import itertools
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 from llguidance import LLTokenizer
@@ -15,13 +16,15 @@ from ..models.spec import parameters
 from ..models.weights import WeightSource
 from .build import Built, Progress, build
 from .config import EngineConfig
-from .errors import InvalidRequest, Overloaded
+from .errors import InvalidRequest, Overloaded, PlanError
 from .grammar import Grammars
 from .group import Leader
+from .keeper import Keeper
 from .launcher import Launcher
 from .local import Sink
 from .loop import Loop
 from .monitor import CompileCounter
+from .pace import Pace
 from .pages import PageAllocator
 from .request import (
     MAX_LOGIT_BIAS,
@@ -63,14 +66,16 @@ class Engine:
         limits = Limits(
             blueprint.shapes.lanes, config.page_tokens, built.chunk_tokens, blueprint.prefill_segments
         )
-        self._scheduler = Scheduler(limits, self._pages)
+        pace = Pace(blueprint.sizes, None if config.target_itl_ms is None else config.target_itl_ms / 1e3)
+        self._scheduler = Scheduler(limits, self._pages, pace.prompt_tokens)
         self._counters = Counters()
         self._arrivals = itertools.count()
         self._leader = leader
         self._grammars = None if guidance is None else Grammars(guidance, model.vocab_size)
         launcher = Launcher(built.programs, built.params)
+        self._keeper = _keeper(config, model_sha, launcher, self._pages)
         runner = Runner(blueprint, launcher, None if leader is None else leader.publish)
-        self._loop = Loop(runner, self._scheduler, self._counters)
+        self._loop = Loop(runner, self._scheduler, self._counters, pace.observe)
         device = blueprint.placement.mesh.devices.flat[0]
         self.info = EngineInfo(
             model_id=config.model_id,
@@ -161,7 +166,8 @@ class Engine:
             compiles_after_ready=self._compiles.count,
             step_ms=self._counters.step_ms,
             queue_wait_s=self._counters.queue_wait_s(queued, running),
-            gap_ms=self._counters.host_ms,
+            host_ms=self._counters.host_ms,
+            gap_ms=self._counters.gap_ms,
             prefill=self._counters.prefill.snapshot(),
             decode=self._counters.decode.snapshot(),
             prefill_rows=self._counters.prefill_rows.snapshot(),
@@ -186,6 +192,9 @@ class Engine:
     def stop(self) -> None:
         """See `EngineCore.stop`."""
         self._loop.stop()
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None and self._loop.ended:
+            keeper.save()
         if self._leader is not None:
             self._leader.close()
         if self._grammars is not None:
@@ -230,6 +239,21 @@ class Engine:
         if top is not None:
             check_prompt_scores(prompt, top)
         check_sampling(request.sampling, self.info.vocab_size)
+
+
+def _keeper(
+    config: EngineConfig, model_sha: str | None, launcher: Launcher, pages: PageAllocator
+) -> Keeper | None:
+    """Who keeps the prefix cache over a restart, if that is asked for, with what the last engine left. Raises PlanError."""
+    if config.prefix_cache_path is None:
+        return None
+    if config.processes > 1:
+        raise PlanError(
+            "the pages of several processes cannot be kept in a file: leave out --prefix-cache-path"
+        )
+    keeper = Keeper(Path(config.prefix_cache_path), config.prefix_cache_bytes, model_sha, launcher, pages)
+    keeper.load()
+    return keeper
 
 
 def check_sampling(s: SamplingParams, vocab_size: int) -> None:

@@ -23,8 +23,8 @@ from .errors import PlanError
 from .group import Follower
 from .launcher import Launcher
 from .manifest import depends_on
-from .programs import Blueprint
-from .turn import ProgramKind
+from .step import Blueprint
+from .turn import Size
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     launcher = Launcher(built.programs, built.params)
     under_way: deque[jax.Array] = deque()
 
-    def launch(kind: ProgramKind, size: int, plan: np.ndarray, mask: np.ndarray | None) -> None:
-        under_way.append(launcher.launch(kind, size, plan, mask).result)
+    def launch(size: Size, plan: np.ndarray, mask: np.ndarray | None) -> None:
+        under_way.append(launcher.launch(size, plan, mask).result)
         if len(under_way) > AHEAD:
             under_way.popleft().block_until_ready()
 

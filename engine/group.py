@@ -19,7 +19,7 @@ from .errors import EngineLost, PlanError
 from .proto import xlane_pb2 as pb
 from .proto import xlane_pb2_grpc
 from .rpc_server import CHANNEL_OPTIONS
-from .turn import ProgramKind
+from .turn import Size
 
 JOIN_S = 300.0
 """How long one waits for the other side before the model is loaded."""
@@ -31,7 +31,7 @@ AHEAD = 8
 Lost = Callable[[str], None]
 """Told, once and on any thread, why the group is broken. Is expected to end the process."""
 
-LaunchCall = Callable[[ProgramKind, int, np.ndarray, np.ndarray | None], object]
+LaunchCall = Callable[[Size, np.ndarray, np.ndarray | None], object]
 
 
 class _Threads(Executor):
@@ -123,11 +123,9 @@ class Leader(xlane_pb2_grpc.GroupServicer):
         if not self._closing:
             self._lost(f"process {request.process_id} on {request.host} is gone, and its devices with it")
 
-    def publish(self, kind: ProgramKind, size: int, plan: np.ndarray, mask: np.ndarray | None) -> None:
+    def publish(self, size: Size, plan: np.ndarray, mask: np.ndarray | None) -> None:
         """Tell all followers. Waits for one that is far behind."""
-        launch = pb.Launch(
-            kind=kind, size=size, plan=_bytes(plan), mask=b"" if mask is None else _bytes(mask)
-        )
+        launch = pb.Launch(**size._asdict(), plan=_bytes(plan), mask=b"" if mask is None else _bytes(mask))
         for process_id, launches in self._queues:
             try:
                 launches.put(launch, timeout=STALL_S)
@@ -194,9 +192,8 @@ class Follower:
         """Make every launch until the leader ends the group."""
         self._running = True
         while (told := self._launches.get()) is not None:
-            kind: ProgramKind = "decode" if told.kind == "decode" else "prefill"
             mask = np.frombuffer(told.mask, "<i4") if told.mask else None
-            launch(kind, told.size, np.frombuffer(told.plan, "<i4"), mask)
+            launch(Size(told.rows, told.tokens), np.frombuffer(told.plan, "<i4"), mask)
         self._channel.close()
 
 

@@ -9,20 +9,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from .batch import DECODE_WIDTH
-from .programs import Params, Programs
+from .programs import Programs
 from .sampler import mask_width
 from .state import abstract_kv, abstract_state, zeros_like
-from .turn import ProgramKind
+from .step import Params
+from .turn import Size
 
 
 class Made(NamedTuple):
     """What a launch makes beside the next state."""
 
     result: jax.Array
-    """int32[R, RESULT_WIDTH]: small, always fetched."""
+    """int32[R, RESULT_WIDTH]: small, always fetched. Rows that decode, then pieces of prompts."""
     scores: jax.Array | None
-    """int32[T, SCORE_WIDTH] of a prefill: log-probabilities of prompts, fetched if somebody asked."""
+    """int32[T, SCORE_WIDTH]: log-probabilities of prompt tokens, fetched if somebody asked; None without prompts."""
 
 
 class Launcher:
@@ -30,37 +30,32 @@ class Launcher:
 
     def __init__(self, programs: Programs, params: Params) -> None:
         b = programs.blueprint
+        self.blueprint = b
+        self.params = params
         self._programs = programs
-        self._params = params
         self._placement = b.placement
-        self._kv = zeros_like(abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement))
+        self.kv = zeros_like(abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement))
         self._state = zeros_like(abstract_state(b.shapes, b.placement))
         self._decode_plan: tuple[bytes, jax.Array] | None = None
         self._mask_width = mask_width(b.shapes.vocab)
-        self._segments = b.prefill_segments
+        self._result_rows = {size: size.rows + b.segments(size) for size in b.sizes}
         self._no_mask = {
             rows: b.placement.put(np.zeros((rows, self._mask_width), np.int32))
-            for rows in {*b.decode_rows, b.prefill_segments}
+            for rows in {*self._result_rows.values()}
         }
         """By number of rows: what is passed where no row is masked. It lies on the device, so it costs no transfer."""
 
-    def launch(self, kind: ProgramKind, size: int, plan: np.ndarray, mask: np.ndarray | None) -> Made:
+    def launch(self, size: Size, plan: np.ndarray, mask: np.ndarray | None) -> Made:
         """Start a program on its packed plan and the masks of its rows (None: of no row) -> what it will make. Returns at
         once."""
-        if kind == "decode":
-            rows, run, placed = (
-                size,
-                self._programs.decode,
-                self._put_decode(plan.reshape(size, DECODE_WIDTH)),
-            )
-        else:
-            rows, run, placed = self._segments, self._programs.prefill, self._placement.put(plan)
+        placed = self._placement.put(plan) if size.tokens else self._put_decode(plan)
+        rows = self._result_rows[size]
         if mask is None:
             masks = self._no_mask[rows]
         else:
             masks = self._placement.put(mask.reshape(rows, self._mask_width))
-        self._kv, self._state, made = run(size, self._params, self._kv, self._state, placed, masks)
-        return Made(made, None) if kind == "decode" else Made(*made)
+        self.kv, self._state, made = self._programs(size, self.params, self.kv, self._state, placed, masks)
+        return Made(*made)
 
     def _put_decode(self, plan: np.ndarray) -> jax.Array:
         """Plans are equal for many steps in a row; the one on the device serves again."""

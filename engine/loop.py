@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from .errors import DeadlineExceeded, EngineError, EngineLost, EngineStopped, InvalidRequest, RequestFailed
 from .local import Delivery, RequestError, Sink
@@ -21,7 +22,7 @@ from .runner import Launch, Runner
 from .scheduler import Scheduler
 from .sequence import Phase, Sequence
 from .stats import Counters
-from .turn import Turn
+from .turn import Size, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,16 @@ LEAST_PATIENCE_S = 0.0005
 class Loop:
     """Runs sequences. `start` it once; `submit` and `cancel` from anywhere."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, counters: Counters) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        counters: Counters,
+        observe: Callable[[Size, float], None] = lambda size, seconds: None,
+    ) -> None:
+        """`observe` is told what each launch took."""
         self._runner = runner
+        self._observe = observe
         self._scheduler = scheduler
         self._counters = counters
         self._wake = threading.Condition()
@@ -122,6 +131,11 @@ class Loop:
         """Alive, and taking work."""
         return self.alive() and not self._closed
 
+    @property
+    def ended(self) -> bool:
+        """In order: nothing is under way, and nothing had failed."""
+        return self._failed is None and not self.thread.is_alive()
+
     def alive(self) -> bool:
         """The thread has not failed, and has turned recently if it had work."""
         if self._failed or not self.thread.is_alive():
@@ -136,19 +150,20 @@ class Loop:
             raise
 
     def _serve(self) -> None:
-        behind: list[Launch] = []
+        behind: Launch | None = None
         behind_s = 0.0
         while True:
-            if not self._intake(block=not behind):
+            if not self._intake(block=behind is None):
                 return
-            self._await_masks(device_works=bool(behind))
+            self._await_masks(device_works=behind is not None)
             started = time.perf_counter()
             turn = self._scheduler.plan()
             ahead_s = time.perf_counter()
             ahead = self._runner.launch(turn)
             self._stamp(turn)
-            waited = sum([self._finish(launch, behind_s) for launch in behind])
-            self._count(behind, time.perf_counter() - started, waited)
+            if behind is not None:
+                waited_s = self._finish(behind, behind_s)
+                self._count(behind, time.perf_counter() - started, waited_s)
             behind, behind_s = ahead, ahead_s
             self._turned_s = time.monotonic()
 
@@ -194,17 +209,16 @@ class Loop:
             self._counters.prefill_rows.observe(len(turn.segments))
         self._counters.joins += bool(new) and any(sequence not in new for sequence in turn.decoded)
 
-    def _count(self, launches: list[Launch], wall_s: float, waited_s: float) -> None:
-        if launches:
-            prompt_tokens = sum(launch.prompt_tokens for launch in launches)
-            self._counters.prefill_tokens += prompt_tokens
-            self._counters.steps += any(launch.prompt_tokens == 0 for launch in launches)
-            self._counters.turn(wall_s - waited_s, wall_s, decode_only=prompt_tokens == 0)
+    def _count(self, launch: Launch, wall_s: float, waited_s: float) -> None:
+        self._counters.prefill_tokens += launch.prompt_tokens
+        self._counters.steps += launch.rows > 0
+        self._counters.turn(wall_s - waited_s, wall_s, decode_only=launch.prompt_tokens == 0)
 
     def _intake(self, block: bool) -> bool:
         """Take in what other threads noted. With nothing to do at all, wait. False: the thread shall end."""
         with self._wake:
-            if block:
+            if block and not self._has_work():
+                self._counters.rest()
                 self._wake.wait_for(self._has_work)
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, set()
@@ -248,7 +262,8 @@ class Loop:
         started = time.perf_counter()
         waited_s = self._read(launch)
         kind = self._counters.prefill if launch.prompt_tokens else self._counters.decode
-        self._counters.launched(kind, launched_s, started + waited_s, time.perf_counter())
+        took_s = self._counters.launched(kind, launched_s, started + waited_s, time.perf_counter())
+        self._observe(launch.size, took_s)
         return waited_s
 
     def _read(self, launch: Launch) -> float:

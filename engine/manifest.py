@@ -9,7 +9,8 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from .config import EngineConfig
-from .programs import Blueprint, Programs
+from .programs import Programs
+from .step import Blueprint
 
 
 def depends_on(blueprint: Blueprint, jax_version: str) -> dict[str, Any]:
@@ -20,8 +21,7 @@ def depends_on(blueprint: Blueprint, jax_version: str) -> dict[str, Any]:
         "quantize": blueprint.quantize,
         "kv_dtype": blueprint.kv_dtype,
         "shapes": blueprint.shapes._asdict(),
-        "decode_rows": blueprint.decode_rows,
-        "prefill_tokens": blueprint.prefill_tokens,
+        "sizes": [size.name for size in blueprint.sizes],
         "prefill_segments": blueprint.prefill_segments,
         "watermark": blueprint.watermark._asdict(),
         "mesh": dict(blueprint.placement.mesh.shape),

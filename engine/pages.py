@@ -91,6 +91,11 @@ class PageAllocator:
             pages.append(page)
         return pages
 
+    def known(self) -> list[tuple[int, bytes]]:
+        """Pages that can be found, with their keys, least recently used first; those that are held last."""
+        order = [*self._idle, *(page for page in range(self.total) if self._holders[page])]
+        return [(page, key) for page in order if (key := self._keys[page]) is not None]
+
     def idle(self, pages: Sequence[int]) -> int:
         """How many of these nobody holds."""
         return sum(not self._holders[page] for page in pages)

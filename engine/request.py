@@ -213,7 +213,8 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class LaunchStats:
-    """What launches of one kind took, between DURATION_EDGES_S."""
+    """What launches of one kind took, between DURATION_EDGES_S. One that computes prompts beside lanes that decode is of the
+    prompts' kind."""
 
     whole_s: Histogram
     """From launch, or the end of the one before, to the delivery of its outputs."""
@@ -244,9 +245,10 @@ class EngineStats:
     """Median device time of the last decode steps, with read-back."""
     queue_wait_s: float
     """How long a request that came now would wait for a lane, by the time the last ones held theirs."""
+    host_ms: float
+    """Median work of the host per turn (plan, pack, dispatch, emit). It runs beside the device."""
     gap_ms: float
-    """Median work of the host per turn (plan, pack, dispatch, emit). It runs beside the device, which waits only for
-    what exceeds a step."""
+    """Mean time that the device had nothing to do between two of the last launches, while there was work."""
     prefill: LaunchStats
     decode: LaunchStats
     prefill_rows: Histogram

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from .batch import pack_prefill, read_result, read_scores
+from .batch import pack_plan, read_result, read_scores
 from .errors import RequestFailed
 from .launcher import Launcher, Made
-from .programs import Blueprint
 from .request import TokenOutput
 from .sampler import mask_width
 from .sequence import Sequence
-from .turn import NO_PAGE, ProgramKind, Segment, Turn
+from .step import Blueprint
+from .turn import Segment, Size, Turn
 
-Publish = Callable[[ProgramKind, int, np.ndarray, np.ndarray | None], None]
+Publish = Callable[[Size, np.ndarray, np.ndarray | None], None]
 """Told of every launch, before it is made."""
 
 
@@ -28,10 +28,13 @@ class Launch:
     """One program under way."""
 
     result: jax.Array
+    size: Size
     sequences: list[Sequence | None]
     """The sequence of each result row; None where the row samples nothing (a chunk that does not end its prompt)."""
+    rows: int
+    """Lanes that decode in it."""
     prompt_tokens: int
-    """Prompt tokens it computes; 0 for a decode."""
+    """Prompt tokens it computes."""
     scores: jax.Array | None = None
     """Of all its prompt tokens, see `prompt_scores`; fetched only if somebody asks."""
     scored: tuple[tuple[Sequence, Segment, int], ...] = ()
@@ -65,39 +68,25 @@ class Runner:
         self._launcher = launcher
         self._publish = publish
 
-    def launch(self, turn: Turn) -> list[Launch]:
-        """Start the turn's programs, prefill first; the device runs them in this order."""
-        launches = []
-        if turn.segments:
-            launches.append(self._prefill(turn))
-        if turn.rows:
-            launches.append(self._decode(turn))
-        return launches
-
-    def _prefill(self, turn: Turn) -> Launch:
+    def launch(self, turn: Turn) -> Launch | None:
+        """Start the turn's program; None if it has nothing to do."""
+        if not turn.rows and not turn.segments:
+            return None
         b = self._blueprint
         count = sum(len(segment.tokens) for segment in turn.segments)
-        tokens = next(size for size in b.prefill_tokens if size >= count)
-        packed = pack_prefill(turn.segments, b.prefill_segments, tokens, b.shapes.table_width, b.shapes.lanes)
-        ended = [
-            sequence if segment.last else None for segment, sequence in zip(turn.segments, turn.prefilled)
-        ]
-        made = self._start("prefill", tokens, packed, self._masks(ended, b.prefill_segments))
+        size = next(size for size in b.sizes if size.holds(len(turn.rows), count))
+        packed = pack_plan(
+            turn.rows, turn.segments, size, b.prefill_segments, b.shapes.table_width, b.shapes.lanes
+        )
+        idle: list[Sequence | None] = [None] * (size.rows - len(turn.rows))
+        ended = (s if segment.last else None for segment, s in zip(turn.segments, turn.prefilled))
+        sampled: list[Sequence | None] = [*turn.decoded, *idle, *ended]
+        made = self._start(size, packed, self._masks(sampled, size.rows + b.segments(size)))
         starts = itertools.accumulate((len(segment.tokens) for segment in turn.segments), initial=0)
         scored = tuple(one for one in zip(turn.prefilled, turn.segments, starts) if one[1].targets)
         if scored and made.scores is not None:
             made.scores.copy_to_host_async()
-        return Launch(made.result, ended, count, made.scores, scored)
-
-    def _decode(self, turn: Turn) -> Launch:
-        b = self._blueprint
-        rows = next(size for size in b.decode_rows if size >= len(turn.rows))
-        packed = np.full((rows, 3), (b.shapes.lanes, 0, NO_PAGE), np.int32)
-        packed[: len(turn.rows)] = turn.rows
-        if (packed[:, 2] == NO_PAGE).all():
-            packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
-        made = self._start("decode", rows, packed, self._masks(turn.decoded, rows))
-        return Launch(made.result, [*turn.decoded], 0)
+        return Launch(made.result, size, sampled, len(turn.rows), count, made.scores, scored)
 
     def _masks(self, sequences: Iterable[Sequence | None], rows: int) -> np.ndarray | None:
         """int32[rows, mask_width(V)] for the sequence of each row, see `sampler.exclude`; None if none has a grammar."""
@@ -110,9 +99,9 @@ class Runner:
                 masks[row, 1:] = sequence.guide.mask.result()
         return masks
 
-    def _start(self, kind: ProgramKind, size: int, packed: np.ndarray, masks: np.ndarray | None) -> Made:
+    def _start(self, size: Size, packed: np.ndarray, masks: np.ndarray | None) -> Made:
         if self._publish is not None:
-            self._publish(kind, size, packed, masks)
-        made = self._launcher.launch(kind, size, packed, masks)
+            self._publish(size, packed, masks)
+        made = self._launcher.launch(size, packed, masks)
         made.result.copy_to_host_async()
         return made

@@ -11,7 +11,7 @@ Knows no device and no time: the loop calls `plan` once a turn and `absorb` for 
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .errors import RequestFailed
@@ -28,7 +28,7 @@ class Limits:
     lanes: int
     page_tokens: int
     chunk_tokens: int
-    """Prompt tokens per turn."""
+    """Most prompt tokens of a turn."""
     chunk_segments: int
     """Sequences per prefill launch."""
 
@@ -36,8 +36,12 @@ class Limits:
 class Scheduler:
     """The state of all sequences, and the plan of each turn."""
 
-    def __init__(self, limits: Limits, pages: PageAllocator) -> None:
+    def __init__(
+        self, limits: Limits, pages: PageAllocator, budget: Callable[[int], int] | None = None
+    ) -> None:
+        """`budget` says how many prompt tokens may be computed beside so many lanes that decode; None: as many as ever."""
         self.limits = limits
+        self._budget = budget or (lambda rows: limits.chunk_tokens)
         self.pages = pages
         self.preemptions = 0
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -72,13 +76,12 @@ class Scheduler:
         """Decide the next turn and book its lanes and pages."""
         turn = Turn()
         self._grow()
-        self._prefill(turn)
-        for sequence in self._running:
-            if (
-                sequence.phase is Phase.DECODE
-                and sequence.length < sequence.most_tokens
-                and not sequence.waits
-            ):
+        decoding = [
+            s for s in self._running if s.phase is Phase.DECODE and s.length < s.most_tokens and not s.waits
+        ]
+        self._prefill(turn, self._budget(len(decoding)))
+        for sequence in decoding:
+            if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
                 self._decode(turn, sequence)
         return turn
 
@@ -150,8 +153,8 @@ class Scheduler:
         self._release(sequence)
         self.add(sequence)
 
-    def _prefill(self, turn: Turn) -> None:
-        budget = self.limits.chunk_tokens
+    def _prefill(self, turn: Turn, budget: int) -> None:
+        """Plan pieces of prompts of `budget` tokens in all."""
         for sequence in self._prompts():
             budget -= self._chunk(turn, sequence, budget)
             if budget == 0 or len(turn.segments) == self.limits.chunk_segments:
@@ -258,19 +261,9 @@ class Scheduler:
         if last:
             sequence.phase = Phase.DECODE
             sequence.in_flight += 1
-            self._book_first(sequence)
         return len(tokens)
 
-    def _book_first(self, sequence: Sequence) -> None:
-        """The sequence decodes in this very turn if the page of its first new token is at hand."""
-        if self._missing(sequence) > 0 and sequence.length < sequence.most_tokens:
-            page = self.pages.take(1)
-            if page is not None:
-                sequence.pages += page
-
     def _decode(self, turn: Turn, sequence: Sequence) -> None:
-        if self._missing(sequence) > 0:
-            return  # no page for it yet: the next turn's growth finds one or makes room
         index = sequence.length - 1
         fresh = index % self.limits.page_tokens == 0
         page_index = index // self.limits.page_tokens

@@ -25,8 +25,8 @@ from .errors import PlanError
 from .follow import check_all_built, decisions, end_process, group_address, meet
 from .group import Leader
 from .manifest import write_manifest
-from .programs import Blueprint
 from .state import page_bytes
+from .step import Blueprint
 
 
 def start(

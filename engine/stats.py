@@ -53,6 +53,8 @@ class Counters:
         self.prefill_rows = Tally(ROWS_EDGES)
         self.joins = 0
         self._read_s = self._told_s = 0.0
+        self._rested = True
+        self._gap_s: deque[float] = deque(maxlen=WINDOW)
         self._host_s: deque[float] = deque(maxlen=WINDOW)
         self._step_s: deque[float] = deque(maxlen=WINDOW)
         self._served_s: deque[float] = deque(maxlen=WINDOW)
@@ -63,15 +65,25 @@ class Counters:
         if decode_only:
             self._step_s.append(wall_s)
 
-    def launched(self, kind: Launches, launched_s: float, read_s: float, told_s: float) -> None:
-        """One launch, which is over: when it was made, read back, and its outputs delivered, on one clock.
+    def launched(self, kind: Launches, launched_s: float, read_s: float, told_s: float) -> float:
+        """One launch, which is over: when it was made, read back, and its outputs delivered, on one clock. Returns what
+        it took of the device's time.
 
         A launch is made before the last one is read, so it counts from when the device, or the host, was done with that.
         """
-        kind.device_s.observe(read_s - max(launched_s, self._read_s))
+        device_s = read_s - max(launched_s, self._read_s)
+        if not self._rested:
+            self._gap_s.append(max(0.0, launched_s - self._read_s))
+        self._rested = False
+        kind.device_s.observe(device_s)
         kind.emit_s.observe(told_s - read_s)
         kind.whole_s.observe(told_s - max(launched_s, self._told_s))
         self._read_s, self._told_s = read_s, told_s
+        return device_s
+
+    def rest(self) -> None:
+        """There is nothing to do: until the next launch the device waits for requests, not for the host."""
+        self._rested = True
 
     def served(self, seconds: float) -> None:
         """One sequence, from its first launch to its last token."""
@@ -81,6 +93,11 @@ class Counters:
         """How long a sequence behind `waiting` others waits while `running` run: by Little's law, one of these ends in a
         share of the time that the last ones took. 0 before the first has ended."""
         return fmean(self._served_s) * waiting / max(1, running) if self._served_s else 0.0
+
+    @property
+    def gap_ms(self) -> float:
+        """Mean time from the end of a launch to the next one, which is 0 where that was made before."""
+        return 1e3 * fmean(self._gap_s) if self._gap_s else 0.0
 
     @property
     def host_ms(self) -> float:

@@ -1,19 +1,39 @@
 """What the scheduler decided for one turn, as the runner takes it. Host values only."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from .request import SamplingParams
 from .sequence import Sequence
-
-ProgramKind = Literal["prefill", "decode"]
 
 NO_PAGE = -1
 """In a decode row: the lane needs no new page."""
 
 
+class Size(NamedTuple):
+    """What a program is compiled for."""
+
+    rows: int
+    """Lanes that decode."""
+    tokens: int
+    """Prompt tokens."""
+
+    @property
+    def name(self) -> str:
+        """For people and manifests."""
+        if not self.tokens:
+            return f"decode[{self.rows}]"
+        return f"mixed[{self.rows}+{self.tokens}]" if self.rows else f"prefill[{self.tokens}]"
+
+    def holds(self, rows: int, tokens: int) -> bool:
+        """Whether so much work fits, and none of it is of a kind that this program does not do."""
+        return 0 <= self.rows - rows <= self.rows * bool(
+            rows
+        ) and 0 <= self.tokens - tokens <= self.tokens * bool(tokens)
+
+
 class Segment(NamedTuple):
-    """One lane's part of a prefill launch."""
+    """A piece of one lane's prompt in a launch."""
 
     lane: int
     tokens: list[int]
@@ -37,7 +57,7 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class Turn:
-    """What to launch next. Prefill goes first, so lanes it switches on may decode in the same turn."""
+    """What to launch next. A lane whose prompt ends in it decodes from the next turn on."""
 
     segments: list[Segment] = field(default_factory=list)
     prefilled: list[Sequence] = field(default_factory=list)

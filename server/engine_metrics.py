@@ -64,7 +64,8 @@ def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Itera
             stats.queue_wait_s,
         ),
         "xlane_step_seconds": ("Median device time of the last decode steps", stats.step_ms / 1e3),
-        "xlane_gap_seconds": ("Median host time between launches", stats.gap_ms / 1e3),
+        "xlane_host_seconds": ("Median work of the host a turn, beside the device", stats.host_ms / 1e3),
+        "xlane_gap_seconds": ("Mean wait of the device for its next launch", stats.gap_ms / 1e3),
     }
     for name, (help_text, value) in gauges.items():
         yield GaugeMetricFamily(name, help_text, value)

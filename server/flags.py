@@ -110,14 +110,18 @@ LIMITS = (
     _tgi("max-batch-size", "engine.lanes", "Most sequences that decode at once (lanes).", "int", at_least=1),
     _tgi(
         "max-batch-prefill-tokens", "engine.prefill_chunk_tokens",
-        "Most prompt tokens computed in one launch: the longest that running requests wait for a new one.", "int",
-        at_least=1
+        "Most prompt tokens computed in one launch.", "int", at_least=1
     ),
     _tgi(
         "watermark-gamma", "engine.watermark_gamma", "Share of the tokens that a request's watermark favours.", "float",
         at_least=0.01, at_most=0.99
     ),
     _tgi("watermark-delta", "engine.watermark_delta", "What a watermark adds to their logits.", "float", at_least=0),
+    _own(
+        "target-itl-ms", "engine.target_itl_ms",
+        "Longest that a stream shall wait for its next token while other prompts are computed: decides how much of them a "
+        "turn takes. Default: twice what it waits without them.", "float", at_least=0.001
+    ),
     _own("max-queued", "engine.max_queued", "Requests that may wait for a lane; more get 429.", "int", at_least=0),
 )  # fmt: skip
 
@@ -155,6 +159,14 @@ DEVICE = (
         at_least=1
     ),
     _own("page-tokens", "engine.page_tokens", "Tokens per KV page.", "int", at_least=1),
+    _own(
+        "prefix-cache-path", "engine.prefix_cache_path",
+        "File that keeps the prefix cache over a restart: written at an orderly end, read at the start."
+    ),
+    _own(
+        "prefix-cache-bytes", "engine.prefix_cache_bytes", "Most bytes of pages in that file; what was used last is kept.",
+        "int", at_least=1
+    ),
     _own(
         "kernels", "engine.kernels", "Who computes attention and matmul; `native` is for CPUs, `pallas` for GPUs.",
         choices=("auto", "xla", "native", "pallas")
@@ -256,7 +268,7 @@ INFO = (*LOG, Flag("json", "json", "Print one JSON object.", "bool"))
 BENCH = (
     *LOG,
     Flag("prompt-tokens", "prompt_tokens", "Length of each prompt.", "int", default=512, at_least=1),
-    Flag("output-tokens", "output_tokens", "Tokens generated for each.", "int", default=128, at_least=1),
+    Flag("output-tokens", "output_tokens", "Tokens generated for each.", "int", default=128, at_least=2),
     Flag(
         "concurrency",
         "concurrency",

@@ -113,6 +113,7 @@ _SAME_STATS = (
     "compiles_after_ready",
     "step_ms",
     "queue_wait_s",
+    "host_ms",
     "gap_ms",
     "joins",
 )

@@ -267,7 +267,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "gap_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered", "queue_wait_s")
+    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "host_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered", "queue_wait_s", "gap_ms")
     LANES_ACTIVE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -278,13 +278,14 @@ class EngineStats(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_READY_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
-    GAP_MS_FIELD_NUMBER: _ClassVar[int]
+    HOST_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ROWS_FIELD_NUMBER: _ClassVar[int]
     JOINS_FIELD_NUMBER: _ClassVar[int]
     PAGES_REMEMBERED_FIELD_NUMBER: _ClassVar[int]
     QUEUE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    GAP_MS_FIELD_NUMBER: _ClassVar[int]
     lanes_active: int
     queued: int
     pages_free: int
@@ -295,14 +296,15 @@ class EngineStats(_message.Message):
     preemptions: int
     compiles_after_ready: int
     step_ms: float
-    gap_ms: float
+    host_ms: float
     prefill: LaunchStats
     decode: LaunchStats
     prefill_rows: Histogram
     joins: int
     pages_remembered: int
     queue_wait_s: float
-    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., gap_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ..., queue_wait_s: _Optional[float] = ...) -> None: ...
+    gap_ms: float
+    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., host_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., gap_ms: _Optional[float] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("counts", "sum")
@@ -350,13 +352,13 @@ class FollowRequest(_message.Message):
     def __init__(self, process_id: _Optional[int] = ..., host: _Optional[str] = ..., decisions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Launch(_message.Message):
-    __slots__ = ("kind", "size", "plan", "mask")
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("rows", "tokens", "plan", "mask")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
-    kind: str
-    size: int
+    rows: int
+    tokens: int
     plan: bytes
     mask: bytes
-    def __init__(self, kind: _Optional[str] = ..., size: _Optional[int] = ..., plan: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., plan: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...

@@ -7,9 +7,10 @@ only the end of a prompt that was never computed.
 import time
 from itertools import pairwise
 
+import jax
 import numpy as np
 
-from xlane.engine.batch import DECODE_WIDTH, pack_prefill
+from xlane.engine.batch import pack_plan
 from xlane.engine.build import build
 from xlane.engine.config import EngineConfig
 from xlane.engine.launcher import Launcher
@@ -39,17 +40,22 @@ class Bare:
             pages=pages,
             sampling=SamplingParams(max_tokens=1, temperature=0.0),
         )
-        size = next(size for size in b.prefill_tokens if size >= tokens)
-        plan = pack_prefill([segment], b.prefill_segments, size, b.shapes.table_width, b.shapes.lanes)
-        np.asarray(self._launcher.launch("prefill", size, plan, None).result)
+        np.asarray(self._launch([], [segment]))
+
+    def _launch(self, rows: list[tuple[int, int, int]], segments: list[Segment]) -> jax.Array:
+        b = self._b
+        tokens = sum(len(segment.tokens) for segment in segments)
+        size = next(size for size in b.sizes if size.holds(len(rows), tokens))
+        plan = pack_plan(rows, segments, size, b.prefill_segments, b.shapes.table_width, b.shapes.lanes)
+        return self._launcher.launch(size, plan, None).result
 
     def prompt_ms(self, tokens: int) -> float:
         """A whole prompt in chunks, to its first token."""
         b = self._b
         pages = list(range(-(-tokens // b.shapes.page_tokens)))
         started = time.perf_counter()
-        for start in range(0, tokens, b.prefill_tokens[-1]):
-            self.prefill(0, start, min(b.prefill_tokens[-1], tokens - start), tokens, pages)
+        for start in range(0, tokens, b.chunk_tokens):
+            self.prefill(0, start, min(b.chunk_tokens, tokens - start), tokens, pages)
         return 1e3 * (time.perf_counter() - started)
 
     def step_ms(self, rows: int, held: int, steps: int) -> list[float]:
@@ -57,16 +63,14 @@ class Bare:
         before the last is read."""
         b = self._b
         pages = -(-(held + steps) // b.shapes.page_tokens)
-        tokens = min(held, b.prefill_tokens[0])
+        tokens = min(held, *(size.tokens for size in b.sizes if size.tokens))
         for lane in range(rows):
             own = list(range(lane * pages, (lane + 1) * pages))
             self.prefill(lane, held - tokens, tokens, held, own)
-        size = next(size for size in b.decode_rows if size >= rows)
-        plan = np.full((size, DECODE_WIDTH), (b.shapes.lanes, 0, NO_PAGE), np.int32)
-        plan[:rows, 0] = range(rows)
+        lanes = [(lane, 0, NO_PAGE) for lane in range(rows)]
         behind, moments = None, []
         for _ in range(steps):
-            ahead = self._launcher.launch("decode", size, plan, None).result
+            ahead = self._launch(lanes, [])
             if behind is not None:
                 np.asarray(behind)
                 moments.append(time.perf_counter())

@@ -25,16 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.bench.dummy_model import SHAPES
-from xlane.engine.batch import pack_prefill
+from xlane.engine.batch import pack_decode, pack_prefill
 from xlane.engine.bench import Ceilings, measure_ceilings
 from xlane.engine.build import design
 from xlane.engine.config import EngineConfig
 from xlane.engine.memory import MemoryPlan
-from xlane.engine.programs import Blueprint, compile_all, param_sharding
+from xlane.engine.programs import compile_all, param_sharding
 from xlane.engine.request import SamplingParams
 from xlane.engine.sampler import mask_width
 from xlane.engine.state import abstract_kv, abstract_state, zeros_like
-from xlane.engine.turn import NO_PAGE, Segment
+from xlane.engine.step import Blueprint
+from xlane.engine.turn import NO_PAGE, Segment, Size
 from xlane.models.config import ModelConfig
 from xlane.models.loader import dummy_params
 from xlane.models.registry import config_from_hf
@@ -67,10 +68,8 @@ def _designed(args: argparse.Namespace, model: ModelConfig, kernels: str) -> tup
     )  # fmt: skip
     blueprint, memory, note = design(config, model)
     print(f"{kernels}: {note}", flush=True)
-    only = dataclasses.replace(
-        blueprint, decode_rows=tuple(rows), prefill_tokens=(args.prefill,), prefill_segments=1
-    )
-    return only, memory
+    sizes = (*(Size(count, 0) for count in rows), Size(0, args.prefill))
+    return dataclasses.replace(blueprint, sizes=sizes, prefill_segments=1), memory
 
 
 def _measured(
@@ -90,7 +89,7 @@ def _measured(
         )
     launches = _Launches(blueprint, programs, params, args.context)
     figures = []
-    for count in blueprint.decode_rows:
+    for count in (size.rows for size in blueprint.sizes if size.rows):
         step_s = launches.decode(count, args.steps)
         least_s = _least(weights_bytes, blueprint, count, args.context, ceilings)
         figures.append(_figure(f"decode[{count}]", kernels, step_s, least_s, count))
@@ -143,13 +142,14 @@ class _Launches:
     def decode(self, rows: int, steps: int) -> float:
         """Seconds a step."""
         self._held()
-        plan = np.stack([np.arange(rows), np.zeros(rows), np.full(rows, NO_PAGE)], axis=1).astype(np.int32)
-        plan, mask = self.blueprint.placement.put(plan), self._mask(rows)
+        lanes = [(lane, 0, NO_PAGE) for lane in range(rows)]
+        plan = self.blueprint.placement.put(pack_decode(lanes, rows, self.blueprint.shapes.lanes).reshape(-1))
+        mask = self._mask(rows)
 
         def run(count: int) -> None:
             for _ in range(count):
-                self.kv, self.state, _ = self.programs.decode(
-                    rows, self.params, self.kv, self.state, plan, mask
+                self.kv, self.state, _ = self.programs(
+                    Size(rows, 0), self.params, self.kv, self.state, plan, mask
                 )
             jax.block_until_ready(self.state)
 
@@ -168,8 +168,8 @@ class _Launches:
 
         def run(count: int) -> None:
             for _ in range(count):
-                self.kv, self.state, _ = self.programs.prefill(
-                    tokens, self.params, self.kv, self.state, plan, mask
+                self.kv, self.state, _ = self.programs(
+                    Size(0, tokens), self.params, self.kv, self.state, plan, mask
                 )
             jax.block_until_ready(self.state)
 

@@ -16,7 +16,7 @@ from tests.engine.conftest import ids, request, run
 from tests.models.test_decoder import QUICKLY
 from tests.support.rounding import rounded_model
 from tests.support.tiny import TINY_KINDS, hf_greedy, one_of_each, tiny_model
-from xlane.engine import EngineConfig, PlanError, programs, sampler
+from xlane.engine import EngineConfig, PlanError, programs, sampler, step
 from xlane.engine.engine import Engine
 from xlane.engine.prompt_scores import SCORE_WIDTH
 from xlane.models.opened import open_model
@@ -53,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.zeros((hidden.shape[0], SCORE_WIDTH), jnp.int32)
 
     monkeypatch.setattr(programs, "_compile", lambda name, lowered: compile_one(name, Lowered(lowered)))
-    monkeypatch.setattr(programs, "prompt_scores", no_scores)
+    monkeypatch.setattr(step, "prompt_scores", no_scores)
     monkeypatch.setattr(sampler, "_in_full", greedily)
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.sharding.test_processes import free_ports
 from xlane.engine import EngineLost, PlanError
 from xlane.engine.group import AHEAD, Follower, Leader
+from xlane.engine.turn import Size
 
 DECISIONS = {"shapes.pages": "96", "jax": "1"}
 
@@ -70,18 +71,16 @@ def test_followers_get_every_launch_in_order_and_then_the_end(group_of):
     threads = [
         threading.Thread(
             target=follower.run,
-            args=(lambda *told, said=said: said.append((*told[:2], *map(plain, told[2:]))),),
+            args=(lambda size, *told, said=said: said.append((size, *map(plain, told))),),
         )
         for follower, said in zip(followers, made)
     ]
     for thread in threads:
         thread.start()
-    told = [
-        ("decode" if n % 3 else "prefill", n, [n, -1], [1, -n] if n % 2 else None) for n in range(5 * AHEAD)
-    ]
-    for kind, size, plan, mask in told:
+    told = [(Size(n % 3, n), [n, -1], [1, -n] if n % 2 else None) for n in range(5 * AHEAD)]
+    for size, plan, mask in told:
         masks = None if mask is None else np.array(mask, np.int32)
-        group.leader.publish(kind, size, np.array(plan, np.int32), masks)
+        group.leader.publish(size, np.array(plan, np.int32), masks)
     group.leader.close()
     for thread in threads:
         thread.join(10)

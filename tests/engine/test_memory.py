@@ -69,8 +69,9 @@ def test_design_by_hand(model) -> None:
     assert memory.pages == 3 * 8
     assert memory.kv_bytes == 3 * 8 * 4 * KV_BYTES_PER_TOKEN
     assert blueprint.shapes == (3, 24, 4, 8, VOCAB)
-    assert blueprint.decode_rows == (1, 2, 3)
-    assert blueprint.prefill_tokens == (16, 32)  # no chunk is longer than the longest request, rounded up
+    # No chunk is longer than the longest request, rounded up.
+    names = "decode[1] decode[2] decode[3] prefill[16] mixed[1+16] mixed[3+16] prefill[32]"
+    assert [size.name for size in blueprint.sizes] == names.split()
     assert blueprint.prefill_segments == 3
     assert note == "xla (asked for)"
 

@@ -14,12 +14,12 @@ import pytest
 from tests.support import reference
 from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, loud, untrained_model
 from xlane.engine import EngineConfig, LogprobsMode, SamplingParams, TokenOutput
-from xlane.engine.batch import pack_prefill, read_result
+from xlane.engine.batch import pack_plan, plan_size, read_result
 from xlane.engine.build import design
 from xlane.engine.programs import Programs, compile_all, param_sharding
 from xlane.engine.sampler import mask_width
 from xlane.engine.state import LaneState, abstract_kv, abstract_state, zeros_like
-from xlane.engine.turn import NO_PAGE, Segment
+from xlane.engine.turn import NO_PAGE, Segment, Size
 from xlane.models.attention import XlaKernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.models.loader import dummy_params
@@ -87,14 +87,7 @@ class Device:
     def prefill(
         self, *segments: Segment, size: int = 32, masks: dict[int, np.ndarray] | None = None
     ) -> list[TokenOutput | None]:
-        b = self.blueprint
-        packed = pack_prefill(list(segments), b.prefill_segments, size, b.shapes.table_width, LANES)
-        self.kv, self.state, (result, self.scores) = self.programs.prefill(
-            size, self.params, self.kv, self.state, jnp.array(packed), self.masks(b.prefill_segments, masks)
-        )
-        rows = np.asarray(result)
-        assert not rows[len(segments) :, 0].any()
-        return [read_result(row, segment.sampling) for row, segment in zip(rows, segments)]
+        return self.mixed([], segments, Size(0, size), masks=masks)
 
     def decode(
         self,
@@ -103,17 +96,39 @@ class Device:
         sampling: SamplingParams = GREEDY,
         masks: dict[int, np.ndarray] | None = None,
     ) -> list[TokenOutput | None]:
-        plan = np.full((size, 3), (LANES, 0, NO_PAGE), np.int32)
-        for row, lane in enumerate(lanes):
+        return self.mixed(lanes, [], Size(size, 0), sampling, masks)
+
+    def mixed(
+        self,
+        lanes: Sequence[int],
+        segments: Sequence[Segment],
+        size: Size,
+        sampling: SamplingParams = GREEDY,
+        masks: dict[int, np.ndarray] | None = None,
+    ) -> list[TokenOutput | None]:
+        """One launch: a result for each lane, then for each segment."""
+        b = self.blueprint
+        rows = []
+        for lane in lanes:
             at = int(self.state.position[lane])
-            page = self.pages(lane, at + 1)[-1] if at % PAGE == 0 else NO_PAGE
-            plan[row] = (lane, at // PAGE, page)
-        self.kv, self.state, result = self.programs.decode(
-            size, self.params, self.kv, self.state, jnp.array(plan), self.masks(size, masks)
+            rows.append((lane, at // PAGE, self.pages(lane, at + 1)[-1] if at % PAGE == 0 else NO_PAGE))
+        packed = pack_plan(rows, list(segments), size, b.prefill_segments, b.shapes.table_width, LANES)
+        self.kv, self.state, (result, self.scores) = self.programs(
+            size,
+            self.params,
+            self.kv,
+            self.state,
+            jnp.array(packed),
+            self.masks(size.rows + b.segments(size), masks),
         )
-        rows = np.asarray(result)
-        assert not rows[len(lanes) :, 0].any()
-        return [read_result(row, sampling) for row in rows[: len(lanes)]]
+        made = np.asarray(result)
+        decoded, prompts = made[: size.rows], made[size.rows :]
+        assert not decoded[len(lanes) :, 0].any()
+        assert not prompts[len(segments) :, 0].any()
+        return [
+            *(read_result(row, sampling) for row in decoded[: len(lanes)]),
+            *(read_result(row, segment.sampling) for row, segment in zip(prompts, segments)),
+        ]
 
     def masks(self, rows: int, given: dict[int, np.ndarray] | None) -> jax.Array:
         """Of the rows that have one."""
@@ -171,6 +186,8 @@ def test_kv_and_state_are_updated_in_place(programs: Programs) -> None:
         "decode[3]",
         "prefill[16]",
         "prefill[32]",
+        "mixed[1+16]",
+        "mixed[3+16]",
     }
     assert {info.alias_bytes for info in programs.infos} == {kv_bytes + state_bytes}
     for info in programs.infos:
@@ -180,7 +197,7 @@ def test_kv_and_state_are_updated_in_place(programs: Programs) -> None:
 
 def test_temporaries_do_not_grow_with_the_pool(blueprint, programs: Programs) -> None:
     large = blueprint.shapes._replace(pages=64 * blueprint.shapes.pages)
-    few = replace(blueprint, shapes=large, decode_rows=(LANES,), prefill_tokens=(16,))
+    few = replace(blueprint, shapes=large, sizes=(Size(LANES, 0), Size(0, 16), Size(LANES, 16)))
     before = {info.name: info.temp_bytes for info in programs.infos}
     for info in compile_all(few).infos:
         assert info.temp_bytes <= before[info.name] * 1.02 + 1024
@@ -195,9 +212,9 @@ def test_no_program_sorts(programs: Programs) -> None:
 def test_a_shape_that_was_not_compiled_is_refused(device: Device) -> None:
     with pytest.raises(KeyError):
         device.decode(0, size=4)
-    plan = jnp.zeros((3, 3), jnp.int32)
+    plan = jnp.zeros(plan_size(Size(3, 0), 0, MOST // PAGE), jnp.int32)
     with pytest.raises(TypeError):
-        device.programs.decode(2, device.params, device.kv, device.state, plan, device.masks(2, None))
+        device.programs(Size(2, 0), device.params, device.kv, device.state, plan, device.masks(2, None))
 
 
 def test_rows_that_are_inactive_or_padding_write_nothing(device: Device) -> None:
@@ -262,6 +279,40 @@ def test_packed_prompts_equal_prompts_alone(programs: Programs, params: tuple[ja
         assert one == together[list(prompts).index(lane)]
         np.testing.assert_array_equal(packed.state.seen[lane], alone.state.seen[lane])
         assert int(packed.state.position[lane]) == len(prompt)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
+@pytest.mark.parametrize("cut", [None, 11])
+def test_a_launch_of_both_kinds_does_what_two_launches_do(
+    programs: Programs, params: tuple[jax.Array, ...], sampling: SamplingParams, cut: int | None
+) -> None:
+    """Lanes 0 and 2 decode while the prompt of lane 1 comes in, at once or in two pieces; lane 2 had ended."""
+
+    def begun() -> Device:
+        device = Device(programs, params)
+        device.prefill(device.segment(0, PROMPT[:6], 0, last=True, prompt=6, sampling=sampling))
+        ended = replace(sampling, max_tokens=1)
+        device.prefill(device.segment(2, PROMPT[:5], 0, last=True, prompt=5, sampling=ended))
+        return device
+
+    apart, together = begun(), begun()
+    cuts = [0, *([cut] if cut else []), 16]
+    for start, end in itertools.pairwise(cuts):
+        segment = apart.segment(1, PROMPT[start:end], start, last=end == 16, prompt=16, sampling=sampling)
+        first = apart.decode(0, 2, sampling=sampling)
+        second = apart.prefill(segment, size=16)
+        got = together.mixed([0, 2], [segment], Size(3, 16), sampling)
+        assert tokens_of(got) == tokens_of([*first, *second])
+        assert [one is None for one in got] == [False, True, end < 16]
+        for one, other in zip(got, [*first, *second]):
+            if one is not None and other is not None and one.logprob is not None:
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+    (kv, state), (other_kv, other_state) = apart.snapshot(), together.snapshot()
+    jax.tree.map(np.testing.assert_array_equal, state, other_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kv, other_kv)
+    assert tokens_of(together.decode(0, 1, 2, sampling=sampling)) == tokens_of(
+        apart.decode(0, 1, 2, sampling=sampling)
+    )
 
 
 def test_what_was_seen_is_prompt_once_and_output_counted(device: Device) -> None:

@@ -17,6 +17,7 @@ from xlane.engine.build import design
 from xlane.engine.programs import compile_all
 from xlane.engine.prompt_scores import LEAST_ROWS, SCORE_WIDTH, prompt_scores
 from xlane.engine.sampler import ONE_DEVICE
+from xlane.engine.turn import Size
 from xlane.models.opened import open_model
 
 PROMPTS = [
@@ -134,7 +135,7 @@ def test_the_logits_of_a_whole_prompt_are_never_there_at_once(models) -> None:
     opened = open_model(tiny_model("llama-gqa-tied", models), weights=False)
     model = dataclasses.replace(opened.config, vocab_size=50_000)
     config = EngineConfig(model_id="m", kernels="xla", lanes=1, page_tokens=16, max_total_tokens=256, prefill_chunk_tokens=256)  # fmt: skip
-    blueprint = dataclasses.replace(design(config, model)[0], prefill_tokens=(64, 256))
+    blueprint = dataclasses.replace(design(config, model)[0], sizes=(Size(0, 64), Size(0, 256)))
     short, long = (info for info in compile_all(blueprint).infos if info.name.startswith("prefill"))
     logits_bytes = 4 * 50_000
     assert short.temp_bytes < 8 * LEAST_ROWS * logits_bytes

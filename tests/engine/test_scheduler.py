@@ -1,5 +1,6 @@
 """The scheduler's plans, by hand."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -53,8 +54,14 @@ def sequence(
     return made
 
 
-def scheduler(pages: int = 32, lanes: int = 2, chunk_tokens: int = 8, chunk_segments: int = 4) -> Scheduler:
-    return Scheduler(Limits(lanes, PAGE, chunk_tokens, chunk_segments), PageAllocator(pages))
+def scheduler(
+    pages: int = 32,
+    lanes: int = 2,
+    chunk_tokens: int = 8,
+    chunk_segments: int = 4,
+    budget: Callable[[int], int] | None = None,
+) -> Scheduler:
+    return Scheduler(Limits(lanes, PAGE, chunk_tokens, chunk_segments), PageAllocator(pages), budget)
 
 
 def read(plans: Scheduler, turn: Turn, token: int = 50) -> list[StepOutput | None]:
@@ -80,12 +87,14 @@ def test_prompts_are_packed_in_order_of_arrival_and_the_last_one_is_cut() -> Non
         plans.add(one)
     first = plans.plan()
     assert segments(first) == [("r0", 0, 3, True), ("r1", 0, 2, True), ("r2", 0, 3, False)]
-    assert decoded(first) == ["r0", "r1"]
+    assert decoded(first) == []
     second = plans.plan()
     assert segments(second) == [("r2", 3, 4, True), ("r3", 0, 2, True)]
     assert second.segments[0].tokens == [4, 5, 6, 7]
-    assert decoded(second) == ["r0", "r1", "r2", "r3"]
-    assert segments(plans.plan()) == []
+    assert decoded(second) == ["r0", "r1"]
+    third = plans.plan()
+    assert segments(third) == []
+    assert decoded(third) == ["r0", "r1", "r2", "r3"]
 
 
 def test_a_long_prompt_takes_the_whole_chunk_turn_after_turn_while_others_decode() -> None:
@@ -99,7 +108,22 @@ def test_a_long_prompt_takes_the_whole_chunk_turn_after_turn_while_others_decode
         [("r1", 15, 5, True)],
         [],
     ]
-    assert [decoded(turn) for turn in turns] == [["r0"], ["r0"], ["r0", "r1"], ["r0"]]
+    assert [decoded(turn) for turn in turns] == [[], ["r0"], ["r0"], ["r0", "r1"]]
+
+
+def test_the_budget_is_asked_with_the_lanes_that_decode() -> None:
+    asked: list[int] = []
+
+    def budget(rows: int) -> int:
+        asked.append(rows)
+        return 8 if rows == 0 else 2 + rows
+
+    plans = scheduler(lanes=4, budget=budget)
+    for number, prompt in enumerate((2, 3, 20)):
+        plans.add(sequence(number, prompt))
+    turns = [plans.plan() for _ in range(3)]
+    assert asked == [0, 2, 2]
+    assert [sum(tokens for _, _, tokens, _ in segments(turn)) for turn in turns] == [8, 4, 4]
 
 
 def test_no_more_segments_than_a_launch_holds() -> None:
@@ -160,13 +184,12 @@ def test_a_page_is_sent_with_the_row_that_needs_it_and_only_then() -> None:
     ]
 
 
-def test_a_prompt_that_fills_its_pages_gets_the_next_one_in_the_same_turn() -> None:
+def test_a_prompt_that_fills_its_pages_gets_the_next_one_when_it_decodes() -> None:
     plans = scheduler()
     one = sequence(0, 8)
     plans.add(one)
-    turn = plans.plan()
-    assert turn.rows == [(0, 2, one.pages[2])]
-    assert turn.segments[0].pages == one.pages
+    assert len(plans.plan().segments[0].pages) == 2
+    assert plans.plan().rows == [(0, 2, one.pages[2])]
 
 
 def test_admission_leaves_each_running_sequence_a_page_to_grow() -> None:
@@ -218,6 +241,7 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     one = sequence(0, 4)
     plans.add(one)
     plans.plan()
+    plans.plan()
     plans._preempt(one)
     assert one.in_flight == 2
     assert segments(plans.plan()) == []
@@ -232,6 +256,7 @@ def test_a_sequence_preempted_while_its_last_token_is_in_flight_ends_without_a_l
     plans = scheduler()
     one = sequence(0, 4, stop_ids=(9,))
     plans.add(one)
+    plans.plan()
     plans.plan()
     plans._preempt(one)
     assert one.in_flight == 2
@@ -249,7 +274,7 @@ def test_an_end_that_is_read_while_the_next_launch_is_in_flight() -> None:
     first = plans.plan()
     second = plans.plan()
     outputs = read(plans, first, token=9)
-    assert [o and o.finish_reason for o in outputs] == [FinishReason.STOP, None]
+    assert [o and o.finish_reason for o in outputs] == [FinishReason.STOP]
     assert [plans.absorb(s, None) for s in second.decoded] == [None]
     assert one.tokens == [1, 2, 3, 9]
     assert (plans.running, plans.pages.free) == (0, 32)
@@ -298,13 +323,14 @@ def test_a_guided_sequence_does_not_run_ahead_and_free_ones_do() -> None:
     guided = sequence(1, 3, max_tokens=9, guided=20)
     plans.add(guided)
     turns = [plans.plan(), plans.plan()]
+    assert [len(turn.segments) for turn in turns] == [2, 0]
     assert isinstance(guided.guide, FakeGuide)
     for made in (1, 1):
         for one in (*turns[-2].prefilled, *turns[-2].decoded):
             plans.absorb(one, TokenOutput(guided.guide.allowed()[0] if one is guided else 50))
         assert len(guided.tokens) == 3 + made
         turns.append(plans.plan())
-    assert [decoded(turn) for turn in turns] == [["r0"], ["r0"], ["r0", "r1"], ["r0"]]
+    assert [decoded(turn) for turn in turns] == [[], ["r0"], ["r0", "r1"], ["r0"]]
 
 
 def test_a_sequence_whose_mask_is_late_waits_alone() -> None:
@@ -313,8 +339,8 @@ def test_a_sequence_whose_mask_is_late_waits_alone() -> None:
     one = sequence(0, 3, guided=20, late=late)
     plans.add(one)
     plans.add(sequence(1, 3))
-    first = plans.plan()
-    assert decoded(first) == ["r1"]
+    assert decoded(plans.plan()) == []
+    assert decoded(plans.plan()) == ["r1"]
     assert isinstance(one.guide, FakeGuide)
     plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
     assert [decoded(plans.plan()) for _ in range(2)] == [["r1"], ["r1"]]
@@ -340,4 +366,4 @@ def test_forced_tokens_are_one_piece_of_prompt_that_counts_none_twice() -> None:
     assert segment.tokens == one.tokens[4:8] == [token.id for token in second.tokens]
     assert (segment.start, segment.recorded, segment.last) == (4, 5, True)
     assert (segment.prompt_tokens, segment.remaining) == (3, 23 - 8)
-    assert len(segment.pages) == 3  # eight tokens, and the next one
+    assert len(segment.pages) == 2

@@ -23,6 +23,7 @@ def test_of_lesser_priority_the_youngest_gives_its_lane_and_goes_on_later() -> N
     plans = scheduler(lanes=3)
     for number, priority in enumerate((1, 2, 2)):
         plans.add(sequence(number, 2, priority=priority))
+    read(plans, plans.plan())
     before = plans.plan()
     assert decoded(before) == ["r0", "r1", "r2"]
     plans.add(sequence(3, 2, max_tokens=1, priority=1))
@@ -32,7 +33,7 @@ def test_of_lesser_priority_the_youngest_gives_its_lane_and_goes_on_later() -> N
     assert plans.preemptions == 1
     read(plans, before)
     read(plans, urgent)  # r3 ends
-    # Its two tokens that were under way are kept, and what it had computed is computed again.
+    # Its token that was under way is kept, and what it had computed is computed again.
     assert segments(plans.plan()) == [("r2", 0, 4, True)]
 
 

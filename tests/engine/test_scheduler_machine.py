@@ -1,4 +1,5 @@
-"""The scheduler against a simulated device under random arrivals, beginnings shared, cancels, late masks and shortage."""
+"""The scheduler against a simulated device under random arrivals and priorities, beginnings shared, cancels and deadlines (which
+are one to it), late masks, small budgets and shortage."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,11 +24,15 @@ class Machine(RuleBasedStateMachine):
         lanes=st.integers(1, 6),
         chunk=st.sampled_from([3, 8, 16]),
         packed=st.integers(1, 4),
+        beside=st.integers(1, 16),
     )
-    def start(self, pages: int, lanes: int, chunk: int, packed: int) -> None:
-        self.plans = scheduler(pages, lanes, chunk, packed)
+    def start(self, pages: int, lanes: int, chunk: int, packed: int, beside: int) -> None:
+        self.plans = scheduler(
+            pages, lanes, chunk, packed, lambda rows: min(chunk, beside) if rows else chunk
+        )
+        self.beside = beside
         self.device = FakeDevice(lanes, pages, PAGE, pages_for(MOST, PAGE))
-        self.behind: list[FakeLaunch] = []
+        self.behind: FakeLaunch | None = None
         self.all: list[Sequence] = []
         self.outputs: dict[str, list[int]] = {}
         self.reasons: dict[str, FinishReason] = {}
@@ -108,12 +113,13 @@ class Machine(RuleBasedStateMachine):
             limits = self.plans.limits
             assert sum(len(segment.tokens) for segment in plan.segments) <= limits.chunk_tokens
             assert len(plan.segments) <= limits.chunk_segments
+            if plan.rows:
+                assert sum(len(segment.tokens) for segment in plan.segments) <= self.beside
             assert all(one.length <= one.most_tokens for one in plan.decoded)
             ahead = self.device.launch(plan)
             self.tables_agree()
-            for launch in self.behind:
-                for one, token in launch.read():
-                    self.take(self.plans.absorb(one, token))
+            for one, token in self.behind.read() if self.behind else ():
+                self.take(self.plans.absorb(one, token))
             self.behind = ahead
 
     def take(self, output: StepOutput | None) -> None:
@@ -146,13 +152,13 @@ class Machine(RuleBasedStateMachine):
         lanes = [one.lane for one in running]
         assert len(lanes) == len(set(lanes)) <= self.plans.limits.lanes
         assert all(one.lane == -1 and not one.pages for one in self.all if one not in running)
-        assert all(0 <= one.in_flight <= 3 for one in unfinished)
+        assert all(0 <= one.in_flight <= 2 for one in unfinished)
 
     def teardown(self) -> None:
         """Nobody starves, and every output is that of an undisturbed run."""
         if not hasattr(self, "plans"):
             return
-        for _ in range(40 * (len(self.all) + 1)):
+        for _ in range((40 + MOST) * (len(self.all) + 1)):
             if not self.plans.sequences():
                 break
             self.turn(1)

@@ -22,7 +22,7 @@ from xlane.engine.start import describe, start, warm
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
 
-PROGRAMS = ["decode[1]", "decode[2]", "prefill[16]"]
+PROGRAMS = ["decode[1]", "decode[2]", "prefill[16]", "mixed[2+16]"]
 
 
 class CacheEvents:
@@ -118,7 +118,7 @@ def manifests(cache: Path) -> list[dict]:
 def test_warm_compiles_what_start_will_need(model: Path, cache: Path, started) -> None:
     told: list[tuple[int, int]] = []
     path = warm(config(cache), model, lambda done, total: told.append((done, total)))
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert told == [(done, 4) for done in range(5)]
     assert path is not None
     warmed = programs_in(cache)
     assert len(warmed) == len(PROGRAMS)

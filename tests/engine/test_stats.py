@@ -30,6 +30,18 @@ def test_the_wait_follows_from_how_long_the_last_ones_were_served():
     assert counters.queue_wait_s(waiting=1, running=0) == 2.0
 
 
+def test_a_gap_is_what_the_device_waits_for_the_host_and_not_for_requests():
+    counters = Counters()
+    assert counters.gap_ms == 0.0
+    counters.launched(counters.decode, launched_s=10.0, read_s=11.0, told_s=11.0)
+    counters.launched(counters.decode, launched_s=10.5, read_s=12.0, told_s=12.0)  # in time
+    counters.launched(counters.decode, launched_s=12.25, read_s=13.0, told_s=13.0)
+    assert counters.gap_ms == pytest.approx(1e3 * (0.0 + 0.25) / 2)
+    counters.rest()
+    counters.launched(counters.decode, launched_s=99.0, read_s=100.0, told_s=100.0)
+    assert counters.gap_ms == pytest.approx(1e3 * 0.25 / 2)
+
+
 def test_a_launch_counts_from_when_the_one_before_was_done():
     counters = Counters()
     counters.launched(counters.prefill, launched_s=10.0, read_s=14.0, told_s=15.0)

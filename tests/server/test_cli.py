@@ -194,7 +194,8 @@ def test_the_engines_arguments_make_the_same_config():
     config = EngineConfig(
         model_id="org/m", revision="r", load_format="dummy", dtype="bfloat16", data_parallel=2, model_parallel=4,
         lanes=3, max_total_tokens=99, max_input_tokens=50, page_tokens=16, kv_bytes=10**9, memory_fraction=0.5,
-        prefill_chunk_tokens=64, max_queued=0, kernels="xla", cache_dir=None, quantize="int4", kv_dtype="int8",
+        prefill_chunk_tokens=64, target_itl_ms=12.5, max_queued=0, prefix_cache_path="/kept", prefix_cache_bytes=10**8,
+        kernels="xla", cache_dir=None, quantize="int4", kv_dtype="int8",
     )  # fmt: skip
     for wanted in (config, EngineConfig(model_id="demo", cache_dir="/c")):
         line = ["engine", "--progress-fd", "9", *flags.engine_arguments(wanted)]

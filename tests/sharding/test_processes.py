@@ -159,7 +159,7 @@ def test_processes_that_decide_differently_end_with_the_difference(start: Start)
     for process in (leader, follower):
         _, errors = process.communicate(timeout=ENDS_WITHIN_S)
         assert process.returncode == 3
-        assert "has decided decode_rows=(1, 2, 4), and the leader decode_rows=(1, 2)" in errors
+        assert "has decided prefill_segments=4, and the leader prefill_segments=2" in errors
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 from xlane.engine import Request, TokenOutput
 from xlane.engine.grammar import bits
 from xlane.engine.sequence import Sequence
-from xlane.engine.turn import NO_PAGE, Segment, Turn
+from xlane.engine.turn import NO_PAGE, Segment, Size, Turn
 
 VOCAB = 64
 
@@ -111,9 +111,17 @@ class FakeLaunch:
     """Looks like `runner.Launch`."""
 
     results: list[tuple[Sequence, TokenOutput | None]]
-    prompt_tokens: int
+    size: Size
     before_read: Callable[[], None] = lambda: None
     prompts: list[tuple[Sequence, list[TokenOutput]]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return self.size.rows
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.size.tokens
 
     def read_prompts(self) -> list[tuple[Sequence, list[TokenOutput]]]:
         return self.prompts
@@ -134,29 +142,24 @@ class FakeDevice:
         self.before_launch: Callable[[Turn], None] = lambda turn: None
         self.before_read: Callable[[], None] = lambda: None
 
-    def launch(self, turn: Turn) -> list[FakeLaunch]:
+    def launch(self, turn: Turn) -> FakeLaunch | None:
         self.before_launch(turn)
         self.turns += 1
-        launches = []
-        if turn.segments:
-            made = [self._segment(*one) for one in zip(turn.segments, turn.prefilled)]
-            ended = [
-                (sequence, token)
-                for segment, sequence, token in zip(turn.segments, turn.prefilled, made)
-                if segment.last
-            ]
-            count = sum(len(segment.tokens) for segment in turn.segments)
-            prompts = [
-                (sequence, [TokenOutput(target, -1.0) for target in segment.targets if target >= 0])
-                for segment, sequence in zip(turn.segments, turn.prefilled)
-            ]
-            launches.append(FakeLaunch(ended, count, self.before_read, prompts))
-        if turn.rows:
-            results = [
-                (sequence, self._row(sequence, *row)) for row, sequence in zip(turn.rows, turn.decoded)
-            ]
-            launches.append(FakeLaunch(results, 0, self.before_read))
-        return launches
+        if not turn.rows and not turn.segments:
+            return None
+        lanes = [*(row[0] for row in turn.rows), *(segment.lane for segment in turn.segments)]
+        assert len(lanes) == len(set(lanes))  # they run side by side: none sees what another makes
+        results = [(sequence, self._row(sequence, *row)) for row, sequence in zip(turn.rows, turn.decoded)]
+        for segment, sequence in zip(turn.segments, turn.prefilled):
+            token = self._segment(segment, sequence)
+            if segment.last:
+                results.append((sequence, token))
+        prompts = [
+            (sequence, [TokenOutput(target, -1.0) for target in segment.targets if target >= 0])
+            for segment, sequence in zip(turn.segments, turn.prefilled)
+        ]
+        count = sum(len(segment.tokens) for segment in turn.segments)
+        return FakeLaunch(results, Size(len(turn.rows), count), self.before_read, prompts)
 
     def _segment(self, segment: Segment, sequence: Sequence) -> TokenOutput | None:
         lane = self.lanes[segment.lane]
