@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.deploy import from_tgi
 from xlane.server import flags
 from xlane.server.cli import Settings, choose, settle
 from xlane.server.options import UsageError
@@ -179,3 +180,8 @@ def test_the_short_flags():
     settings = read("-p", "8080", "-e", "-g", "5")
     assert (settings.server.port, settings.run.show_env) == (8080, True)
     assert settings.server.graceful_termination_timeout_s == 5
+
+
+def test_the_page_for_those_who_come_from_tgi_is_up_to_date():
+    page = from_tgi.PAGE.read_text()
+    assert from_tgi.page(page) == page, "run `python -m tests.deploy.from_tgi`"
