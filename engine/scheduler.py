@@ -79,7 +79,8 @@ class Scheduler:
         decoding = [
             s for s in self._running if s.phase is Phase.DECODE and s.length < s.most_tokens and not s.waits
         ]
-        self._prefill(turn, self._budget(len(decoding)))
+        if self._waiting or len(decoding) < len(self._running):
+            self._prefill(turn, self._budget(len(decoding)))
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
                 self._decode(turn, sequence)
@@ -135,8 +136,10 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Make sure each running sequence has the pages of its tokens; the oldest are served first."""
+        width = self.limits.page_tokens
         for sequence in [*self._running]:
-            if sequence.length >= sequence.most_tokens:
+            length = len(sequence.tokens) + sequence.in_flight
+            if length <= len(sequence.pages) * width or length >= sequence.most_tokens:
                 continue
             while sequence.phase is not Phase.WAITING and self._missing(sequence) > 0:
                 page = self.pages.take(1)
