@@ -4,10 +4,11 @@ Loading and compiling go on at the same time. Each decision that a person should
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,15 @@ from ..models.demo import default_cache_dir
 from ..models.kernels import Kernels
 from ..models.loader import dummy_params, load_params
 from ..models.weights import WeightSource
-from ..sharding.mesh import MeshError, Placement, make_placement
+from ..sharding.mesh import MeshError, Placement, imagined_placement, make_placement
 from ..sharding.processes import least_of_all
+from ..tpu.chips import Topology
 from .buckets import DEFAULTS, SEGMENTS, launch_sizes
 from .config import EngineConfig
 from .errors import PlanError
 from .kernels.native import native_kernels
 from .kernels.pallas_gpu import PallasGpuKernels
+from .kernels.pallas_tpu import PallasTpuKernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
 from .programs import Programs, abstract_params, compile_all, param_sharding
@@ -110,11 +113,19 @@ def compile_within(
 
 
 def design(
-    config: EngineConfig, model: ModelConfig, report: Progress = _unseen
+    config: EngineConfig,
+    model: ModelConfig,
+    report: Progress = _unseen,
+    topology: Topology | None = None,
+    devices: Sequence[Any] = (),
 ) -> tuple[Blueprint, MemoryPlan, str]:
-    """Decide every size, allocating nothing -> (what to compile, who gets which memory, which kernels and why)."""
-    placement = _placement(config, model)
-    platform = placement.mesh.devices.flat[0].platform
+    """Decide every size, allocating nothing -> (what to compile, who gets which memory, which kernels and why).
+
+    For the devices at hand, or for a `topology`: with its compile-only `devices` the programs can be compiled, without
+    them everything is known but what the compiler says.
+    """
+    placement = _placement(config, model, topology, devices)
+    platform = placement.device.platform if topology is None else topology.chip.platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     kernels, note = _kernels(config, platform, placement, dtype, report)
@@ -143,7 +154,8 @@ def design(
         state_bytes=held_bytes(abstract_state(one_page, placement)),
         temp_bytes=temp_bytes * placement.mesh.size,
     )
-    memory = plan_pages(config, demand, _limit(config, placement, platform), platform == "cpu", lanes, most)
+    limit = _limit(config, placement, platform, topology)
+    memory = plan_pages(config, demand, limit, platform == "cpu", lanes, most)
     shapes = one_page._replace(pages=memory.pages)
     blueprint = Blueprint(
         config=model,
@@ -161,12 +173,20 @@ def design(
     return blueprint, memory, note
 
 
-def _placement(config: EngineConfig, model: ModelConfig) -> Placement:
+def _placement(
+    config: EngineConfig, model: ModelConfig, topology: Topology | None, devices: Sequence[Any]
+) -> Placement:
+    on_cpu = several = False
     try:
-        # On CPU a second device of a process is a simulation: only on request.
-        on_cpu, several = jax.devices()[0].platform == "cpu", jax.process_count() > 1
-        width = config.model_parallel or (1 if on_cpu and not several else None)
-        placement = make_placement(config.data_parallel, width)
+        if topology is None:
+            on_cpu, several = jax.devices()[0].platform == "cpu", jax.process_count() > 1
+            # On CPU a second device of a process is a simulation: only on request.
+            width = config.model_parallel or (1 if on_cpu and not several else None)
+            placement = make_placement(config.data_parallel, width)
+        elif devices:
+            placement = make_placement(config.data_parallel, config.model_parallel, devices)
+        else:
+            placement = imagined_placement(config.data_parallel, config.model_parallel, topology.count)
     except MeshError as error:
         raise PlanError(str(error)) from None
     if on_cpu and several and placement.data_size > 1 and placement.model_size > 1:
@@ -197,8 +217,10 @@ def _kernels(
         return plain, "xla (asked for)"
     if platform == "gpu" and config.kernels in ("auto", "pallas"):
         return PallasGpuKernels(several), "pallas (attention; XLA's products)"
+    if platform == "tpu" and config.kernels in ("auto", "pallas"):
+        return PallasTpuKernels(several), "pallas (decode attention; XLA's prefill and products)"
     if config.kernels == "pallas":
-        raise PlanError(f"--kernels pallas serves GPUs, and this is {platform}: use --kernels auto")
+        raise PlanError(f"--kernels pallas serves GPUs and TPUs, and this is {platform}: use --kernels auto")
     if platform != "cpu" or not placement.single or dtype != "float32":
         why = f"{platform}, {dtype}, {placement.mesh.size} device(s)"
         if config.kernels == "native":
@@ -239,11 +261,13 @@ def _watermark(config: EngineConfig) -> Watermark:
     return Watermark(gamma, delta)
 
 
-def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:
+def _limit(config: EngineConfig, placement: Placement, platform: str, topology: Topology | None) -> int:
     """Bytes the engine may use, over all devices. Of several processes, the one with the least decides for all."""
+    if topology is not None:
+        return int(topology.chip.hbm_bytes * config.memory_fraction) * placement.mesh.size
     if platform == "cpu":
         return least_of_all(int(machine_bytes() * config.memory_fraction)) * jax.process_count()
-    stats = placement.mesh.local_devices[0].memory_stats() or {}
+    stats = placement.device.memory_stats() or {}
     if "bytes_limit" not in stats:
         raise PlanError("the device does not say how much memory it has; give --kv-bytes")
     return least_of_all(int(stats["bytes_limit"] * config.memory_fraction)) * placement.mesh.size
@@ -251,7 +275,7 @@ def _limit(config: EngineConfig, placement: Placement, platform: str) -> int:
 
 def slower(blueprint: Blueprint) -> str:
     """What is slower for the options taken than it would be without; empty if nothing is (docs/performance.md)."""
-    platform = blueprint.placement.mesh.devices.flat[0].platform
+    platform = blueprint.placement.device.platform
     if platform == "cpu" and blueprint.quantize and not blueprint.kernels.packed:
         return (
             f"--quantize {blueprint.quantize} saves memory and costs speed here: XLA expands the weights anew in each "

@@ -62,7 +62,7 @@ class EngineConfig:
     """What a watermark adds to their logits."""
 
     kernels: str = "auto"
-    """`auto`, `xla`, `native` (CPU only) or `pallas` (GPU only)."""
+    """`auto`, `xla`, `native` (CPU only) or `pallas` (GPU and TPU)."""
     prefix_cache_path: str | None = None
     """File that keeps the prefix cache while no engine runs: written at an orderly end, read at the start."""
     prefix_cache_bytes: int = 2**30

@@ -76,7 +76,7 @@ class Engine:
         self._keeper = _keeper(config, model_sha, launcher, self._pages)
         runner = Runner(blueprint, launcher, None if leader is None else leader.publish)
         self._loop = Loop(runner, self._scheduler, self._counters, pace.observe)
-        device = blueprint.placement.mesh.devices.flat[0]
+        device = blueprint.placement.device
         self.info = EngineInfo(
             model_id=config.model_id,
             model_sha=model_sha,

@@ -8,14 +8,12 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from llguidance import LLTokenizer
 
 from ..models.guidance import guidance_tokenizer
 from ..models.opened import open_model
-from ..models.spec import parameters
 from ..models.tokenizer import TextTokenizer
 from ..tpu.runtime import set_gpu_defaults, use_compile_cache
 from .build import Progress, build, compile_within, design
@@ -25,7 +23,6 @@ from .errors import PlanError
 from .follow import check_all_built, decisions, end_process, group_address, meet
 from .group import Leader
 from .manifest import write_manifest
-from .state import page_bytes
 from .step import Blueprint
 
 
@@ -81,32 +78,6 @@ def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] 
     blueprint, memory, _ = design(config, opened.config)
     programs, _ = compile_within(config, blueprint, memory, report)
     return write_manifest(config, programs, jax.__version__)
-
-
-def describe(config: EngineConfig, path: Path) -> dict[str, Any]:
-    """What the model at `path` needs and would get on this device, without loading it. Raises PlanError, ModelError."""
-    opened = open_model(path, weights=False)
-    model = opened.config
-    blueprint, memory, kernels = design(config, model)
-    return {
-        "model": config.model_id,
-        "family": model.family,
-        "parameters": parameters(blueprint.graph.specs),
-        "layers": model.layers,
-        "context tokens": model.max_positions,
-        "dtype": blueprint.dtype,
-        "quantize": blueprint.quantize or "none",
-        "weights bytes": memory.weights_bytes,
-        "KV cache bytes per token": page_bytes(model, 1, blueprint.kv_dtype),
-        "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
-        "devices": blueprint.placement.mesh.size,
-        "memory bytes": memory.limit_bytes,
-        "KV cache bytes": memory.kv_bytes,
-        "KV cache tokens": memory.kv_tokens,
-        "lanes": memory.lanes,
-        "max total tokens": memory.max_total_tokens,
-        "kernels": kernels,
-    }
 
 
 def _prepare(config: EngineConfig) -> None:

@@ -80,7 +80,7 @@ class XlaKernels:
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
         group = members - 2
-        kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch)
+        kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
         # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
         grouped = qkv[:, :, :group].swapaxes(0, 1).astype(jnp.float32) * scale
         attend = _attend_rows if one_token_rows else _attend_packed
@@ -90,15 +90,29 @@ class XlaKernels:
         return out.swapaxes(0, 1).reshape(tokens, kv_heads * group, head_dim).astype(qkv.dtype), kv
 
 
-def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLayer:
+def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch, placement: Placement | None) -> KvLayer:
     """Put k, v [T, K, H] where their rows' pages are; padding is dropped. In place when the pool is donated."""
+    if placement is None:
+        return _write(kv, k, v, batch)
+    # Each device its own heads: XLA does not see that what is named by number stays where it is.
+    pool, new = placement.sharding(("kv_heads",)).spec, placement.sharding((None, "kv_heads")).spec
+    specs = (pool, new, new, placement.replicated.spec)
+    return jax.shard_map(_write, mesh=placement.mesh, in_specs=specs, out_specs=pool, check_vma=False)(
+        kv, k, v, batch
+    )
+
+
+def _write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLayer:
+    """See `write`, on one device."""
     pages, page_tokens = kv.k.shape[1:3]
     index = jnp.clip(batch.positions // page_tokens, 0, batch.table.shape[1] - 1)
     page = jnp.where(batch.positions >= 0, batch.table[batch.rows, index], pages)
     slot = jnp.maximum(batch.positions, 0) % page_tokens
+    # Every head by number: for a slice over the heads XLA:TPU turns the whole pool round and back.
+    head = jnp.arange(kv.k.shape[0], dtype=jnp.int32)[:, None]
 
     def put(pool: jax.Array, new: jax.Array) -> jax.Array:
-        return pool.at[:, page, slot].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
+        return pool.at[head, page[None], slot[None]].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
     if kv.k_scales is None or kv.v_scales is None:
         return KvLayer(put(kv.k, k), put(kv.v, v))

@@ -65,10 +65,10 @@ def _download(settings: Settings) -> int:
     return download(settings.engine, settings.run)
 
 
-def _info(settings: Settings) -> int:
-    from .commands import info
+def _plan(settings: Settings) -> int:
+    from .commands import plan
 
-    return info(settings.engine, settings.run, settings.options)
+    return plan(settings.engine, settings.run, settings.options)
 
 
 def _warmup(settings: Settings) -> int:
@@ -102,7 +102,7 @@ COMMANDS = (
     Command("serve", "Serve a model over HTTP.", _SIZES | {"HTTP": flags.HTTP, "Process": flags.RUN} | _FOREIGN, _serve),
     Command("engine", "Run an engine alone, over gRPC.", _SIZES | {"Process": flags.ENGINE}, _engine),
     Command("download", "Fetch a model from the Hub.", {"Model": flags.MODEL, "Process": flags.LOG}, _download),
-    Command("info", "Say what a model needs and what fits here.", _SIZES | {"Output": flags.INFO}, _info),
+    Command("plan", "Say what fits and how fast it can be, here or on a chip not here.", _SIZES | {"Output": flags.PLAN}, _plan),
     Command("warmup", "Compile a model's programs into --cache-dir.", _SIZES | {"Process": flags.LOG}, _warmup),
     Command("bench", "Measure the engine on this device.", _SIZES | {"Load": flags.BENCH}, _bench),
     Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),

@@ -1,4 +1,4 @@
-"""The commands besides `serve`: engine, download, info, warmup, bench, print-schema. Each is short; what they do is other rooms' work.
+"""The commands besides `serve`: engine, download, plan, warmup, bench, print-schema. Each is short; what they do is other rooms' work.
 
 jax comes in with `engine.start`, which each command imports when it runs.
 """
@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,18 @@ def download(config: EngineConfig, run: RunConfig) -> int:
     return OK
 
 
-def info(config: EngineConfig, run: RunConfig, options: Options) -> int:
-    """Print what a model needs and what it would get here."""
+def plan(config: EngineConfig, run: RunConfig, options: Options) -> int:
+    """Print what a model needs, what it would get and how fast it could be, here or on a topology."""
     console = _console(run)
-    path = _find(config, run, console)
-    from ..engine.start import describe
+    # The configuration is all that is read: a directory without weights can be planned, too.
+    path = _find(replace(config, load_format="dummy"), run, console)
+    from ..engine.plan import describe
 
-    facts = describe(config, path)
+    def progress(done: int, total: int) -> None:
+        console.progress("programs", done, total)
+
+    facts = describe(config, path, options.plain("topology"), bool(options.plain("compile")), progress)
+    console.settle()
     if options.plain("json"):
         print(json.dumps({name.replace(" ", "_"): value for name, value in facts.items()}))
     else:

@@ -168,7 +168,7 @@ DEVICE = (
         "int", at_least=1
     ),
     _own(
-        "kernels", "engine.kernels", "Who computes attention and matmul; `native` is for CPUs, `pallas` for GPUs.",
+        "kernels", "engine.kernels", "Who computes attention and matmul; `native` is for CPUs, `pallas` for GPUs and TPUs.",
         choices=("auto", "xla", "native", "pallas")
     ),
     _own(
@@ -263,7 +263,12 @@ ENGINE = (
 
 API_KEY = tuple(flag for flag in HTTP if flag.name == "api-key")
 
-INFO = (*LOG, Flag("json", "json", "Print one JSON object.", "bool"))
+PLAN = (
+    *LOG,
+    Flag("topology", "topology", "Plan for these chips (v6e-8, v5e-4, h200, h100-8, ...), which need not be here."),
+    Flag("compile", "compile", "Compile the largest programs and check what the compiler made of them: minutes.", "bool"),
+    Flag("json", "json", "Print one JSON object.", "bool"),
+)  # fmt: skip
 
 BENCH = (
     *LOG,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .rules import fitted, partition
 
@@ -19,7 +19,14 @@ class MeshError(Exception):
 class Placement:
     """A mesh with the rule table applied: says where each array goes."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
+
+    @property
+    def device(self) -> Any:
+        """The first device of this process. Raises MeshError where there are none."""
+        if isinstance(self.mesh, AbstractMesh):
+            raise MeshError("an imagined placement has no devices")
+        return self.mesh.local_devices[0]
 
     @property
     def data_size(self) -> int:
@@ -107,12 +114,7 @@ def make_placement(
     Raises MeshError if there are too few devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    model = max(1, len(devices) // data) if model is None else model
-    if data < 1 or model < 1 or data * model > len(devices):
-        raise MeshError(
-            f"a mesh of data={data} x model={model} needs {data * model} devices, but there are {len(devices)}: "
-            "lower --data-parallel or --num-shard"
-        )
+    data, model = _sides(data, model, len(devices))
     left_out = {d.process_index for d in devices} - {d.process_index for d in devices[: data * model]}
     if left_out:
         raise MeshError(
@@ -120,3 +122,18 @@ def make_placement(
             f"{len(devices)} devices are there; raise --data-parallel or --num-shard, or start fewer processes"
         )
     return Placement(Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model")))
+
+
+def imagined_placement(data: int, model: int | None, count: int) -> Placement:
+    """The same over `count` devices that nobody here has: sizes can be asked of it, and nothing can be compiled or put."""
+    return Placement(AbstractMesh(_sides(data, model, count), ("data", "model")))
+
+
+def _sides(data: int, model: int | None, count: int) -> tuple[int, int]:
+    model = max(1, count // data) if model is None else model
+    if data < 1 or model < 1 or data * model > count:
+        raise MeshError(
+            f"a mesh of data={data} x model={model} needs {data * model} devices, but there are {count}: "
+            "lower --data-parallel or --num-shard"
+        )
+    return data, model

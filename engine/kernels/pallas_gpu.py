@@ -63,7 +63,7 @@ class PallasGpuKernels(XlaKernels):
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
         group = members - 2
-        kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch)
+        kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
         most = DECODE_KEYS if one_token_rows else PREFILL_KEYS
         keys = min(most, _tile_rows(head_dim, qkv.dtype))
         form = Form(scale, softcap, window, kv.k.shape[2], batch.table.shape[1], group, head_dim, keys)

@@ -1,6 +1,7 @@
 """Commands on a real engine and a tiny model, each in a process of its own, as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ def xlane(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
-def test_info_counts_by_hand(model: Path, one_device_env: dict[str, str]):
-    done = xlane("info", model, "--json", "--kernels", "xla", "--cache-dir", "none", env=one_device_env)
+def test_plan_counts_by_hand(model: Path, one_device_env: dict[str, str]):
+    done = xlane("plan", model, "--json", "--kernels", "xla", "--cache-dir", "none", env=one_device_env)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     # V=131 D=64 F=96 L=2 N=4 K=2 H=16, embeddings tied: embedding, then per layer norms, q k v o, gate up down; last norm.
@@ -34,8 +35,19 @@ def test_info_counts_by_hand(model: Path, one_device_env: dict[str, str]):
     assert facts["context_tokens"] == 256
 
 
+def test_plan_needs_neither_the_chips_nor_the_weights(
+    model: Path, tmp_path: Path, one_device_env: dict[str, str]
+):
+    shutil.copy(model / "config.json", tmp_path)
+    done = xlane("plan", tmp_path, "--topology", "h200", "--json", env=one_device_env)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["device"], facts["dtype"]) == ("h200-1", "bfloat16")
+    assert facts["KV_cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+
+
 def test_what_does_not_fit_is_one_line_and_code_3(model: Path, one_device_env: dict[str, str]):
-    done = xlane("info", model, "--max-total-tokens", "100000", env=one_device_env)
+    done = xlane("plan", model, "--max-total-tokens", "100000", env=one_device_env)
     assert done.returncode == 3
     assert done.stderr.startswith("error: ")
     assert "--max-total-tokens" in done.stderr

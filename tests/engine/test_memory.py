@@ -1,12 +1,16 @@
 """The memory plan by hand, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 from xlane.engine import EngineConfig, PlanError
 from xlane.engine.build import design
+from xlane.engine.kernels.pallas_tpu import PallasTpuKernels
 from xlane.engine.memory import GIB, Demand, MemoryPlan, machine_bytes, plan_pages
 from xlane.models.opened import open_model
+from xlane.tpu.chips import find_topology
 
 
 def plan(
@@ -85,6 +89,10 @@ def test_design_by_hand(model) -> None:
         ({"model_parallel": 99}, r"a mesh of data=1 x model=99 needs 99 devices"),
         ({"model_parallel": 4}, r"kv_heads=2 of this model cannot be split over 4 devices"),
         ({"kernels": "native", "dtype": "bfloat16"}, r"--kernels native serves one CPU in float32"),
+        (
+            {"kernels": "pallas"},
+            r"--kernels pallas serves GPUs and TPUs, and this is cpu: use --kernels auto",
+        ),
         ({"kv_bytes": 1000}, r"max_total_tokens=64 needs .* KV cache"),
         ({"memory_fraction": 0.0}, r"memory 0\.00 GiB"),
     ],
@@ -106,3 +114,44 @@ def test_memory_counts_every_copy_on_every_device(model) -> None:
 
 def test_a_share_of_the_machine_is_the_limit(model) -> None:
     assert design(config(), model)[1].limit_bytes == int(machine_bytes() * 0.9)
+
+
+def test_a_topology_is_planned_without_its_devices(model) -> None:
+    """Eight chips of 32 GiB by the table; the model's two KV heads go over two of them."""
+    one_half = {"data_parallel": 4, "model_parallel": 2, "lanes": 8, "dtype": "bfloat16"}
+    blueprint, memory, note = design(config(**one_half), model, topology=find_topology("v6e-8"))
+    assert memory.limit_bytes == int(32 * GIB * 0.9) * 8
+    assert (blueprint.placement.data_size, blueprint.placement.model_size) == (4, 2)
+    assert note == "xla (asked for)"
+    here = design(config(**one_half), model)[1]
+    assert memory.weights_bytes == here.weights_bytes
+    assert memory.state_bytes == here.state_bytes
+    assert memory.pages == 8 * 16
+    assert (
+        memory.kv_bytes == memory.pages * 4 * KV_BYTES_PER_TOKEN // 2 * 4
+    )  # in bfloat16, once for each part of `data`
+
+
+@pytest.mark.parametrize(
+    ("topology", "dtype", "lanes", "chunk"), [("h200", "bfloat16", 128, 64), ("v5e-1", "bfloat16", 64, 64)]
+)
+def test_a_topology_has_its_platforms_defaults(
+    model, topology: str, dtype: str, lanes: int, chunk: int
+) -> None:
+    asked = EngineConfig(model_id="m", page_tokens=4, kernels="xla")
+    blueprint, memory, _ = design(asked, model, topology=find_topology(topology))
+    assert (blueprint.dtype, memory.lanes, blueprint.chunk_tokens) == (dtype, lanes, chunk)
+
+
+def test_a_topology_too_small_for_the_mesh_is_refused(model) -> None:
+    with pytest.raises(PlanError, match=r"a mesh of data=1 x model=2 needs 2 devices, but there are 1"):
+        design(config(model_parallel=2), model, topology=find_topology("h200"))
+
+
+def test_a_tpu_attends_with_its_own_kernel_unless_told_otherwise(model) -> None:
+    asked = EngineConfig(model_id="m", page_tokens=16)
+    blueprint, _, note = design(asked, model, topology=find_topology("v6e"))
+    assert isinstance(blueprint.kernels, PallasTpuKernels)
+    assert note == "pallas (decode attention; XLA's prefill and products)"
+    blueprint, _, note = design(replace(asked, kernels="xla"), model, topology=find_topology("v6e"))
+    assert (blueprint.kernels.name, note) == ("xla", "xla (asked for)")

@@ -17,8 +17,9 @@ from xlane.engine import start as engine_start
 from xlane.engine.build import design, slower
 from xlane.engine.engine import Engine
 from xlane.engine.manifest import write_manifest
+from xlane.engine.plan import describe
 from xlane.engine.programs import Programs
-from xlane.engine.start import describe, start, warm
+from xlane.engine.start import start, warm
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
 
@@ -233,7 +234,9 @@ def test_describe_tells_without_compiling(model: Path, events: CacheEvents) -> N
     assert told["KV cache bytes per token"] == KV_BYTES_PER_TOKEN / 2
     assert (told["lanes"], told["KV cache tokens"], told["max total tokens"]) == (2, 48, 24)
     assert (told["family"], told["layers"], told["context tokens"]) == ("llama", 1, 64)
-    assert events.taken() == (0, 0)
+    # What measures this machine's ceilings is all that is compiled: fewer than there are programs.
+    assert told["programs"] == "not compiled (--compile)"
+    assert sum(events.taken()) < len(PROGRAMS)
 
 
 def test_describe_counts_weights_in_few_bits(model: Path) -> None:

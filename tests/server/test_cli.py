@@ -217,7 +217,7 @@ def run(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 
     commands = tuple(dataclasses.replace(command, run=fail) for command in COMMANDS)
     monkeypatch.setattr(cli, "COMMANDS", commands)
-    return cli.run(["info"], {})
+    return cli.run(["plan"], {})
 
 
 @pytest.mark.parametrize("error", [PlanError("needs 3 GB, has 2 GB"), HubError("no such repository")])

@@ -1,15 +1,16 @@
 """One program text on meshes of 1x1, 1x2, 1x4 and 2x2 simulated devices: the same tokens, and no needless traffic."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.engine.conftest import ids, request, run
-from tests.support.hlo import collectives, copies
 from tests.support.tiny import hf_greedy, tiny_model
 from xlane.engine import EngineConfig, PlanError, Request
 from xlane.engine.build import design
+from xlane.engine.hlo import collectives, moves
 from xlane.engine.programs import Programs, compile_all
 from xlane.engine.state import abstract_kv, abstract_state, held_bytes
 from xlane.models.opened import open_model
@@ -100,7 +101,7 @@ def test_a_split_model_adds_up_twice_a_layer_and_gathers_nothing(programs_of, ki
     programs = programs_of(kind, 1, 2)
     config = programs.blueprint.config
     for name, tokens in (("decode[4]", 4), ("prefill[32]", 32)):
-        found = collectives(programs[name])
+        found = collectives(programs[name].as_text())
         always = [one for one in found if "/cond/branch_1_fun" not in one.where]
         assert {one.kind for one in always} == {"all-reduce"}
         in_layers = [one for one in always if "_run_layer" in one.where]
@@ -127,8 +128,10 @@ def test_the_pool_stays_where_it_is(programs_of, data: int, model: int):
         compiled = programs[name]
         held = held_bytes((kv, state)) // b.placement.mesh.size
         assert compiled.memory_analysis().alias_size_in_bytes == held
-        assert copies(compiled, pool_shard) == []
-        assert max((one.elements for one in collectives(compiled)), default=0) <= rows * b.config.vocab_size
+        text = compiled.as_text()
+        shape = f"[{','.join(map(str, pool_shard))}]"
+        assert [line for line in moves(text, math.prod(pool_shard)) if shape in line] == []
+        assert max((one.elements for one in collectives(text)), default=0) <= rows * b.config.vocab_size
 
 
 def test_memory_counts_what_each_device_holds(models: Path):

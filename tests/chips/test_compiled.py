@@ -1,0 +1,104 @@
+"""The engine's own programs, compiled for chips that are not here: nothing is copied, sorted or sent that need not be.
+
+    .ci/compilers FOLDER && XLANE_COMPILERS=FOLDER pytest -m chips
+
+Each model and topology has a process of its own, because a compiler that was once loaded stays.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.chips.facts import CHUNK_TOKENS, LANES, SHAPES, pool_elements
+
+pytestmark = pytest.mark.chips
+
+COMPILERS = os.environ.get("XLANE_COMPILERS", "")
+"""A folder of wheels laid out as in site-packages: an installed plugin would change every other start of jax."""
+
+CASES = [
+    ("v6e-1", "8b", 1),
+    ("v5e-4", "8b", 1),
+    ("v6e-8", "8b", 2),
+    ("h200", "8b", 2),
+    ("h200", "1b", 2),
+    ("h100-8", "8b", 2),
+]
+
+DECODE, PREFILL, MIXED = f"decode[{LANES}]", f"prefill[{CHUNK_TOKENS}]", f"mixed[{LANES}+64]"
+ROWS = {DECODE: LANES, PREFILL: CHUNK_TOKENS, MIXED: LANES + 64}
+
+
+def _environment() -> dict[str, str]:
+    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    path = [COMPILERS, *sys.path] if COMPILERS else sys.path
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request: pytest.FixtureRequest) -> tuple[str, str, int, dict[str, Any]]:
+    topology, shape, layers = request.param
+    package = "jax_plugins" if topology.startswith("h") else "libtpu"
+    if not COMPILERS and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not here: .ci/compilers FOLDER, then XLANE_COMPILERS=FOLDER")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chips.facts", topology, shape, str(layers)],
+        env=_environment(), capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return topology, shape, layers, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_checker_finds_nothing(case):
+    assert case[3]["faults"] == []
+    assert set(case[3]["programs"]) == set(ROWS)
+
+
+def test_kv_and_state_are_updated_in_place(case):
+    topology, shape, layers, told = case
+    held = (layers * 2 * pool_elements(shape) * 2 + told["state_bytes"]) // told["devices"]
+    for info in told["programs"].values():
+        if topology.startswith("h"):
+            assert info["alias_bytes"] == held
+        else:  # Small arrays are rounded up to tiles.
+            assert held <= info["alias_bytes"] < held + 2**20
+        assert info["moves"] == []
+
+
+def test_nothing_is_sorted(case):
+    assert [info["sorts"] for info in case[3]["programs"].values()] == [[]] * len(ROWS)
+
+
+def test_temporaries_stay_under_the_plan(case):
+    told = case[3]
+    for info in told["programs"].values():
+        assert 0 < info["temp_bytes"] * told["devices"] <= told["planned_temp_bytes"]
+
+
+def test_a_split_model_adds_up_twice_a_layer(case):
+    _, shape, layers, told = case
+    for name, info in told["programs"].items():
+        found = info["collectives"]
+        in_layers = Counter((one["kind"], one["elements"]) for one in found if "_run_layer" in one["where"])
+        hidden = ROWS[name] * SHAPES[shape]["hidden_size"]
+        assert in_layers == ({} if told["devices"] == 1 else {("all-reduce", hidden): 2 * layers})
+        assert bool(found) == (told["devices"] > 1)
+        # Sampling looks at whole rows at most, and the embedding's rows come together once.
+        most = ROWS[name] * SHAPES[shape]["vocab_size"]
+        assert max((one["elements"] for one in found), default=0) <= most
+
+
+def test_the_kernels_are_there(case):
+    """Ours attend, once a layer; but where there are prompts, on a TPU, XLA's own."""
+    topology, _, layers, told = case
+    called = {name: Counter(info["kernels"]) for name, info in told["programs"].items()}
+    assert called[DECODE]["xlane_decode_attention"] == layers
+    for name in (PREFILL, MIXED):
+        assert called[name]["xlane_prefill_attention"] == (layers if topology.startswith("h") else 0)
