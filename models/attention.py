@@ -48,12 +48,13 @@ class XlaKernels:
             )
             product = jnp.moveaxis(product, -1, 0)
         else:
-            # Accelerators add up in float32 whatever the result's type, and would write a float32 result out to convert it.
+            # Accelerators add up in float32 whatever the result's type, and would write a float32 result out to convert it;
+            # what is scaled in float32 is converted behind that.
             product = jax.lax.dot_general(
                 x,
                 weight,
                 (((1,), (weight.ndim - 1,)), ((), ())),
-                preferred_element_type=jnp.float32 if self._cpu else x.dtype,
+                preferred_element_type=jnp.float32 if self._cpu or scales is not None else x.dtype,
             )
         if scales is not None:
             product = product * scales[None]

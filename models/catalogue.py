@@ -29,7 +29,7 @@ Layers of experts are computed for the experts that are chosen and no others, an
 the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
 
 `--quantize int8` and `int4` serve each of these in fewer bits, made while the weights are read: int8 with a scale for each
-output, int4 with one for 32 inputs of each output (int8 where inputs do not divide into 32). Embeddings and output head take
+output, int4 with a scale and a floor for 32 inputs of each output (int8 where inputs do not divide into 32). Embeddings and output head take
 8 bits with either; norms, biases, learned positions and what chooses among experts stay as they are. Logits agree to 1e-4 with
 those of transformers given the same rounded weights. `--kv-cache-dtype int8` keeps keys and values in 8 bits, with a scale for
 each token and head. What both cost and bring: performance.md.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .kernels import Weight
-from .quantize import INT4_LEAST, INT8_MOST, quantized
+from .quantize import INT4_MOST, INT8_MOST, quantized
 from .spec import ParamSpec, pack
 from .weights import Index, WeightSource
 
@@ -119,8 +119,9 @@ def _stored(spec: ParamSpec, source: WeightSource, index: Index) -> tuple[np.nda
     out = tuple(np.empty((*sizes, part.shape[-1]), part.dtype) for part in spec.parts)
     in_full = replace(spec, dtype="float32")
     for here, there in _blocks(index, spec.shape):
-        for part, made in zip(out, quantized(source.read(in_full, there), spec.quant), strict=True):
-            part[here] = made
+        made = quantized(source.read(in_full, there), spec.quant)
+        for part, block in zip(out, jax.tree.leaves(made), strict=True):
+            part[here] = block
     return out
 
 
@@ -150,8 +151,8 @@ def dummy_params(specs: Sequence[ParamSpec], sharding_for: ShardingFor, seed: in
     result = []
     for number, spec in enumerate(specs):
         arrays = []
-        for part in spec.parts:
-            constant = _constant(spec, part)
+        for order, part in enumerate(spec.parts):
+            constant = _constant(spec, order)
             kind = (part.stored_shape, part.dtype, sharding_for(part), constant)
             if kind not in fills:
                 shape, dtype, sharding, _ = kind
@@ -161,10 +162,12 @@ def dummy_params(specs: Sequence[ParamSpec], sharding_for: ShardingFor, seed: in
     return tuple(result)
 
 
-def _constant(spec: ParamSpec, part: ParamSpec) -> float | None:
+def _constant(spec: ParamSpec, part: int) -> float | None:
     """What an array is full of, if it is not random."""
-    if part is not spec and part.dtype not in ("int8", "uint8"):
-        return MOST / (INT8_MOST if spec.quant == "int8" else -INT4_LEAST)
+    if part > 0:
+        return (
+            (MOST / INT8_MOST,)[part - 1] if spec.quant == "int8" else (2 * MOST / INT4_MOST, -MOST)[part - 1]
+        )
     return 1.0 if spec.path.endswith(".scale") else None
 
 

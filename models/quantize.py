@@ -1,10 +1,10 @@
 """Weights of 8 and of 4 bits, and keys and values of 8: how they are made, stored and used. Knows arrays; not whose they
 are, nor files.
 
-Both are symmetric, weight = value * scale. int8 has one float32 scale an output, the largest magnitude over 127. int4 has
-one bfloat16 scale for GROUP inputs of an output, chosen so that the largest of them is -8 exactly: the one of 16 levels
-that symmetry would waste is the one that is sure to be used (llama.cpp's Q4_0 does the same). Two values share a byte, that of
-input i of a group and that of input i + GROUP / 2, so that taking them apart is no shuffle.
+int8 has one float32 scale an output, the largest magnitude over 127: weight = value * scale. int4 has a bfloat16 scale and floor
+for GROUP inputs of an output, weight = value * scale + floor, from the smallest of them to the largest: a checkpoint that was
+stored so (llama.cpp's Q4_0, Q4_1 and Q4_K) loses next to nothing. Two values share a byte, that of input i of a group and that of
+input i + GROUP / 2, so that taking them apart is no shuffle.
 """
 
 from typing import Any
@@ -16,63 +16,59 @@ import numpy as np
 
 from .spec import GROUP, Quant, Quantized
 
-INT8_MOST, INT4_LEAST, INT4_MOST = 127, -8, 7
+INT8_MOST, INT4_MOST = 127, 15
 
 
 def quantized(weight: np.ndarray, kind: Quant) -> Quantized[np.ndarray]:
-    """float32[..., D] -> int8[..., D] and float32[..., 1], or uint8[..., D/2] and bfloat16[..., D/GROUP]."""
+    """float32[..., D] -> the arrays of a weight of this kind."""
     with np.errstate(invalid="ignore"):  # what is not a number stays none, by its scale
         return _to_int8(weight) if kind == "int8" else _to_int4(weight)
 
 
 def _to_int8(weight: np.ndarray) -> Quantized[np.ndarray]:
-    scales = np.abs(_largest(weight, -1)) / np.float32(INT8_MOST)
-    return Quantized(_steps(weight, scales).astype(np.int8), scales)
+    high, low = weight.max(axis=-1, keepdims=True), weight.min(axis=-1, keepdims=True)
+    scales = np.maximum(high, -low) / np.float32(INT8_MOST)
+    steps = weight / _divisor(scales)
+    return Quantized(np.rint(steps, out=steps).astype(np.int8), scales)
 
 
 def _to_int4(weight: np.ndarray) -> Quantized[np.ndarray]:
     *outputs, inputs = weight.shape
     # A group down a column: NumPy is many times faster along rows that are long.
     groups = np.ascontiguousarray(weight.reshape(-1, GROUP).T)
-    scales = (_largest(groups, 0) / np.float32(INT4_LEAST)).astype(ml_dtypes.bfloat16)
-    # By the scale as it is stored, so that its rounding costs nothing but the last step of the largest value.
-    steps = _steps(groups, scales.astype(np.float32))
-    bits = np.clip(steps, INT4_LEAST, INT4_MOST, out=steps).astype(np.int8).view(np.uint8)
-    pairs = (bits[: GROUP // 2] & 15) | (bits[GROUP // 2 :] << 4)
-    return Quantized(
-        np.ascontiguousarray(pairs.T).reshape(*outputs, inputs // 2), scales.reshape(*outputs, -1)
-    )
+    low = groups.min(axis=0)
+    scales = ((groups.max(axis=0) - low) / np.float32(INT4_MOST)).astype(ml_dtypes.bfloat16)
+    floors = low.astype(ml_dtypes.bfloat16)
+    # By scale and floor as they are stored, so that their rounding costs something at the ends only.
+    steps = groups - floors.astype(np.float32)
+    steps /= _divisor(scales.astype(np.float32))
+    bits = np.clip(np.rint(steps, out=steps), 0, INT4_MOST, out=steps).astype(np.uint8)
+    pairs = np.ascontiguousarray((bits[: GROUP // 2] | bits[GROUP // 2 :] << 4).T)
+    by_group = (*outputs, inputs // GROUP)
+    return Quantized(pairs.reshape(*outputs, inputs // 2), scales.reshape(by_group), floors.reshape(by_group))
 
 
-def _largest(weight: np.ndarray, axis: int) -> np.ndarray:
-    """By magnitude, with its sign, along an axis that is kept."""
-    high, low = weight.max(axis=axis, keepdims=True), weight.min(axis=axis, keepdims=True)
-    return np.where(high > -low, high, low)
+def _divisor(scales: np.ndarray) -> np.ndarray:
+    """The scales, and 1 where there is nothing to scale."""
+    return np.where(scales == 0, np.float32(1), scales)
 
 
-def _steps(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """How many scales each number is, rounded; zeros of no scale stay."""
-    steps = weight / np.where(scales == 0, np.float32(1), scales)
-    return np.rint(steps, out=steps)
-
-
-def vectors_to_int8(x: jax.Array) -> Quantized[jax.Array]:
+def vectors_to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[..., H] -> int8[..., H] and float32[...], a scale for each vector. Traced; what is not a number stays none."""
     x = x.astype(jnp.float32)
     scales = jnp.abs(x).max(axis=-1) / INT8_MOST
     steps = jnp.rint(x / jnp.where(scales == 0, 1.0, scales)[..., None])
-    return Quantized(steps.astype(jnp.int8), scales)
+    return steps.astype(jnp.int8), scales
 
 
 def dequantized(weight: Quantized[jax.Array], dtype: Any) -> jax.Array:
     """The weight [..., D] itself, in `dtype`. Traced: XLA fuses it into what reads it, where it can."""
-    values, scales = weight
-    if values.dtype == jnp.int8:
+    values, scales, floors = weight
+    if floors is None:
         return (values.astype(jnp.float32) * scales).astype(dtype)
     pairs = values.reshape(*scales.shape, GROUP // 2)
-    halves = (pairs << 4, pairs & 0xF0)  # a half in the high bits has its sign where int8 has it
-    steps = jnp.concatenate([jax.lax.bitcast_convert_type(half, jnp.int8) >> 4 for half in halves], axis=-1)
-    groups = steps.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
+    steps = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(jnp.float32)
+    groups = steps * scales.astype(jnp.float32)[..., None] + floors.astype(jnp.float32)[..., None]
     return groups.astype(dtype).reshape(*scales.shape[:-1], -1)
 
 

@@ -53,6 +53,8 @@ class Quantized(NamedTuple, Generic[Array]):
     """int8[..., D], or uint8[..., D/2] where they are of 4 bits."""
     scales: Array
     """float32[..., 1], or bfloat16[..., D/GROUP]."""
+    floors: Array | None = None
+    """bfloat16[..., D/GROUP] of values of 4 bits, which count up from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +77,19 @@ class ParamSpec:
 
     @property
     def parts(self) -> tuple["ParamSpec", ...]:
-        """The arrays it is stored as, each described like a parameter of its own: itself, or values and scales."""
+        """The arrays it is stored as, each described like a parameter of its own: itself, or those of a `Quantized`."""
         if self.quant is None:
             return (self,)
         *outputs, inputs = self.shape
         *by_output, by_input = self.axes
         if self.quant == "int8":
-            sizes, dtypes, last = (inputs, 1), ("int8", "float32"), (by_input, None)
+            parts = ((inputs, "int8", by_input), (1, "float32", None))
         else:
-            sizes, dtypes, last = (inputs // 2, inputs // GROUP), ("uint8", "bfloat16"), (by_input, by_input)
+            by_group = (inputs // GROUP, "bfloat16", by_input)
+            parts = ((inputs // 2, "uint8", by_input), by_group, by_group)
         return tuple(
             replace(self, shape=(*outputs, size), dtype=dtype, axes=(*by_output, axis), quant=None)
-            for size, dtype, axis in zip(sizes, dtypes, last, strict=True)
+            for size, dtype, axis in parts
         )
 
     def joined(self, arrays: Sequence[Array]) -> "Array | Quantized[Array]":

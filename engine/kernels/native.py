@@ -20,10 +20,10 @@ from .build import build
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
 LINEAR = "xlane_linear.1"
 LINEAR8 = "xlane_linear8.1"
-LINEAR4 = "xlane_linear4.1"
+LINEAR4 = "xlane_linear4.2"
 GROUPED = "xlane_grouped.1"
 GROUPED8 = "xlane_grouped8.1"
-GROUPED4 = "xlane_grouped4.1"
+GROUPED4 = "xlane_grouped4.2"
 ATTEND = "xlane_attend.3"
 ATTEND8 = "xlane_attend8.1"
 
@@ -147,9 +147,9 @@ def _stored(
         _require_float32(function, weight=weight)
         arrays, target, inputs_each = (weight,), targets[0], 1
     elif weight.values.dtype == jnp.int8:
-        arrays, target, inputs_each = tuple(weight), targets[1], 1
+        arrays, target, inputs_each = (weight.values, weight.scales), targets[1], 1
     else:
-        arrays, target, inputs_each = tuple(weight), targets[2], 2
+        arrays, target, inputs_each = tuple(jax.tree.leaves(weight)), targets[2], 2
     shape = (*groups, -(-outputs // PANEL), x.shape[-1] // inputs_each, PANEL)
     if x.ndim != 2 or arrays[0].shape != shape:
         raise ValueError(

@@ -31,47 +31,75 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_device(weight: Quantized[np.ndarray]) -> Quantized[jax.Array]:
-    return Quantized(*map(jnp.asarray, weight))
+    return jax.tree.map(jnp.asarray, weight)
 
 
 def test_int8_by_hand() -> None:
     weight = np.array([[1.27, -0.636, 0.004, -0.02], [0, 0, 0, 0], [-2.54, 2.54, 1.28, 0]], np.float32)
-    values, scales = quantized(weight, "int8")
+    values, scales, _ = quantized(weight, "int8")
     assert values.tolist() == [[127, -64, 0, -2], [0, 0, 0, 0], [-127, 127, 64, 0]]
     np.testing.assert_allclose(scales, [[0.01], [0], [0.02]], rtol=1e-6)
     assert (values.dtype, scales.dtype) == (np.int8, np.float32)
 
 
 def test_int4_by_hand() -> None:
-    """The largest becomes -8 whatever its sign; one as large on the other side has to do with 7."""
-    weight = np.zeros((1, 64), np.float32)
-    weight[0, [0, 1, 16, 31]] = [-4, 4, 1.5, -0.3]  # a scale of 0.5
-    weight[0, [32, 47, 48]] = [2, -0.5, 1]  # a scale of -0.25
-    values, scales = quantized(weight, "int4")
-    assert (values.shape, values.dtype, scales.dtype) == ((1, 32), np.uint8, ml_dtypes.bfloat16)
-    assert scales.tolist() == [[0.5, -0.25]]
-    # Nibbles of -8, 7, 3, -1; then of -8, 2, -4. Input i is in the low half of byte i, input i + 16 in the high one.
-    expected = {0: 0x38, 1: 0x07, 15: 0xF0, 16: 0xC8, 31: 0x02}
-    assert {i: int(v) for i, v in enumerate(values[0]) if v} == expected
-    back = np.asarray(dequantized(on_device(Quantized(values, scales)), jnp.float32))
-    assert back[0, [0, 1, 16, 31, 32, 47, 48]].tolist() == [-4, 3.5, 1.5, -0.5, 2, -0.5, 1]
+    """From the smallest of 32 to the largest in 15 steps; a group of one number has its floor alone."""
+    weight = np.zeros((1, 96), np.float32)
+    weight[0, [0, 1, 16, 31]] = [-4, 3.5, 1.5, -0.3]  # steps of 0.5 from -4
+    weight[0, 32:64] = 1
+    weight[0, [32, 47, 48]] = [4.75, 2, 3.1]  # steps of 0.25 from 1
+    weight[0, 64:] = -0.75
+    values, scales, floors = quantized(weight, "int4")
+    assert floors is not None
+    assert (values.shape, values.dtype, scales.dtype) == ((1, 48), np.uint8, ml_dtypes.bfloat16)
+    assert (scales.tolist(), floors.tolist()) == ([[0.5, 0.25, 0]], [[-4, 1, -0.75]])
+    # Input i of a group is in the low half of byte i, input i + 16 in the high one; 0 is step 8 of the first group.
+    first = [0x80 + 8] * 16
+    first[0], first[1], first[15] = 0xB0, 0x8F, 0x78
+    second = [0] * 16
+    second[0], second[15] = 0x8F, 0x04
+    assert values[0].tolist() == first + second + [0] * 16
+    back = np.asarray(dequantized(on_device(Quantized(values, scales, floors)), jnp.float32))
+    assert back[0, [0, 1, 2, 16, 31, 32, 33, 47, 48, 95]].tolist() == [
+        -4,
+        3.5,
+        0,
+        1.5,
+        -0.5,
+        4.75,
+        1,
+        2,
+        3,
+        -0.75,
+    ]
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_no_weight_moves_by_more_than_half_a_step(quant: Quant) -> None:
-    """But that of 4 bits which meets the missing sixteenth level: it moves by one step; bfloat16 makes steps 0.4 % larger or
-    smaller than they would be."""
+    """But for what the rounding of floor and of 15 steps to bfloat16 takes from the ends of a group."""
     weight = np.random.default_rng(0).standard_normal((40, 96), dtype=np.float32)
     made = quantized(weight, quant)
     back = np.asarray(dequantized(on_device(made), jnp.float32))
-    steps = np.abs(np.repeat(made.scales.astype(np.float32), 96 // made.scales.shape[1], axis=1))
-    moved = np.abs(back - weight) / steps
     np.testing.assert_allclose(back, rounded(weight, quant), atol=1e-6)
-    if quant == "int8":
-        assert moved.max() <= 0.5 + 1e-4
-    else:
-        assert moved.max() <= 1 + 8 * 2**-8
-        assert (moved > 0.5 + 8 * 2**-8).mean() < 1 / 16
+    groups = np.abs(back - weight).reshape(40, made.scales.shape[1], -1)
+    step = made.scales.astype(np.float32)[..., None]
+    ends = (
+        0
+        if made.floors is None
+        else 2.0**-9 * (np.abs(made.floors.astype(np.float32))[..., None] + 15 * step)
+    )
+    assert (groups <= step * (0.5 + 1e-4) + ends).all()
+
+
+def test_a_weight_that_had_4_bits_keeps_them() -> None:
+    """As llama.cpp's Q4_0 stores it: steps of one scale from -8 to 7, both met."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(-8, 8, (20, 3, 32)).astype(np.float32)
+    steps[..., :2] = [-8, 7]
+    weight = (steps * rng.uniform(0.01, 0.02, (20, 3, 1)).astype(np.float32)).reshape(20, 96)
+    values = quantized(weight, "int4").values
+    pairs = values.reshape(20, 3, 16)
+    np.testing.assert_array_equal(np.concatenate([pairs & 15, pairs >> 4], axis=-1), steps + 8)
 
 
 @pytest.fixture(params=["xla", "native"])
@@ -90,7 +118,7 @@ def _linear(kernels, x, weight, outputs):
 
 
 def linear(kernels: Kernels, x: np.ndarray, made: Quantized[np.ndarray]) -> np.ndarray:
-    stored = on_device(Quantized(*map(pack, made)) if kernels.packed else made)
+    stored = on_device(jax.tree.map(pack, made) if kernels.packed else made)
     return np.asarray(_linear(kernels, jnp.asarray(x), stored, len(made.values)))
 
 
@@ -102,10 +130,28 @@ def test_linear_matches_numpy(kernels: Kernels, quant: Quant, outputs: int, inpu
     x = rng.standard_normal((tokens, inputs), dtype=np.float32)
     weight = rng.standard_normal((outputs, inputs), dtype=np.float32)
     stands_for = rounded(weight, quant).astype(np.float64)
-    # Of n fused multiply-adds, and two roundings more of the scale.
-    bound = (inputs + 2) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(stands_for).T)
+    # Of n fused multiply-adds, and of the weight itself, which is a sum of two numbers below 8.
+    sizes = np.abs(x).astype(np.float64)
+    bound = 2.0**-24 * (
+        (inputs + 2) * sizes @ np.abs(stands_for).T + 2 * 8 * sizes.sum(axis=1, keepdims=True)
+    )
     got = linear(kernels, x, quantized(weight, quant))
     assert (np.abs(got - x.astype(np.float64) @ stands_for.T) <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_accelerators_multiply_in_bfloat16(quant: Quant, tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tokens, 96), dtype=np.float32).astype(ml_dtypes.bfloat16)
+    weight = rng.standard_normal((40, 96), dtype=np.float32)
+    got = _linear(XlaKernels("gpu"), jnp.asarray(x), on_device(quantized(weight, quant)), 40)
+    assert got.dtype == jnp.bfloat16
+    stands_for = rounded(weight, quant).astype(np.float64)
+    want, sizes = x.astype(np.float64) @ stands_for.T, np.abs(x).astype(np.float64) @ np.abs(stands_for).T
+    # One rounding of a result; 4 bits round each weight as well.
+    rounding = 2.0**-8 * (np.abs(want) + (sizes if quant == "int4" else 0.01 * sizes))
+    assert (np.abs(np.asarray(got, np.float64) - want) <= rounding).all()
 
 
 def test_int8_needs_no_whole_groups(kernels: Kernels) -> None:
@@ -136,7 +182,7 @@ def test_the_native_one_refuses_what_does_not_fit(
     native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
     if isinstance(native, str):
         pytest.skip(native)
-    made = on_device(Quantized(*map(pack, quantized(np.ones((20, 64), np.float32), quant))))
+    made = on_device(jax.tree.map(pack, quantized(np.ones((20, 64), np.float32), quant)))
     with pytest.raises(ValueError, match="do not give 40 outputs"):
         native.linear(jnp.zeros((1, 64)), made, 40)
     short = made._replace(scales=made.scales[:1])
@@ -150,7 +196,7 @@ def whole_parts(specs: tuple[ParamSpec, ...], path: Path) -> list[list[np.ndarra
     for spec in specs:
         full = ParamSpec(spec.path, spec.shape, "float32", spec.axes)
         weight = opened(path).read(full, tuple(slice(0, n) for n in spec.shape))
-        found.append([weight] if spec.quant is None else list(quantized(weight, spec.quant)))
+        found.append([weight] if spec.quant is None else jax.tree.leaves(quantized(weight, spec.quant)))
     return found
 
 

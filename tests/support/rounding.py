@@ -35,9 +35,14 @@ def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _int4(group: np.ndarray) -> np.ndarray:
-    largest = group.max() if group.max() > -group.min() else group.min()
-    scale = np.float32(ml_dtypes.bfloat16(largest / -8))
-    return np.clip(np.round(group / scale), -8, 7) * scale if scale else np.zeros_like(group)
+    """Sixteen levels from the smallest to the largest."""
+    floor = np.float32(ml_dtypes.bfloat16(group.min()))
+    scale = np.float32(ml_dtypes.bfloat16((group.max() - group.min()) / np.float32(15)))
+    return (
+        np.clip(np.round((group - floor) / scale), 0, 15) * scale + floor
+        if scale
+        else np.full_like(group, floor)
+    )
 
 
 def rounded_model(path: Path, kind: str) -> Path:
