@@ -1,6 +1,8 @@
 """A float32 GGUF file as a directory that transformers serves: it reads GGUF, but its server does not serve it.
 
-python -m tests.bench.f32_safetensors F32.gguf DIRECTORY
+    ENVIRONMENT/bin/python tests/bench/f32_safetensors.py F32.gguf DIRECTORY
+
+Run it in the environment that serves, which needs `transformers[serving]`, torch, accelerate and gguf; nothing of ours.
 """
 
 import sys
