@@ -101,7 +101,7 @@ def step(
     whole = _join(parts)
     decoder = b.graph.merge(params)
     hidden, kv = decoder(
-        whole.tokens, whole.batch, kv, b.kernels, b.placement.constrain, one_token_rows=prompts is None
+        whole.tokens, whole.batch, kv, b.kernels, b.placement.constrain, one_token_rows=size.rows
     )
     # A decode alone samples after every token it has.
     logits = decoder.logits(hidden if prompts is None else hidden[whole.end], b.kernels)

@@ -7,6 +7,7 @@ longest row (decode) or the last block (prefill) ends. Softmax is accumulated bl
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class XlaKernels:
         *,
         window: int | None,
         scale: float,
-        one_token_rows: bool,
+        one_token_rows: int,
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
@@ -84,11 +85,26 @@ class XlaKernels:
         kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
         # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
         grouped = qkv[:, :, :group].swapaxes(0, 1).astype(jnp.float32) * scale
-        attend = _attend_rows if one_token_rows else _attend_packed
         by_head = np.array(slopes, np.float32).reshape(kv_heads, 1, group, 1) if slopes else None
         adjust = _adjustment(softcap, by_head)
-        out = attend(grouped, kv, batch, window, adjust, sinks)
+        parts = [
+            attend(grouped[:, part], kv, own, window, adjust, sinks)
+            for attend, part, own in in_parts(batch, one_token_rows, _attend_rows, _attend_packed)
+        ]
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         return out.swapaxes(0, 1).reshape(tokens, kv_heads * group, head_dim).astype(qkv.dtype), kv
+
+
+def in_parts(
+    batch: PagedBatch, one_token_rows: int, rows: Any, packed: Any
+) -> list[tuple[Any, slice, PagedBatch]]:
+    """Who attends which tokens, and their batch: `rows` the first ones, which are a row each, `packed` what is left."""
+    n, tokens = one_token_rows, batch.positions.shape[0]
+    parts = [
+        (rows, slice(0, n), PagedBatch(batch.positions[:n], batch.rows[:n], batch.table[:n])),
+        (packed, slice(n, tokens), PagedBatch(batch.positions[n:], batch.rows[n:], batch.table)),
+    ]
+    return [part for part in parts if part[1].stop > part[1].start]
 
 
 def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch, placement: Placement | None) -> KvLayer:

@@ -143,7 +143,7 @@ class _Step:
     local_rotation: tuple[jax.Array, ...]
     """Empty where no layer needs it."""
     kernels: Kernels
-    one_token_rows: bool
+    one_token_rows: int
 
 
 @partial(jax.jit, static_argnums=0)
@@ -181,7 +181,7 @@ class Decoder(nnx.Module):
         kernels: Kernels,
         constrain: Constrain,
         *,
-        one_token_rows: bool,
+        one_token_rows: int,
     ) -> tuple[jax.Array, tuple[KvLayer, ...]]:
         """tokens int32[T] at their rows and positions -> (hidden [T, D] after the last norm, the new KV)."""
         turns = self.config.rope_theta is not None

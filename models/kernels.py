@@ -74,7 +74,7 @@ class Kernels(Protocol):
         *,
         window: int | None,
         scale: float,
-        one_token_rows: bool,
+        one_token_rows: int,
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
@@ -84,7 +84,8 @@ class Kernels(Protocol):
         qkv [T, K, G+2, H] holds, per kv head, its G query heads, its key and its value.
 
         A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
-        very call included. `one_token_rows` promises rows == arange(T) (a decode step). Query head n reads kv head
+        very call included. The first `one_token_rows` tokens are rows
+        of their own: rows[:n] == arange(n) (lanes that decode). Query head n reads kv head
         n // G. The pool arrays are consumed.
 
         A score s, scaled, becomes softcap tanh(s / softcap); then `slopes` (one a query head) times the distance to the

@@ -62,7 +62,7 @@ class NativeKernels:
         *,
         window: int | None,
         scale: float,
-        one_token_rows: bool,
+        one_token_rows: int,
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,

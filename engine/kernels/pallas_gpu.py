@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from ...models.attention import XlaKernels, write
+from ...models.attention import XlaKernels, in_parts, write
 from ...models.kernels import KvLayer, PagedBatch
 from ...sharding.mesh import Placement
 from .pallas_gpu_bodies import Form, combine_kernel, decode_kernel, prefill_kernel
@@ -55,7 +55,7 @@ class PallasGpuKernels(XlaKernels):
         *,
         window: int | None,
         scale: float,
-        one_token_rows: bool,
+        one_token_rows: int,
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
@@ -64,17 +64,24 @@ class PallasGpuKernels(XlaKernels):
         tokens, kv_heads, members, head_dim = qkv.shape
         group = members - 2
         kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
-        most = DECODE_KEYS if one_token_rows else PREFILL_KEYS
-        keys = min(most, _tile_rows(head_dim, qkv.dtype))
-        form = Form(scale, softcap, window, kv.k.shape[2], batch.table.shape[1], group, head_dim, keys)
+        most = _tile_rows(head_dim, qkv.dtype)
+        form = Form(scale, softcap, window, kv.k.shape[2], batch.table.shape[1], group, head_dim, most)
         slope = jnp.asarray(np.array(slopes, np.float32).reshape(kv_heads, group)) if slopes else None
-        attend = partial(
-            decode_attention if one_token_rows else prefill_attention, form=form, interpret=self._interpret
-        )
-        out = self._spread(attend, one_token_rows)(qkv, kv, batch, slope, sinks)
+
+        def attention(compute: Any, keys: int, *, table_by_token: bool) -> Any:
+            tiled = form._replace(keys=min(keys, most))
+            return self._spread(partial(compute, form=tiled, interpret=self._interpret), table_by_token)
+
+        decode = attention(decode_attention, DECODE_KEYS, table_by_token=True)
+        prefill = attention(prefill_attention, PREFILL_KEYS, table_by_token=False)
+        parts = [
+            attend(qkv[part], kv, own, slope, sinks)
+            for attend, part, own in in_parts(batch, one_token_rows, decode, prefill)
+        ]
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return out.reshape(tokens, kv_heads * group, head_dim), kv
 
-    def _spread(self, attend: Any, one_token_rows: bool) -> Any:
+    def _spread(self, attend: Any, table_by_token: bool) -> Any:
         """Each device attends with the kv heads, and the part of the tokens, that lie there."""
         if self.placement is None:
             return attend
@@ -86,7 +93,7 @@ class PallasGpuKernels(XlaKernels):
         )
         specs: list[Any] = [self.placement.sharding(each).spec for each in axes]
         heads, pool, by_token, queries = specs
-        table: Any = by_token if one_token_rows else self.placement.replicated.spec
+        table: Any = by_token if table_by_token else self.placement.replicated.spec
         return jax.shard_map(
             attend,
             mesh=self.placement.mesh,

@@ -45,7 +45,7 @@ class PallasTpuKernels(XlaKernels):
         *,
         window: int | None,
         scale: float,
-        one_token_rows: bool,
+        one_token_rows: int,
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
@@ -53,7 +53,7 @@ class PallasTpuKernels(XlaKernels):
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
         few_bits = kv.k_scales is not None
-        if not one_token_rows or few_bits or not fits(head_dim, kv.k.shape[2], batch.table.shape):
+        if one_token_rows != tokens or few_bits or not fits(head_dim, kv.k.shape[2], batch.table.shape):
             return super().attend(
                 qkv, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
                 slopes=slopes, sinks=sinks,

@@ -105,7 +105,7 @@ def attention(kernels: NativeKernels, seconds: float) -> list[dict[str, float]]:
         qkv = jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
 
         def call(qkv: jax.Array, kv: KvLayer, batch: PagedBatch) -> tuple[jax.Array, KvLayer]:
-            return kernels.attend(qkv, kv, batch, window=None, scale=0.125, one_token_rows=False)
+            return kernels.attend(qkv, kv, batch, window=None, scale=0.125, one_token_rows=0)
 
         step = jax.jit(call, donate_argnums=1)
         best = float("inf")

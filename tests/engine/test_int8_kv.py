@@ -58,7 +58,7 @@ def numbers(kv: KvLayer) -> tuple[np.ndarray, np.ndarray]:
 def check(kernels: Kernels, case: Case, window: int | None = None, sinks: np.ndarray | None = None) -> None:
     before = numbers(pools(case))
     batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
-    one_token_rows = len(set(case.rows)) == len(case.rows)
+    one_token_rows = len(case.rows) if len(set(case.rows)) == len(case.rows) else 0
     qkv = fused(*(jnp.asarray(x) for x in (case.q, case.k, case.v)))
     out, kv = _attend(kernels, window, one_token_rows, qkv, pools(case), batch, sinks)
     after = numbers(kv)

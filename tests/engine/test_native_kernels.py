@@ -203,7 +203,7 @@ def _attend(kernels, window, q, k, v, kv, batch, scores, sinks):
     """One function for all tests, so that launches of one shape are compiled once."""
     scale = q.shape[-1] ** -0.5
     return kernels.attend(
-        fused(q, k, v), kv, batch, window=window, scale=scale, one_token_rows=False,
+        fused(q, k, v), kv, batch, window=window, scale=scale, one_token_rows=0,
         softcap=scores.softcap, slopes=scores.slopes, sinks=sinks,
     )  # fmt: skip
 
@@ -387,7 +387,7 @@ def test_attend_updates_the_pools_in_place(kernels: NativeKernels) -> None:
         written: list[KvLayer] = []
         for kv in pools:
             q, kv = kernels.attend(
-                fused(q, k, k + 1), kv, batch, window=None, scale=0.125, one_token_rows=True
+                fused(q, k, k + 1), kv, batch, window=None, scale=0.125, one_token_rows=len(q)
             )
             q = jnp.sin(q)
             written.append(kv)

@@ -17,12 +17,13 @@ PAGES, WIDTH = 40, 16
 NOBODYS = PAGES - 1
 """A page full of NaN, that stands wherever a row holds nothing."""
 
-DECODE = ([70, 65, -1, 127, 0], [0, 1, 2, 3, 4], True)
+DECODE = ([70, 65, -1, 127, 0], [0, 1, 2, 3, 4], 5)
 PREFILL = (
     [*range(30, 60), *range(25), *range(100, 128), 0, *[-1] * 5],
     [0] * 30 + [1] * 25 + [3] * 28 + [4] * 6,
-    False,
+    0,
 )
+MIXED = ([70, -1, 35, *range(20, 45), *range(9), -1], [0, 1, 2, *[3] * 25, *[4] * 10], 3)
 
 KINDS = {
     "plain": (2, 4, 16, {}),
@@ -113,6 +114,12 @@ def test_any_page_size(where: tuple, page_tokens: int) -> None:
     _compared(PallasGpuKernels(interpret=INTERPRET), where, (2, 2, 16), page_tokens, {})
 
 
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_lanes_that_decode_beside_prompts(kind: str) -> None:
+    *shape, options = KINDS[kind]
+    _compared(PallasGpuKernels(interpret=INTERPRET), MIXED, tuple(shape), 8, options)
+
+
 @pytest.mark.parametrize(("data", "model"), [(1, 2), (1, 4)])
 @pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_each_device_attends_with_its_heads(where: tuple, data: int, model: int) -> None:
@@ -122,7 +129,7 @@ def test_each_device_attends_with_its_heads(where: tuple, data: int, model: int)
 
 @pytest.mark.parametrize(
     "where",
-    [([70, 65, -1, 127], [0, 1, 2, 3], True), ([*range(40, 60), *range(20)], [0] * 20 + [1] * 20, False)],
+    [([70, 65, -1, 127], [0, 1, 2, 3], 4), ([*range(40, 60), *range(20)], [0] * 20 + [1] * 20, 0)],
     ids=["decode", "prefill"],
 )
 def test_rows_split_over_the_data_axis(where: tuple) -> None:

@@ -56,7 +56,7 @@ def attend(kernels, qkv, kv, batch, *, sinks=None, window=None, **form):
 
     def run(qkv, kv, batch):
         return kernels.attend(
-            qkv, kv, batch, window=window, scale=0.3, one_token_rows=True, sinks=sinks, **form
+            qkv, kv, batch, window=window, scale=0.3, one_token_rows=len(qkv), sinks=sinks, **form
         )
 
     return jax.jit(run)(qkv, kv, batch)

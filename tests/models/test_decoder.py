@@ -89,7 +89,7 @@ class Network:
         logits, self.kv = _launch(
             self.graph,
             self.kernels,
-            one_token_rows,
+            len(tokens) if one_token_rows else 0,
             self.params,
             self.kv,
             jnp.array(tokens, jnp.int32),
