@@ -14,7 +14,7 @@ from .errors import RequestFailed
 from .request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, LogprobsMode, SamplingParams, TokenOutput
 from .sampler import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplingRows
 from .state import MAX_STOP_IDS
-from .turn import NO_PAGE, Segment, Size
+from .turn import NO_PAGE, Row, Segment, Size
 
 BROKEN = 2
 """In a result's first column: the row's logits held a NaN. 1 is a token, 0 a lane that had ended."""
@@ -24,22 +24,26 @@ RESULT_WIDTH = 3 + 2 * MAX_TOP_LOGPROBS
 
 
 class DecodePlan(NamedTuple):
-    """One row per decoding lane."""
+    """One row per decoding lane, and one for each token that is guessed to follow."""
 
     lane: jax.Array
     """int32[b]; `lanes` (one past the last) marks padding."""
     page_index: jax.Array
     """int32[b]: which entry of the lane's table to set, or any if `page` is NO_PAGE."""
     page: jax.Array
-    """int32[b]: the page the lane was given for its next token, or NO_PAGE."""
+    """int32[b]: the page the lane was given for this row's token, or NO_PAGE."""
+    ahead: jax.Array
+    """int32[b]: 0 for a lane's newest token, n for its n-th guess. A lane's rows are adjacent, in this order."""
+    guess: jax.Array
+    """int32[b]: the guessed token; any where `ahead` is 0."""
 
 
 DECODE_WIDTH = len(DecodePlan._fields)
 
 
-def pack_decode(plan: list[tuple[int, int, int]], rows: int, lanes: int) -> np.ndarray:
+def pack_decode(plan: list[Row], rows: int, lanes: int) -> np.ndarray:
     """Write at most `rows` rows -> int32[rows, DECODE_WIDTH]."""
-    packed = np.full((rows, DECODE_WIDTH), (lanes, 0, NO_PAGE), np.int32)
+    packed = np.full((rows, DECODE_WIDTH), (lanes, 0, NO_PAGE, 0, 0), np.int32)
     packed[: len(plan)] = plan
     if (packed[:, 2] == NO_PAGE).all():
         packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
@@ -190,7 +194,7 @@ def plan_size(size: Size, segments: int, table_width: int) -> int:
 
 
 def pack_plan(
-    rows: list[tuple[int, int, int]],
+    rows: list[Row],
     plan: list[Segment],
     size: Size,
     segments: int,

@@ -23,7 +23,7 @@ from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, imagined_placement, make_placement
 from ..sharding.processes import least_of_all
 from ..tpu.chips import Topology
-from .buckets import DEFAULTS, SEGMENTS, launch_sizes
+from .buckets import DEFAULTS, SEGMENTS, launch_sizes, most_decode_rows
 from .config import EngineConfig
 from .errors import PlanError
 from .kernels.native import native_kernels
@@ -144,9 +144,11 @@ def design(
     kv_dtype = config.kv_dtype or dtype
     itemsize = jnp.dtype(dtype).itemsize
     one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
-    sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens)
+    rows = most_decode_rows(lanes, config.speculate, defaults.cheap_rows)
+    rows -= rows % placement.data_size  # lanes divide, so there are still enough
+    sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens, rows)
     temp_bytes = estimate_temp_bytes(
-        model, max(map(sum, sizes)), max(block_rows(lanes), lanes + segments), itemsize
+        model, max(map(sum, sizes)), max(block_rows(lanes), rows, lanes + segments), itemsize
     )
     demand = Demand(
         weights_bytes=held_bytes(abstract_params(graph.specs, placement)),

@@ -53,6 +53,8 @@ class EngineConfig:
     target_itl_ms: float | None = None
     """Longest a stream shall wait for its next token while prompts are computed beside it; default twice what it waits without
     them. The smallest piece of a prompt is computed in any case."""
+    speculate: int = 0
+    """Most tokens guessed at a time for a sequence, and verified in the step that samples its next one; 0 guesses none."""
     max_queued: int = 128
     """Requests that may wait for a lane before Overloaded is raised."""
 

@@ -16,6 +16,7 @@ from ..models.spec import parameters
 from ..models.weights import WeightSource
 from .build import Built, Progress, build
 from .config import EngineConfig
+from .draft import Drafter
 from .errors import InvalidRequest, Overloaded, PlanError
 from .grammar import Grammars
 from .group import Leader
@@ -62,9 +63,14 @@ class Engine:
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
+        self._guesses = config.speculate
         self._pages = PageAllocator(built.memory.pages)
         limits = Limits(
-            blueprint.shapes.lanes, config.page_tokens, built.chunk_tokens, blueprint.prefill_segments
+            blueprint.shapes.lanes,
+            config.page_tokens,
+            built.chunk_tokens,
+            blueprint.prefill_segments,
+            max(size.rows for size in blueprint.sizes) if config.speculate else 0,
         )
         pace = Pace(blueprint.sizes, None if config.target_itl_ms is None else config.target_itl_ms / 1e3)
         self._scheduler = Scheduler(limits, self._pages, pace.prompt_tokens)
@@ -100,6 +106,7 @@ class Engine:
             weights_bytes=built.memory.weights_bytes,
             kv_bytes=built.memory.kv_bytes,
             temp_bytes=built.memory.temp_bytes,
+            speculate=config.speculate,
             programs=built.programs.infos,
             version=version("xlane"),
         )
@@ -126,6 +133,8 @@ class Engine:
         budget = request.sampling.max_tokens + len(request.prompt_ids)
         most = min(budget, self.info.max_total_tokens)
         sequence = Sequence(request, sink, next(self._arrivals), most)
+        if self._guesses and not sequence.counts:  # penalties look at tokens, which must be known
+            sequence.drafter = Drafter(sequence.tokens, self._guesses)
         most_live = self.info.lanes + self._max_queued
         if request.grammar is not None:
             if self._loop.live >= most_live:  # what would be refused in the end need not be compiled first
@@ -172,6 +181,8 @@ class Engine:
             decode=self._counters.decode.snapshot(),
             prefill_rows=self._counters.prefill_rows.snapshot(),
             joins=self._counters.joins,
+            guessed_tokens=self._scheduler.guessed,
+            accepted=self._counters.accepted.snapshot(),
         )
 
     def healthy(self) -> bool:

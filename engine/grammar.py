@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -116,6 +117,14 @@ class Grammars:
             return self._known.get(grammar)
 
 
+class Guess(NamedTuple):
+    """A token that may come next."""
+
+    token: int
+    mask: np.ndarray
+    """Of what may follow it, see `Guide.mask`."""
+
+
 class Guide:
     """One sequence's way through its grammar. Used by one thread at a time: whoever holds the sequence, or, until
     `mask` is done, the thread that computes it."""
@@ -134,6 +143,8 @@ class Guide:
         self._ends = bits((token for token in self.end_ids if token < shared.vocab), shared.vocab)
         self.mask: Future[np.ndarray] = Future()
         """int32[ceil(V / 32)]: the tokens that may be next, as bits, V those of the model. Fails with RequestFailed."""
+        self.guesses: list[Guess] = []
+        """What may come, one after another, if somebody asked for guesses; there when the mask is."""
 
     def follow(self, tokens: Iterable[int]) -> None:
         """Go on with these tokens. Raises RequestFailed if the grammar does not allow them."""
@@ -168,18 +179,48 @@ class Guide:
         """May it be appended unseen? What ends the output is sampled, or appended last."""
         return token < self._shared.vocab and token not in self.end_ids
 
-    def prepare(self) -> None:
-        """Begin to compute the mask of the next token."""
-        self.mask = self._shared.pool.submit(self.compute)
+    def prepare(self, most_guesses: int = 0, others: Sequence[int] = ()) -> None:
+        """Begin to compute the mask of the next token and, for at most so many guesses, of the tokens after it. Guesses are
+        what the grammar leaves no choice about, and `others` as far as it allows them."""
+        self.guesses = []
+        self.mask = self._shared.pool.submit(self.compute, most_guesses, others)
 
-    def compute(self) -> np.ndarray:
-        """The mask of the next token. Raises RequestFailed if there is none."""
+    def compute(self, most_guesses: int = 0, others: Sequence[int] = ()) -> np.ndarray:
+        """The mask of the next token, after what `prepare` says. Raises RequestFailed if there is none."""
+        mask = self._compute(self._matcher, self._taken)
+        if most_guesses:
+            self.guesses = self._guess(mask, most_guesses, others)
+        return mask
+
+    def _guess(self, mask: np.ndarray, most: int, others: Sequence[int]) -> list[Guess]:
+        matcher, guesses, taken = self._matcher.deep_copy(), [], self._taken
+        forced: list[int] = []
+        while len(guesses) < most:
+            forced = forced or matcher.compute_ff_tokens()
+            at = len(guesses)
+            token = forced.pop(0) if forced else others[at] if at < len(others) else -1
+            if not forced and at < len(others) and token != others[at]:
+                others = ()  # it went another way
+            if not (0 <= token < self._shared.vocab and mask[token // 32] >> token % 32 & 1):
+                break
+            if token in self.end_ids or not matcher.consume_token(token):
+                break
+            taken += 1
+            try:
+                mask = self._compute(matcher, taken)
+            except RequestFailed:
+                break
+            guesses.append(Guess(token, mask))
+        return guesses
+
+    def _compute(self, matcher: LLMatcher, taken: int) -> np.ndarray:
+        """int32[ceil(V / 32)] of the token after `taken` generated ones."""
         words = np.zeros((1, (self._shared.tokenizer.vocab_size + 31) // 32), np.int32)
-        fill_next_token_bitmask(self._matcher, words)
-        if self._matcher.is_error():
-            raise self._failed("the grammar cannot go on")
+        fill_next_token_bitmask(matcher, words)
+        if matcher.is_error():
+            raise RequestFailed(f"the grammar cannot go on: {_why(matcher)}")
         mask = words[0, : self._shared.inside.size] & self._shared.inside
-        if self._ignores_end or self._taken < self._min_tokens:
+        if self._ignores_end or taken < self._min_tokens:
             # Where nothing else may follow, the grammar's end stays the output's.
             going_on = mask & ~self._ends
             mask = going_on if going_on.any() else mask

@@ -7,6 +7,9 @@ counts as dead. Knows no asyncio and no wire.
 A sequence with a grammar cannot run ahead: its next token's mask follows from its last token. The mask is computed from
 the moment that token is read, while the device works on the turn just launched, and the sequence is in the turn after
 that one: every second turn beside free sequences, every turn alone.
+
+Guesses at a sequence's next tokens need its last one, too. While there is hope of some (`Scheduler.hopes`), nobody runs
+ahead: the device waits for the host, which costs less than a launch without guesses.
 """
 
 import heapq
@@ -155,15 +158,20 @@ class Loop:
         while True:
             if not self._intake(block=behind is None):
                 return
+            started, waited_s, read = time.perf_counter(), 0.0, behind
+            if behind is not None and self._scheduler.hopes:
+                waited_s, behind = self._finish(behind, behind_s), None
+            read_s = time.perf_counter() - started
             self._await_masks(device_works=behind is not None)
-            started = time.perf_counter()
+            started = time.perf_counter() - read_s
             turn = self._scheduler.plan()
             ahead_s = time.perf_counter()
             ahead = self._runner.launch(turn)
             self._stamp(turn)
             if behind is not None:
                 waited_s = self._finish(behind, behind_s)
-                self._count(behind, time.perf_counter() - started, waited_s)
+            if read is not None:
+                self._count(read, time.perf_counter() - started, waited_s)
             behind, behind_s = ahead, ahead_s
             self._turned_s = time.monotonic()
 
@@ -269,18 +277,19 @@ class Loop:
     def _read(self, launch: Launch) -> float:
         """Wait for a launch and emit what it made; returns the seconds waited."""
         started = time.perf_counter()
-        tokens = launch.read()
+        results = launch.read()
         waited_s = time.perf_counter() - started
         for sequence, scored in launch.read_prompts():
             sequence.prompt += scored
         outputs: list[tuple[Sequence, Delivery]] = []
-        for sequence, token in tokens:
+        for sequence, made in results:
             try:
-                output = self._scheduler.absorb(sequence, token)
+                output = self._scheduler.absorb(sequence, made)
             except RequestFailed as error:
                 outputs.append(self._end_with(sequence, error))
                 continue
-            if output is not None:
+            if output is not None and isinstance(made, tuple):
+                self._counters.accepted.observe(len(made) - 1)
                 self._counters.decode_tokens += len(output.tokens)
                 if output.timing is not None:
                     self._counters.served(output.timing.total_s - output.timing.queue_s)

@@ -19,6 +19,10 @@ DURATION_EDGES_S = tuple(1.5e-4 * 1.5**k for k in range(35))
 """Of histograms of durations: TGI's, 0.15 ms to 146 s."""
 ROWS_EDGES = tuple(float(2**k) for k in range(11))
 """Of histograms of sequences."""
+MAX_SPECULATE = 16
+"""Most tokens guessed at a time."""
+ACCEPTED_EDGES = tuple(float(n) for n in range(MAX_SPECULATE))
+"""Of histograms of right guesses: each number has a bucket of its own."""
 
 
 class FinishReason(StrEnum):
@@ -191,6 +195,8 @@ class EngineInfo:
     kv_bytes: int = 0
     temp_bytes: int = 0
     """The largest program's temporaries."""
+    speculate: int = 0
+    """Most tokens guessed at a time for a sequence."""
     programs: tuple[ProgramInfo, ...] = field(default=())
     version: str = ""
 
@@ -255,6 +261,10 @@ class EngineStats:
     """Sequences in a prefill launch, between ROWS_EDGES."""
     joins: int
     """Turns in which sequences began beside running ones."""
+    guessed_tokens: int
+    """Tokens guessed and verified since start."""
+    accepted: Histogram
+    """How many of them were right, for each sequence in each launch that made it a token, between ACCEPTED_EDGES."""
 
 
 def check_prompt_scores(prompt_tokens: int, alternatives: int) -> None:

@@ -17,7 +17,7 @@ from .request import TokenOutput
 from .sampler import mask_width
 from .sequence import Sequence
 from .step import Blueprint
-from .turn import Segment, Size, Turn
+from .turn import Result, Segment, Size, Turn
 
 Publish = Callable[[Size, np.ndarray, np.ndarray | None], None]
 """Told of every launch, before it is made."""
@@ -30,9 +30,9 @@ class Launch:
     result: jax.Array
     size: Size
     sequences: list[Sequence | None]
-    """The sequence of each result row; None where the row samples nothing (a chunk that does not end its prompt)."""
+    """The sequence of each result row, several rows of one behind each other; None where the row samples nothing (a chunk that does not end its prompt)."""
     rows: int
-    """Lanes that decode in it."""
+    """Rows that decode in it."""
     prompt_tokens: int
     """Prompt tokens it computes."""
     scores: jax.Array | None = None
@@ -40,12 +40,13 @@ class Launch:
     scored: tuple[tuple[Sequence, Segment, int], ...] = ()
     """Who asks: sequence, segment, and where its tokens begin among those of the launch."""
 
-    def read(self) -> list[tuple[Sequence, TokenOutput | RequestFailed | None]]:
-        """Wait for the device; then each row's sequence and token (None: the lane had ended before)."""
-        rows = np.asarray(self.result)
+    def read(self) -> list[tuple[Sequence, Result]]:
+        """Wait for the device; then what each sequence got."""
+        rows = zip(self.sequences, np.asarray(self.result))
+        by_sequence = itertools.groupby(rows, lambda row: row[0])
         return [
-            (sequence, read_result(row, sequence.request.sampling))
-            for sequence, row in zip(self.sequences, rows)
+            (sequence, _read(sequence, [row for _, row in group]))
+            for sequence, group in by_sequence
             if sequence is not None
         ]
 
@@ -58,6 +59,18 @@ class Launch:
             (sequence, read_scores(rows[at : at + len(segment.tokens)], segment.targets, segment.prompt_top))
             for sequence, segment, at in self.scored
         ]
+
+
+def _read(sequence: Sequence, rows: list[np.ndarray]) -> Result:
+    """A sequence's rows of a result: its newest token's, then its guesses', of which those count that were right."""
+    made: list[TokenOutput] = []
+    for row in rows:
+        token = read_result(row, sequence.request.sampling)
+        if isinstance(token, RequestFailed):
+            return token
+        if token is not None:
+            made.append(token)
+    return tuple(made) or None
 
 
 class Runner:
@@ -81,22 +94,27 @@ class Runner:
         idle: list[Sequence | None] = [None] * (size.rows - len(turn.rows))
         ended = (s if segment.last else None for segment, s in zip(turn.segments, turn.prefilled))
         sampled: list[Sequence | None] = [*turn.decoded, *idle, *ended]
-        made = self._start(size, packed, self._masks(sampled, size.rows + b.segments(size)))
+        aheads = itertools.chain((row.ahead for row in turn.rows), itertools.repeat(0))
+        made = self._start(size, packed, self._masks(sampled, aheads, size.rows + b.segments(size)))
         starts = itertools.accumulate((len(segment.tokens) for segment in turn.segments), initial=0)
         scored = tuple(one for one in zip(turn.prefilled, turn.segments, starts) if one[1].targets)
         if scored and made.scores is not None:
             made.scores.copy_to_host_async()
         return Launch(made.result, size, sampled, len(turn.rows), count, made.scores, scored)
 
-    def _masks(self, sequences: Iterable[Sequence | None], rows: int) -> np.ndarray | None:
-        """int32[rows, mask_width(V)] for the sequence of each row, see `sampler.exclude`; None if none has a grammar."""
+    def _masks(
+        self, sequences: Iterable[Sequence | None], aheads: Iterable[int], rows: int
+    ) -> np.ndarray | None:
+        """int32[rows, mask_width(V)] for the sequence of each row, past so many guesses, see `sampler.exclude`; None if
+        none has a grammar."""
         masks: np.ndarray | None = None
-        for row, sequence in enumerate(sequences):
+        for row, (sequence, ahead) in enumerate(zip(sequences, aheads)):
             if sequence is not None and sequence.guide is not None:
                 if masks is None:
                     masks = np.zeros((rows, mask_width(self._blueprint.shapes.vocab)), np.int32)
                 masks[row, 0] = 1
-                masks[row, 1:] = sequence.guide.mask.result()
+                mask = sequence.guide.mask.result()
+                masks[row, 1:] = sequence.guide.guesses[ahead - 1].mask if ahead else mask
         return masks
 
     def _start(self, size: Size, packed: np.ndarray, masks: np.ndarray | None) -> Made:

@@ -5,9 +5,9 @@ free, with a page to spare for each running sequence to grow into; sequences of 
 makes the room. When a running sequence needs a page and none is left, the last in that order gives its pages back and is
 computed again later (preemption by recompute), so the first always advances.
 A sequence with a grammar samples only when its mask is there; where its grammar forced tokens, they are one more piece of
-prompt.
+prompt. Where decoding lanes leave rows of a launch free, guesses at what a sequence says next are verified in them.
 A sequence that begins like an earlier one shares the pages of what they share, and computes the rest alone.
-Knows no device and no time: the loop calls `plan` once a turn and `absorb` for every token read back.
+Knows no device and no time: the loop calls `plan` once a turn and `absorb` for every result read back.
 """
 
 import heapq
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from .errors import RequestFailed
 from .pages import PageAllocator, chain, pages_for
-from .request import StepOutput, TokenOutput
+from .request import StepOutput
 from .sequence import Phase, Sequence
-from .turn import NO_PAGE, Segment, Turn
+from .turn import NO_PAGE, Result, Row, Segment, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class Limits:
     """Most prompt tokens of a turn."""
     chunk_segments: int
     """Sequences per prefill launch."""
+    decode_rows: int = 0
+    """Rows per decode launch. What decoding lanes leave of them, guesses may have."""
 
 
 class Scheduler:
@@ -44,6 +46,8 @@ class Scheduler:
         self._budget = budget or (lambda rows: limits.chunk_tokens)
         self.pages = pages
         self.preemptions = 0
+        self.guessed = 0
+        """Tokens guessed since start."""
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._running: list[Sequence] = []
         """In their order: by priority, then by arrival."""
@@ -81,12 +85,21 @@ class Scheduler:
         ]
         if self._waiting or len(decoding) < len(self._running):
             self._prefill(turn, self._budget(len(decoding)))
+        room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
-                self._decode(turn, sequence)
+                guesses = self._guesses(sequence, room)
+                room -= len(guesses)
+                self._decode(turn, sequence, guesses)
         return turn
 
-    def absorb(self, sequence: Sequence, token: TokenOutput | RequestFailed | None) -> StepOutput | None:
+    @property
+    def hopes(self) -> bool:
+        """Whether it pays to read what is in flight before the next turn is planned: somebody may guess then, or has."""
+        decoding = [sequence for sequence in self._running if sequence.phase is Phase.DECODE]
+        return len(decoding) < self.limits.decode_rows and any(sequence.hopes for sequence in decoding)
+
+    def absorb(self, sequence: Sequence, made: Result) -> StepOutput | None:
         """Take in one result; None for a lane that had ended on the device. Frees the sequence if it ends.
 
         Raises RuntimeError if the device ended a lane that goes on here: it would wait for its next token for ever.
@@ -94,12 +107,15 @@ class Scheduler:
         """
         if sequence.phase is Phase.FINISHED:
             return None
-        if token is None:
+        if made is None:
             raise RuntimeError(f"request {sequence.request.id} ended on the device but not on the host")
-        if isinstance(token, RequestFailed):
+        if isinstance(made, RequestFailed):
             self.pages.disown(sequence.pages)  # what made no sense here shall begin nobody else's
-            raise token
-        output = sequence.accept(token)
+            raise made
+        if sequence.phase is Phase.DECODE:
+            sequence.computed += len(made) - 1
+        self.guessed += sequence.guessed
+        output = sequence.accept(made)
         self._remember(sequence)
         if output.finish_reason is not None:
             self.drop(sequence)
@@ -148,8 +164,8 @@ class Scheduler:
                 else:
                     self._preempt(max(self._running, key=lambda s: s.order))
 
-    def _missing(self, sequence: Sequence) -> int:
-        return pages_for(sequence.length, self.limits.page_tokens) - len(sequence.pages)
+    def _missing(self, sequence: Sequence, guesses: int = 0) -> int:
+        return pages_for(sequence.length + guesses, self.limits.page_tokens) - len(sequence.pages)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -266,11 +282,23 @@ class Scheduler:
             sequence.in_flight += 1
         return len(tokens)
 
-    def _decode(self, turn: Turn, sequence: Sequence) -> None:
-        index = sequence.length - 1
-        fresh = index % self.limits.page_tokens == 0
-        page_index = index // self.limits.page_tokens
-        turn.rows.append((sequence.lane, page_index, sequence.pages[page_index] if fresh else NO_PAGE))
-        turn.decoded.append(sequence)
+    def _guesses(self, sequence: Sequence, room: int) -> list[int]:
+        """What to verify beside its next token, in at most so many rows. Takes the pages for it, but none that a running
+        sequence may need to grow."""
+        guesses = sequence.guesses()[: max(0, min(room, sequence.most_tokens - sequence.length - 1))]
+        spare = self.pages.free - len(self._running)
+        more = min(self._missing(sequence, len(guesses)), spare)
+        if more > 0:
+            sequence.pages += self.pages.take(more) or []
+        return guesses[: len(sequence.pages) * self.limits.page_tokens - sequence.length]
+
+    def _decode(self, turn: Turn, sequence: Sequence, guesses: list[int]) -> None:
+        width = self.limits.page_tokens
+        for ahead, guess in enumerate((0, *guesses)):
+            page_index, slot = divmod(sequence.length - 1 + ahead, width)
+            page = sequence.pages[page_index] if slot == 0 else NO_PAGE
+            turn.rows.append(Row(sequence.lane, page_index, page, ahead, guess))
+            turn.decoded.append(sequence)
         sequence.computed += 1
         sequence.in_flight += 1
+        sequence.guessed = len(guesses)

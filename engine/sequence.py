@@ -2,7 +2,8 @@
 
 A sequence is WAITING for a lane, or it holds one: in PREFILL until its whole token list is planned, then DECODE. Tokens
 are known to the host a turn after they are planned, so a sequence counts those still in flight. One with a grammar has a
-guide, and is planned only when nothing of it is in flight and the mask of its next token is there.
+guide, and is planned only when nothing of it is in flight and the mask of its next token is there. One whose tokens are
+guessed has a drafter; with guesses in flight it is not planned either.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from .draft import Drafter
 from .grammar import Guide
 from .local import Sink
 from .request import FinishReason, Request, SamplingParams, StepOutput, Timing, TokenOutput
@@ -51,6 +53,10 @@ class Sequence:
     """Those read back, until the first output takes them along."""
     guide: Guide | None = None
     """Where it stands in its grammar, if it has one."""
+    drafter: Drafter | None = None
+    """Who guesses its next tokens, if somebody does."""
+    guessed: int = 0
+    """Guesses in flight: how many tokens its launch makes is not known before it is read."""
     unsent: list[TokenOutput] = field(default_factory=list)
     """Tokens that the grammar forced before the first was sampled: they are sent with it."""
     keys: list[bytes] = field(default_factory=list)
@@ -77,8 +83,25 @@ class Sequence:
 
     @property
     def waits(self) -> bool:
-        """Nothing may be sampled now: its last token is not known, or its next one's mask is not there."""
-        return self.guide is not None and (self.in_flight > 0 or not self.guide.mask.done())
+        """Nothing may be sampled now: where it stands is not known, or its next token's mask is not there."""
+        if self.guide is None:
+            return self.guessed > 0
+        return self.in_flight > 0 or not self.guide.mask.done()
+
+    @property
+    def hopes(self) -> bool:
+        """Tokens in flight, once read, may be worth guesses at those after them."""
+        if self.in_flight == 0 or self.drafter is None:
+            return False
+        return self.guessed > 0 or (self.guide is None and bool(self.drafter.guess()))
+
+    def guesses(self) -> list[int]:
+        """What it may say next. None while tokens are in flight."""
+        if self.drafter is None or self.in_flight > 0:
+            return []
+        if self.guide is None:
+            return self.drafter.guess()
+        return [guess.token for guess in self.guide.guesses]
 
     @property
     def sampling(self) -> SamplingParams:
@@ -139,31 +162,46 @@ class Sequence:
         if self.cached_tokens is None:
             self.cached_tokens = min(found_tokens, self.prompt_tokens)
 
-    def accept(self, token: TokenOutput) -> StepOutput:
-        """Take in one token read back, with those that its grammar forces after it; says whether the sequence ends.
+    def accept(self, made: tuple[TokenOutput, ...]) -> StepOutput:
+        """Take in the tokens of one launch, with those that its grammar forces after them; says whether the sequence ends.
 
         Raises RequestFailed if the grammar cannot go on.
         """
         self.in_flight -= 1
-        self.tokens.append(token.id)
         now = time.monotonic()
         first = self.first_token_s is None
         if first:
             self.first_token_s = now
-        new, self.unsent = [*self.unsent, token], []
-        reason = self._ending()
+        new, self.unsent = self.unsent, []
+        reason = None
+        for token in made:
+            self.tokens.append(token.id)
+            new.append(token)
+            reason = self._ending()
+            if reason is not None:
+                break  # the device does not know a grammar's end, and may have gone on
+            if self.guide is not None:
+                self.guide.follow([token.id])
+        if self.drafter is not None and self.guessed:
+            self.drafter.judge(len(made) - 1)
+        self.guessed = 0
         if self.guide is not None and reason is None:
-            self.guide.follow([token.id])
             forced = self.guide.forced(self.most_tokens - len(self.tokens))
             self.tokens += forced
             new += [TokenOutput(token_id) for token_id in forced]
             reason = self._ending()
             if reason is None:
-                self.guide.prepare()
+                self._prepare(self.guide)
         timing = None if reason is None else self.timing(now)
         prompt, self.prompt = tuple(self.prompt), []
         cached = (self.cached_tokens or 0) if first else 0
         return StepOutput(self.request.id, tuple(new), reason, cached, timing, prompt)
+
+    def _prepare(self, guide: Guide) -> None:
+        if self.drafter is None:
+            guide.prepare()
+        else:
+            guide.prepare(self.drafter.most, self.drafter.guess())
 
     def _ending(self) -> FinishReason | None:
         """Why the sequence ends with its newest token, if it does."""

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from statistics import fmean, median
 
-from .request import DURATION_EDGES_S, ROWS_EDGES, Histogram, LaunchStats
+from .request import ACCEPTED_EDGES, DURATION_EDGES_S, ROWS_EDGES, Histogram, LaunchStats
 
 WINDOW = 64
 """Turns that the medians look back on."""
@@ -51,6 +51,7 @@ class Counters:
         self.decode_tokens = 0
         self.prefill, self.decode = Launches(), Launches()
         self.prefill_rows = Tally(ROWS_EDGES)
+        self.accepted = Tally(ACCEPTED_EDGES)
         self.joins = 0
         self._read_s = self._told_s = 0.0
         self._rested = True

@@ -86,7 +86,10 @@ def step(
 ) -> tuple[Kv, LaneState, tuple[jax.Array, jax.Array | None]]:
     """Traced: packed int32[plan_size], mask int32[R, mask_width] -> (kv, state, (int32[R, RESULT_WIDTH], scores)).
 
-    The R rows are those that decode, then the pieces of prompts. scores int32[tokens, SCORE_WIDTH], None without prompts.
+    A lane that decodes gets a token, and one more for each of its guesses that is what was sampled before it: every row is
+    sampled with the key of its own position, so the tokens that count are those that one step after another would have
+    sampled. What rows of wrong guesses left in the pool is written over before anybody may look at it. Beside prompts nobody
+    guesses. The R rows are those that decode, then the pieces of prompts. scores int32[tokens, SCORE_WIDTH], None without prompts.
     """
     b, segments = blueprint, blueprint.segments(size)
     decode, prompts = b.placement.everywhere(read_plan(packed, size, segments, b.shapes.table_width))
@@ -109,13 +112,17 @@ def step(
     sampled = sample(
         logits, whole.sampling, state.seen, whole.lane, whole.length, previous, b.watermark, b.placement, mask
     )
-    samples = whole.samples & (whole.lane < b.shapes.lanes)
+    remaining = whole.remaining - 1
+    going = whole.samples & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, whole.sampling.stop)
+    samples, newest = whole.samples & (whole.lane < b.shapes.lanes), whole.lane
+    if decode is not None and prompts is None:
+        samples &= _confirmed(decode, going, sampled.token)
+        followed = jnp.roll(samples & (decode.ahead > 0), -1)
+        newest = b.placement.everywhere(jnp.where(samples & ~followed, whole.lane, b.shapes.lanes))
     # A split here would add up whole rows of `seen`.
     target, sampled = b.placement.everywhere((jnp.where(samples, whole.lane, b.shapes.lanes), sampled))
     state = state._replace(seen=state.seen.at[target, sampled.token].add(1, mode="drop"))
-    remaining = whole.remaining - 1
-    going = whole.samples & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, whole.sampling.stop)
-    state = _advance(state, whole.lane, sampled.token, whole.length, remaining, going)
+    state = _advance(state, newest, sampled.token, whole.length, remaining, going)
     scores = None
     if prompts is not None:
         state = _take_in(state, prompts)
@@ -130,6 +137,14 @@ def step(
     return kv, state, (pack_result(samples, sampled), scores)
 
 
+def _confirmed(plan: DecodePlan, going: jax.Array, token: jax.Array) -> jax.Array:
+    """bool[R]: is every guess of the lane up to this row's own what the row before it sampled, and did that not end it?"""
+    right = (plan.ahead == 0) | (jnp.roll(going, 1) & (jnp.roll(token, 1) == plan.guess))
+    row = jnp.arange(plan.lane.shape[0], dtype=jnp.int32)
+    of_lane = (row[None, :] <= row[:, None]) & (row[None, :] >= (row - plan.ahead)[:, None])
+    return (right[None, :] | ~of_lane).all(axis=1)
+
+
 def _decoding(b: Blueprint, plan: DecodePlan, state: LaneState) -> tuple[LaneState, _Part]:
     """The newest token of each planned lane; those that ended on the device meanwhile do nothing."""
     pages = jnp.where(plan.page == NO_PAGE, b.shapes.table_width, plan.page_index)
@@ -139,16 +154,18 @@ def _decoding(b: Blueprint, plan: DecodePlan, state: LaneState) -> tuple[LaneSta
         return b.placement.everywhere(x.at[plan.lane].get(mode="clip"))
 
     active = rows(state.active) & (plan.lane < b.shapes.lanes)
-    position = rows(state.position)
+    position = rows(state.position) + plan.ahead
     each = jnp.arange(plan.lane.shape[0], dtype=jnp.int32)
     return state, _Part(
-        tokens=rows(state.token),
-        batch=PagedBatch(positions=jnp.where(active, position, -1), rows=each, table=rows(state.table)),
+        tokens=jnp.where(plan.ahead > 0, plan.guess, rows(state.token)),
+        batch=PagedBatch(
+            positions=jnp.where(active, position, -1), rows=each - plan.ahead, table=rows(state.table)
+        ),
         end=each,
         lane=jnp.where(active, plan.lane, b.shapes.lanes),
         samples=active,
         length=position + 1,
-        remaining=rows(state.remaining),
+        remaining=rows(state.remaining) - plan.ahead,
         sampling=SamplingRows(*map(rows, state.sampling)),
     )
 

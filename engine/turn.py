@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .request import SamplingParams
+from .errors import RequestFailed
+from .request import SamplingParams, TokenOutput
 from .sequence import Sequence
 
 NO_PAGE = -1
 """In a decode row: the lane needs no new page."""
+
+Result = tuple[TokenOutput, ...] | RequestFailed | None
+"""What a launch made of a sequence: its new tokens in order, an error, or None if its lane had ended before."""
 
 
 class Size(NamedTuple):
@@ -55,6 +59,19 @@ class Segment(NamedTuple):
     """Tokens before this position were counted for penalties by an earlier launch."""
 
 
+class Row(NamedTuple):
+    """One row of a decode launch: a lane's newest token, or a guess at one that may come after it."""
+
+    lane: int
+    page_index: int
+    page: int
+    """See `batch.DecodePlan`."""
+    ahead: int = 0
+    """0 for the newest token, n for the n-th guess. A lane's rows are adjacent and in this order."""
+    guess: int = 0
+    """The guessed token; any where `ahead` is 0."""
+
+
 @dataclass(slots=True)
 class Turn:
     """What to launch next. A lane whose prompt ends in it decodes from the next turn on."""
@@ -62,7 +79,6 @@ class Turn:
     segments: list[Segment] = field(default_factory=list)
     prefilled: list[Sequence] = field(default_factory=list)
     """The sequence of each segment."""
-    rows: list[tuple[int, int, int]] = field(default_factory=list)
-    """(lane, page index, page) of each decoding lane, see `batch.DecodePlan`."""
+    rows: list[Row] = field(default_factory=list)
     decoded: list[Sequence] = field(default_factory=list)
     """The sequence of each row."""

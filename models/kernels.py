@@ -84,8 +84,8 @@ class Kernels(Protocol):
         qkv [T, K, G+2, H] holds, per kv head, its G query heads, its key and its value.
 
         A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
-        very call included. The first `one_token_rows` tokens are rows
-        of their own: rows[:n] == arange(n) (lanes that decode). Query head n reads kv head
+        very call included. Of the first `one_token_rows` tokens each has a row of the table by its own number, row t token t
+        (lanes that decode); where a lane has several there, `rows` names the first one's. Query head n reads kv head
         n // G. The pool arrays are consumed.
 
         A score s, scaled, becomes softcap tanh(s / softcap); then `slopes` (one a query head) times the distance to the

@@ -134,6 +134,8 @@ class Info(_Answer, kw_only=True):
     max_total_tokens: int
     max_batch_total_tokens: int
     max_batch_size: int
+    speculate: int
+    """Tokens guessed at a time."""
     validation_workers: int
     max_client_batch_size: int
     router: str

@@ -3,10 +3,12 @@
 TGI counts batches; here every launch of a compiled program is one. Knows no HTTP and no text format.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from math import ceil
 
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
 
 from ..engine import DURATION_EDGES_S, ROWS_EDGES, EngineInfo, EngineStats, Histogram, LaunchStats
 
@@ -16,6 +18,7 @@ WITHOUT_MEANING = {
     "tgi_batch_concat_duration": "a sequence joins by taking a lane; no batches are put together"
 }
 """TGI's metrics that are absent rather than made up, and why."""
+SKIPPED_QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
 
 
 def counter(name: str, help_text: str, values: Mapping[Labels, int]) -> Metric:
@@ -73,16 +76,31 @@ def engine_families(stats: EngineStats | None, info: EngineInfo | None) -> Itera
     yield histogram(
         "tgi_batch_next_size", "Sequences in a prefill launch", ROWS_EDGES, {(): stats.prefill_rows}
     )
+    yield _skipped(stats.accepted)
     joins = {(("reason", "chunking"),): stats.joins}
     yield counter("tgi_batch_concat", "Times that sequences began beside running ones", joins)
     counters = {
         "xlane_prefill_tokens_total": ("Prompt tokens computed", stats.prefill_tokens),
         "xlane_decode_tokens_total": ("Tokens generated", stats.decode_tokens),
+        "xlane_guessed_tokens_total": ("Tokens guessed and verified", stats.guessed_tokens),
+        "xlane_accepted_tokens_total": ("Guessed tokens that were right", round(stats.accepted.sum)),
         "xlane_preemptions_total": ("Sequences put back for want of pages", stats.preemptions),
         "xlane_compiles_after_ready_total": ("Compilations after readiness", stats.compiles_after_ready),
     }
     for name, (help_text, value) in counters.items():
         yield counter(name, help_text, {(): value})
+
+
+def _skipped(accepted: Histogram) -> Metric:
+    """TGI's summary of tokens that a sequence got beyond one per step."""
+    name, totals = "tgi_request_skipped_tokens", [*accumulate(accepted.counts)]
+    family = SummaryMetricFamily(name, "Tokens beyond one per step, by speculation")
+    for quantile in SKIPPED_QUANTILES:
+        # The smallest number that this part of all steps did not exceed.
+        value = bisect_left(totals, max(1, ceil(float(quantile) * totals[-1]))) if totals[-1] else 0
+        family.add_sample(name, {"quantile": quantile}, float(value))
+    family.add_metric([], totals[-1], accepted.sum)
+    return family
 
 
 def _constants(info: EngineInfo) -> Iterator[Metric]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..engine.config import EngineConfig
+from ..engine.request import MAX_SPECULATE
 from .config import ServerConfig
 from .options import Flag, Kind
 
@@ -121,6 +122,11 @@ LIMITS = (
         "target-itl-ms", "engine.target_itl_ms",
         "Longest that a stream shall wait for its next token while other prompts are computed: decides how much of them a "
         "turn takes. Default: twice what it waits without them.", "float", at_least=0.001
+    ),
+    _tgi(
+        "speculate", "engine.speculate",
+        "Most tokens guessed at a time, from what the request said before, and verified in one step; 0 guesses none.",
+        "int", at_least=0, at_most=MAX_SPECULATE
     ),
     _own("max-queued", "engine.max_queued", "Requests that may wait for a lane; more get 429.", "int", at_least=0),
 )  # fmt: skip
@@ -331,7 +337,6 @@ _NO_MEANING = {
     "usage-stats": "nothing is sent anywhere",
 }
 _REFUSED = {
-    "speculate": "there is no speculative decoding yet",
     "lora-adapters": "there are no adapters yet; serve a merged checkpoint",
     "rope-scaling": "positions scale as the model's config.json says",
     "rope-factor": "positions scale as the model's config.json says",
@@ -343,12 +348,11 @@ _BOOLEAN = {
     "disable-custom-kernels",
     "ngrok",
 }
-_HARMLESS = {"speculate": ("0",)}
 
 
 def _foreign(name: str, fate: Literal["no meaning", "refused"], why: str) -> Flag:
     kind = "bool" if name in _BOOLEAN else "text"
-    return _tgi(name, "", "", kind, fate=fate, why=why, harmless=_HARMLESS.get(name, ()))
+    return _tgi(name, "", "", kind, fate=fate, why=why)
 
 
 NO_MEANING = tuple(_foreign(name, "no meaning", why) for name, why in _NO_MEANING.items())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -28,7 +28,6 @@ LENGTH_EDGES = tuple(float(2**k) for k in range(21))
 
 FAILURES = ("overloaded", "validation", "template", "incomplete", "dropped", "generation")
 """TGI's labels of failed requests, which are shown before the first failure too."""
-SKIPPED_QUANTILES = ("0", "0.5", "0.9", "0.95", "0.99", "0.999", "1")
 
 _ADDED_SUFFIX = re.compile(r"^(# (?:HELP|TYPE) tgi_\w+?)_total ", re.MULTILINE)
 
@@ -151,19 +150,9 @@ class Metrics:
         yield counter(
             "xlane_cached_prompt_tokens_total", "Prompt tokens found in the cache", {(): self.cached_tokens}
         )
-        yield self._skipped()
         for value in vars(self).values():
             if isinstance(value, Histogram | ByMethod):
                 yield value.family()
-
-    def _skipped(self) -> Metric:
-        """TGI's summary of tokens beyond one per step. Nothing speculates here, so each of them is 0."""
-        name = "tgi_request_skipped_tokens"
-        family = SummaryMetricFamily(name, "Tokens beyond one per step, by speculation")
-        for quantile in SKIPPED_QUANTILES:
-            family.add_sample(name, {"quantile": quantile}, 0.0)
-        family.add_metric([], self.first_token.count + self.inter_token.count, 0.0)
-        return family
 
 
 def _now(now: Now) -> Iterator[Metric]:

@@ -37,6 +37,7 @@ async def info(request: HttpRequest) -> Response:
             "max_total_tokens": engine.max_total_tokens,
             "max_batch_total_tokens": engine.pages * engine.page_tokens,
             "max_batch_size": engine.lanes,
+            "speculate": engine.speculate,
             "validation_workers": config.validation_workers,
             "max_client_batch_size": config.max_client_batch_size,
             "router": "text-generation-router",

@@ -51,8 +51,6 @@ class Flag:
     fate: Literal["used", "no meaning", "refused"] = "used"
     why: str = ""
     """For the two other fates: the reason, and what to do instead."""
-    harmless: tuple[str, ...] = ()
-    """Values of a refused option that ask for nothing and so are fine."""
 
     @property
     def option(self) -> str:
@@ -166,7 +164,7 @@ def resolve(flags: Iterable[Flag], typed: Mapping[str, Any], environ: Mapping[st
     for given in _given(flags, typed, environ):
         flag = given.flag
         if flag.fate == "refused":
-            if given.raw.lower() not in (*flag.harmless, *(FALSE if flag.kind == "bool" else ())):
+            if flag.kind != "bool" or given.raw.lower() not in FALSE:
                 raise UsageError(f"{given.origin}={given.raw} is not supported: {flag.why}")
         elif flag.fate == "no meaning":
             options.notes.append(f"{given.origin} has no meaning here: {flag.why}")

@@ -98,6 +98,7 @@ _SAME_INFO = (
     "weights_bytes",
     "kv_bytes",
     "temp_bytes",
+    "speculate",
     "version",
 )
 _SAME_STATS = (
@@ -116,6 +117,7 @@ _SAME_STATS = (
     "host_ms",
     "gap_ms",
     "joins",
+    "guessed_tokens",
 )
 _LAUNCH_STATS = ("whole_s", "device_s", "emit_s")
 
@@ -285,6 +287,7 @@ def encode_stats(stats: EngineStats) -> pb.EngineStats:
         prefill=_encode_launches(stats.prefill),
         decode=_encode_launches(stats.decode),
         prefill_rows=_encode_histogram(stats.prefill_rows),
+        accepted=_encode_histogram(stats.accepted),
         **_fields(stats, _SAME_STATS),
     )
 
@@ -295,6 +298,7 @@ def decode_stats(message: pb.EngineStats) -> EngineStats:
         prefill=_decode_launches(message.prefill),
         decode=_decode_launches(message.decode),
         prefill_rows=_decode_histogram(message.prefill_rows),
+        accepted=_decode_histogram(message.accepted),
         **_fields(message, _SAME_STATS),
     )
 

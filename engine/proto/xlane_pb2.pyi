@@ -211,7 +211,7 @@ class ProgramInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., compile_s: _Optional[float] = ..., argument_bytes: _Optional[int] = ..., alias_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., flops: _Optional[float] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model_id", "model_sha", "dtype", "platform", "device_kind", "device_count", "vocab_size", "max_total_tokens", "max_input_tokens", "lanes", "pages", "page_tokens", "max_queued", "kernels", "programs", "version", "memory_bytes", "weights_bytes", "kv_bytes", "temp_bytes", "quantize", "parameters", "warning", "kv_dtype")
+    __slots__ = ("model_id", "model_sha", "dtype", "platform", "device_kind", "device_count", "vocab_size", "max_total_tokens", "max_input_tokens", "lanes", "pages", "page_tokens", "max_queued", "kernels", "programs", "version", "memory_bytes", "weights_bytes", "kv_bytes", "temp_bytes", "quantize", "parameters", "warning", "kv_dtype", "speculate")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +236,7 @@ class EngineInfo(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     WARNING_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SPECULATE_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_sha: str
     dtype: str
@@ -260,14 +261,15 @@ class EngineInfo(_message.Message):
     parameters: int
     warning: str
     kv_dtype: str
-    def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., quantize: _Optional[str] = ..., parameters: _Optional[int] = ..., warning: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    speculate: int
+    def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., quantize: _Optional[str] = ..., parameters: _Optional[int] = ..., warning: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., speculate: _Optional[int] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "host_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered", "queue_wait_s", "gap_ms")
+    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "host_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered", "queue_wait_s", "gap_ms", "guessed_tokens", "accepted")
     LANES_ACTIVE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +288,8 @@ class EngineStats(_message.Message):
     PAGES_REMEMBERED_FIELD_NUMBER: _ClassVar[int]
     QUEUE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     GAP_MS_FIELD_NUMBER: _ClassVar[int]
+    GUESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     lanes_active: int
     queued: int
     pages_free: int
@@ -304,7 +308,9 @@ class EngineStats(_message.Message):
     pages_remembered: int
     queue_wait_s: float
     gap_ms: float
-    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., host_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., gap_ms: _Optional[float] = ...) -> None: ...
+    guessed_tokens: int
+    accepted: Histogram
+    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., host_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., gap_ms: _Optional[float] = ..., guessed_tokens: _Optional[int] = ..., accepted: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("counts", "sum")

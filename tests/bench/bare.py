@@ -15,7 +15,7 @@ from xlane.engine.build import build
 from xlane.engine.config import EngineConfig
 from xlane.engine.launcher import Launcher
 from xlane.engine.request import SamplingParams
-from xlane.engine.turn import NO_PAGE, Segment
+from xlane.engine.turn import NO_PAGE, Row, Segment
 
 
 class Bare:
@@ -67,7 +67,7 @@ class Bare:
         for lane in range(rows):
             own = list(range(lane * pages, (lane + 1) * pages))
             self.prefill(lane, held - tokens, tokens, held, own)
-        lanes = [(lane, 0, NO_PAGE) for lane in range(rows)]
+        lanes = [Row(lane, 0, NO_PAGE) for lane in range(rows)]
         behind, moments = None, []
         for _ in range(steps):
             ahead = self._launch(lanes, [])

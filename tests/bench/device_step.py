@@ -35,7 +35,7 @@ from xlane.engine.request import SamplingParams
 from xlane.engine.sampler import mask_width
 from xlane.engine.state import abstract_kv, abstract_state, zeros_like
 from xlane.engine.step import Blueprint
-from xlane.engine.turn import NO_PAGE, Segment, Size
+from xlane.engine.turn import NO_PAGE, Row, Segment, Size
 from xlane.models.config import ModelConfig
 from xlane.models.loader import dummy_params
 from xlane.models.registry import config_from_hf
@@ -142,7 +142,7 @@ class _Launches:
     def decode(self, rows: int, steps: int) -> float:
         """Seconds a step."""
         self._held()
-        lanes = [(lane, 0, NO_PAGE) for lane in range(rows)]
+        lanes = [Row(lane, 0, NO_PAGE) for lane in range(rows)]
         plan = self.blueprint.placement.put(pack_decode(lanes, rows, self.blueprint.shapes.lanes).reshape(-1))
         mask = self._mask(rows)
 

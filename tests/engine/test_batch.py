@@ -177,4 +177,4 @@ def test_a_result_is_read_as_it_was_written(
 
 def test_a_decode_plan_is_its_columns() -> None:
     plan = read_decode(jnp.arange(2 * DECODE_WIDTH, dtype=jnp.int32).reshape(2, DECODE_WIDTH))
-    assert [column.tolist() for column in plan] == [[0, 3], [1, 4], [2, 5]]
+    assert [column.tolist() for column in plan] == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]

@@ -374,11 +374,11 @@ def test_a_slow_mask_holds_up_nobody_else(engine_of, monkeypatch: pytest.MonkeyP
     engine, compute = engine_of(), grammar.Guide.compute
     gate, at_gate = threading.Event(), threading.Event()
 
-    def slowly(self: grammar.Guide) -> np.ndarray:
+    def slowly(self: grammar.Guide, *asked) -> np.ndarray:
         if threading.current_thread().name.startswith("masks"):
             at_gate.set()
             assert gate.wait(20)
-        return compute(self)
+        return compute(self, *asked)
 
     async def slow_and_free() -> tuple[list[StepOutput], list[StepOutput]]:
         client = LocalClient(engine)
@@ -399,10 +399,10 @@ def test_a_slow_mask_holds_up_nobody_else(engine_of, monkeypatch: pytest.MonkeyP
 
 
 def test_a_defect_in_a_mask_fails_its_request_and_is_told(engine_of, monkeypatch, caplog) -> None:
-    def broken(self: grammar.Guide) -> np.ndarray:
+    def broken(self: grammar.Guide, *asked) -> np.ndarray:
         if threading.current_thread().name.startswith("masks"):
             raise ZeroDivisionError("a defect")
-        return compute(self)
+        return compute(self, *asked)
 
     engine, compute = engine_of(), grammar.Guide.compute
     monkeypatch.setattr(grammar.Guide, "compute", broken)

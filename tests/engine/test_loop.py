@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 
-from tests.support.fake_device import FakeDevice, expected_ids
+from tests.support.fake_device import FakeDevice, Oracle, expected_ids
 from xlane.engine import (
     DeadlineExceeded,
     EngineLost,
@@ -67,7 +67,7 @@ class Rig:
     def __init__(self) -> None:
         pages = PageAllocator(12)
         self.device = FakeDevice(LANES, 12, 4, MOST // 4)
-        self.plans = Scheduler(Limits(LANES, 4, 8, 4), pages)
+        self.plans = Scheduler(Limits(LANES, 4, 8, 4, decode_rows=8), pages)
         self.counters = Counters()
         self.loop = Loop(self.device, self.plans, self.counters)  # type: ignore[arg-type]
         self.sink = Sink()
@@ -82,12 +82,17 @@ class Rig:
         self.reading.set()
         assert self.gate.wait(20)
 
-    def ask(self, name: str, *, sink: Sink | None = None, max_tokens: int = 5, **changes) -> Request:
+    def ask(
+        self, name: str, *, sink: Sink | None = None, max_tokens: int = 5, guesses: int = 0, **changes
+    ) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         prompt = tuple(1 + ord(letter) % 60 for letter in name)
         asked = Request(id=name, prompt_ids=prompt, sampling=sampling, **changes)
         most = min(MOST, len(prompt) + max_tokens)
-        assert self.loop.submit(Sequence(asked, sink or self.sink, next(self._arrivals), most))
+        sequence = Sequence(asked, sink or self.sink, next(self._arrivals), most)
+        if guesses:
+            sequence.drafter = Oracle(sequence, guesses, MOST, lambda at: at % 5 == 0)  # type: ignore[assignment]
+        assert self.loop.submit(sequence)
         return asked
 
     def shut(self) -> None:
@@ -384,6 +389,20 @@ def test_a_loop_that_hangs_is_unhealthy_until_it_moves(rig: Rig, monkeypatch: py
     rig.gate.set()
     rig.sink.wait("stuck")
     assert rig.loop.healthy()
+
+
+def test_whoever_guesses_gets_the_same_text_in_fewer_turns_and_so_do_those_beside_it(rig: Rig) -> None:
+    asked = [rig.ask("guesses", max_tokens=20, guesses=4)]
+    rig.sink.wait("guesses")
+    assert rig.device.turns <= 9  # one of five tokens is guessed wrongly
+    asked += [rig.ask("both", max_tokens=20, guesses=2), rig.ask("neither", max_tokens=20)]
+    rig.sink.wait("both", "neither")
+    for one in asked:
+        assert rig.sink.ids(one.id) == expected_ids(one, MOST)
+    accepted = rig.counters.accepted.snapshot()
+    assert accepted.sum >= 20
+    assert sum(accepted.counts) + accepted.sum == 60
+    assert rig.counters.decode_tokens == 60
 
 
 def test_a_closed_intake_refuses_the_new_and_finishes_the_old(rig: Rig) -> None:

@@ -19,7 +19,7 @@ from xlane.engine.build import design
 from xlane.engine.programs import Programs, compile_all, param_sharding
 from xlane.engine.sampler import mask_width
 from xlane.engine.state import LaneState, abstract_kv, abstract_state, zeros_like
-from xlane.engine.turn import NO_PAGE, Segment, Size
+from xlane.engine.turn import NO_PAGE, Row, Segment, Size
 from xlane.models.attention import XlaKernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.models.loader import dummy_params
@@ -111,7 +111,7 @@ class Device:
         rows = []
         for lane in lanes:
             at = int(self.state.position[lane])
-            rows.append((lane, at // PAGE, self.pages(lane, at + 1)[-1] if at % PAGE == 0 else NO_PAGE))
+            rows.append(Row(lane, at // PAGE, self.pages(lane, at + 1)[-1] if at % PAGE == 0 else NO_PAGE))
         packed = pack_plan(rows, list(segments), size, b.prefill_segments, b.shapes.table_width, LANES)
         self.kv, self.state, (result, self.scores) = self.programs(
             size,

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake_device import FakeGuide
+from tests.support.fake_device import FakeGuide, Oracle, expected_ids
 from xlane.engine import FinishReason, Request, SamplingParams, StepOutput, TokenOutput
 from xlane.engine.pages import PageAllocator
 from xlane.engine.scheduler import Limits, Scheduler
 from xlane.engine.sequence import Phase, Sequence
-from xlane.engine.turn import NO_PAGE, Turn
+from xlane.engine.turn import NO_PAGE, Row, Turn
 
 PAGE = 4
 MOST = 24
@@ -60,14 +60,16 @@ def scheduler(
     chunk_tokens: int = 8,
     chunk_segments: int = 4,
     budget: Callable[[int], int] | None = None,
+    decode_rows: int = 0,
 ) -> Scheduler:
-    return Scheduler(Limits(lanes, PAGE, chunk_tokens, chunk_segments), PageAllocator(pages), budget)
+    limits = Limits(lanes, PAGE, chunk_tokens, chunk_segments, decode_rows)
+    return Scheduler(limits, PageAllocator(pages), budget)
 
 
 def read(plans: Scheduler, turn: Turn, token: int = 50) -> list[StepOutput | None]:
     """Read back a turn, every lane having made the same token."""
     ended = [s for segment, s in zip(turn.segments, turn.prefilled) if segment.last]
-    return [plans.absorb(s, TokenOutput(token)) for s in (*ended, *turn.decoded)]
+    return [plans.absorb(s, (TokenOutput(token),)) for s in (*ended, *turn.decoded)]
 
 
 def segments(turn: Turn) -> list[tuple[str, int, int, bool]]:
@@ -179,7 +181,7 @@ def test_a_page_is_sent_with_the_row_that_needs_it_and_only_then() -> None:
         rows += turn.rows
         read(plans, turn)
     # Positions 3 … 11 are written by decoding; 4 and 8 open a page.
-    assert [(index, page != NO_PAGE) for _, index, page in rows] == [
+    assert [(index, page != NO_PAGE) for _, index, page, *_ in rows] == [
         (p // 4, p % 4 == 0) for p in range(3, 12)
     ]
 
@@ -189,7 +191,7 @@ def test_a_prompt_that_fills_its_pages_gets_the_next_one_when_it_decodes() -> No
     one = sequence(0, 8)
     plans.add(one)
     assert len(plans.plan().segments[0].pages) == 2
-    assert plans.plan().rows == [(0, 2, one.pages[2])]
+    assert plans.plan().rows == [Row(0, 2, one.pages[2])]
 
 
 def test_admission_leaves_each_running_sequence_a_page_to_grow() -> None:
@@ -246,7 +248,7 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     assert one.in_flight == 2
     assert segments(plans.plan()) == []
     for token in (50, 51):
-        plans.absorb(one, TokenOutput(token))
+        plans.absorb(one, (TokenOutput(token),))
     turn = plans.plan()
     assert segments(turn) == [("r0", 4, 2, True)]
     assert [segment.tokens for segment in turn.segments] == [[50, 51]]
@@ -260,7 +262,7 @@ def test_a_sequence_preempted_while_its_last_token_is_in_flight_ends_without_a_l
     plans.plan()
     plans._preempt(one)
     assert one.in_flight == 2
-    output = plans.absorb(one, TokenOutput(9))
+    output = plans.absorb(one, (TokenOutput(9),))
     assert output is not None
     assert output.finish_reason is FinishReason.STOP
     assert plans.absorb(one, None) is None
@@ -327,7 +329,7 @@ def test_a_guided_sequence_does_not_run_ahead_and_free_ones_do() -> None:
     assert isinstance(guided.guide, FakeGuide)
     for made in (1, 1):
         for one in (*turns[-2].prefilled, *turns[-2].decoded):
-            plans.absorb(one, TokenOutput(guided.guide.allowed()[0] if one is guided else 50))
+            plans.absorb(one, (TokenOutput(guided.guide.allowed()[0] if one is guided else 50),))
         assert len(guided.tokens) == 3 + made
         turns.append(plans.plan())
     assert [decoded(turn) for turn in turns] == [[], ["r0"], ["r0", "r1"], ["r0"]]
@@ -342,7 +344,7 @@ def test_a_sequence_whose_mask_is_late_waits_alone() -> None:
     assert decoded(plans.plan()) == []
     assert decoded(plans.plan()) == ["r1"]
     assert isinstance(one.guide, FakeGuide)
-    plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
+    plans.absorb(one, (TokenOutput(one.guide.allowed()[0]),))
     assert [decoded(plans.plan()) for _ in range(2)] == [["r1"], ["r1"]]
     late.pop().compute()
     assert decoded(plans.plan()) == ["r0", "r1"]
@@ -354,9 +356,9 @@ def test_forced_tokens_are_one_piece_of_prompt_that_counts_none_twice() -> None:
     plans.add(one)
     plans.plan()
     assert isinstance(one.guide, FakeGuide)
-    first = plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
+    first = plans.absorb(one, (TokenOutput(one.guide.allowed()[0]),))
     assert decoded(plans.plan()) == ["r0"]
-    second = plans.absorb(one, TokenOutput(one.guide.allowed()[0]))
+    second = plans.absorb(one, (TokenOutput(one.guide.allowed()[0]),))
     assert first is not None
     assert second is not None
     assert [len(first.tokens), len(second.tokens)] == [1, 4]
@@ -367,3 +369,71 @@ def test_forced_tokens_are_one_piece_of_prompt_that_counts_none_twice() -> None:
     assert (segment.start, segment.recorded, segment.last) == (4, 5, True)
     assert (segment.prompt_tokens, segment.remaining) == (3, 23 - 8)
     assert len(segment.pages) == 2
+
+
+def speculating(arrival: int, prompt: int, most: int = 4, wrong: int = 10**6, **options) -> Sequence:
+    """A sequence whose next tokens are guessed, every `wrong`-th token wrongly."""
+    made = sequence(arrival, prompt, **options)
+    made.drafter = Oracle(made, most, MOST, lambda at: at % wrong == 0)  # type: ignore[assignment]
+    return made
+
+
+def settle(plans: Scheduler, turn: Turn) -> None:
+    """Read back a turn in which nobody guessed, every sequence having said what it would."""
+    ended = [s for segment, s in zip(turn.segments, turn.prefilled) if segment.last]
+    for one in (*ended, *turn.decoded):
+        said = len(one.tokens) - one.prompt_tokens
+        plans.absorb(one, (TokenOutput(expected_ids(one.request, MOST)[said]),))
+
+
+def test_guesses_have_the_rows_that_lanes_leave_free_and_the_oldest_has_them_first() -> None:
+    plans = scheduler(lanes=3, decode_rows=8)
+    for one in (speculating(0, 2), speculating(1, 2), sequence(2, 2)):
+        plans.add(one)
+    turn = plans.plan()  # their first tokens are in flight: nobody can guess
+    assert plans.hopes
+    settle(plans, turn)
+    assert not plans.hopes
+    turn = plans.plan()
+    assert [(row.lane, row.ahead) for row in turn.rows] == [
+        *[(0, ahead) for ahead in range(5)], (1, 0), (1, 1), (2, 0)
+    ]  # fmt: skip
+    assert [one.guessed for one in plans.sequences()] == [4, 1, 0]
+
+
+def test_nobody_is_waited_for_where_lanes_leave_no_rows() -> None:
+    plans = scheduler(lanes=2, decode_rows=2)
+    for arrival in range(2):
+        plans.add(speculating(arrival, 2))
+    plans.plan()
+    assert not plans.hopes
+
+
+def test_guesses_take_no_page_that_a_running_sequence_may_need() -> None:
+    plans = scheduler(pages=3, lanes=2, decode_rows=16)
+    one = speculating(0, 3, most=8, max_tokens=9)
+    plans.add(one)
+    settle(plans, plans.plan())
+    assert len(one.tokens) == 4
+    turn = plans.plan()
+    # Its second page is filled with guesses, as if another sequence needed the third.
+    assert (len(one.pages), len(turn.rows), plans.pages.free) == (2, 5, 1)
+
+
+def test_what_was_accepted_is_computed_and_what_was_not_is_computed_again() -> None:
+    plans = scheduler(lanes=1, decode_rows=16)
+    one = speculating(0, 3, most=4)
+    plans.add(one)
+    plans.plan()
+    text = expected_ids(one.request, MOST)
+    plans.absorb(one, (TokenOutput(text[0]),))
+    turn = plans.plan()
+    assert [row.guess for row in turn.rows[1:]] == text[1:5]
+    assert decoded(plans.plan()) == []  # how many tokens are in flight is not known
+    output = plans.absorb(one, tuple(TokenOutput(token) for token in text[1:4]))
+    assert output is not None
+    assert [token.id for token in output.tokens] == text[1:4]
+    assert one.computed == 3 + 4 - 1
+    assert plans.guessed == 4
+    # Eight tokens are allowed: the last one is sampled after the guesses.
+    assert [row.guess for row in plans.plan().rows[1:]] == text[4:7]

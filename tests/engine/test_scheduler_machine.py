@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine.test_scheduler import MOST, PAGE, scheduler, sequence
-from tests.support.fake_device import FakeDevice, FakeGuide, FakeLaunch, expected_ids
+from tests.support.fake_device import FakeDevice, FakeGuide, FakeLaunch, Oracle, expected_ids
 from xlane.engine import FinishReason, StepOutput
 from xlane.engine.pages import pages_for
 from xlane.engine.sequence import Phase, Sequence
+from xlane.engine.turn import Turn
 
 
 class Machine(RuleBasedStateMachine):
@@ -25,10 +26,16 @@ class Machine(RuleBasedStateMachine):
         chunk=st.sampled_from([3, 8, 16]),
         packed=st.integers(1, 4),
         beside=st.integers(1, 16),
+        guess_rows=st.sampled_from([0, 2, 16]),
     )
-    def start(self, pages: int, lanes: int, chunk: int, packed: int, beside: int) -> None:
+    def start(self, pages: int, lanes: int, chunk: int, packed: int, beside: int, guess_rows: int) -> None:
         self.plans = scheduler(
-            pages, lanes, chunk, packed, lambda rows: min(chunk, beside) if rows else chunk
+            pages,
+            lanes,
+            chunk,
+            packed,
+            lambda rows: min(chunk, beside) if rows else chunk,
+            lanes + guess_rows,
         )
         self.beside = beside
         self.device = FakeDevice(lanes, pages, PAGE, pages_for(MOST, PAGE))
@@ -48,6 +55,7 @@ class Machine(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         given=st.integers(0, 6),
         guided=st.none() | st.integers(0, MOST),
+        oracle=st.none() | st.tuples(st.integers(1, 6), st.integers(1, 5)),
     )
     def submit(
         self,
@@ -58,7 +66,9 @@ class Machine(RuleBasedStateMachine):
         seed: int,
         given: int,
         guided: int | None = None,
+        oracle: tuple[int, int] | None = (4, 3),
     ) -> None:
+        """`oracle`: how many tokens are guessed at a time, and every how manieth is wrong."""
         options = {"stop_ids": (stop,) if stop is not None else (), "seed": seed, "priority": priority}
         options |= {"guided": guided, "late": self.late, "repetition_penalty": 1.5 if seed == 3 else 1.0}
         if guided is not None:
@@ -66,6 +76,10 @@ class Machine(RuleBasedStateMachine):
         one = sequence(len(self.all), prompt, max_tokens, **options)
         resume = expected_ids(one.request, MOST)[:-1][:given]  # as after the loss of an engine
         one = sequence(len(self.all), prompt, max_tokens, resume=resume, **options)
+        if oracle is not None and not one.counts:
+            most, wrong = oracle
+            drafter = Oracle(one, most, MOST, lambda at: at % wrong == wrong - 1)
+            one.drafter = drafter  # type: ignore[assignment]
         self.all.append(one)
         self.outputs[one.request.id] = list(resume)
         self.plans.add(one)
@@ -103,9 +117,12 @@ class Machine(RuleBasedStateMachine):
             self.cancelled.add(one.request.id)
         self.plans.drop(one)
 
-    @rule(count=st.integers(1, 6), masks=st.integers(0, 3))
-    def turn(self, count: int, masks: int = 8) -> None:
+    @rule(count=st.integers(1, 6), masks=st.integers(0, 3), hopes=st.booleans())
+    def turn(self, count: int, masks: int = 8, hopes: bool = True) -> None:
+        """`hopes`: what is in flight is read first where the scheduler asks for it. Nothing may go wrong if it is not."""
         for _ in range(count):
+            if hopes and self.plans.hopes:
+                self.read()
             for guide in self.late[:masks]:
                 guide.compute()
             del self.late[:masks]
@@ -115,12 +132,17 @@ class Machine(RuleBasedStateMachine):
             assert len(plan.segments) <= limits.chunk_segments
             if plan.rows:
                 assert sum(len(segment.tokens) for segment in plan.segments) <= self.beside
-            assert all(one.length <= one.most_tokens for one in plan.decoded)
-            ahead = self.device.launch(plan)
-            self.tables_agree()
-            for one, token in self.behind.read() if self.behind else ():
-                self.take(self.plans.absorb(one, token))
-            self.behind = ahead
+            assert all(one.length + one.guessed <= one.most_tokens for one in plan.decoded)
+            assert len(plan.rows) <= max(limits.decode_rows, limits.lanes)
+            launch = self.device.launch(plan)
+            self.tables_agree(plan)
+            self.read()
+            self.behind = launch
+
+    def read(self) -> None:
+        for one, made in self.behind.read() if self.behind else ():
+            self.take(self.plans.absorb(one, made))
+        self.behind = None
 
     def take(self, output: StepOutput | None) -> None:
         if output is None:
@@ -132,12 +154,11 @@ class Machine(RuleBasedStateMachine):
         if output.finish_reason is not None:
             self.reasons[name] = output.finish_reason
 
-    def tables_agree(self) -> None:
-        """What the device would read for a lane is what the host thinks the lane holds."""
-        for one in self.plans.sequences():
-            if one.lane >= 0 and one.computed:
-                used = pages_for(one.computed, PAGE)
-                assert self.device.lanes[one.lane].table[:used] == one.pages[:used]
+    def tables_agree(self, turn: Turn) -> None:
+        """What the device reads for a lane is what the host thinks the lane holds."""
+        for one in (*turn.prefilled, *turn.decoded):
+            used = pages_for(one.computed + one.guessed, PAGE)
+            assert self.device.lanes[one.lane].table[:used] == one.pages[:used]
 
     @invariant()
     def nothing_is_shared_or_lost(self) -> None:

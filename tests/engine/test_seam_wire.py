@@ -175,12 +175,12 @@ def test_info_and_stats_arrive_as_they_left(sha: str | None):
     def histogram() -> Histogram:
         return Histogram(tuple(next(numbers) for _ in range(3)), next(numbers) / 8)
 
-    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows"}
+    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows", "accepted"}
     programs = (ProgramInfo(**filled(ProgramInfo)), ProgramInfo(**filled(ProgramInfo)))
     info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs)
     assert codec.decode_info(through_the_wire(codec.encode_info(info))) == info
     prefill, decode = (LaunchStats(*(histogram() for _ in range(3))) for _ in range(2))
-    spreads = {"prefill": prefill, "decode": decode, "prefill_rows": histogram()}
+    spreads = {"prefill": prefill, "decode": decode, "prefill_rows": histogram(), "accepted": histogram()}
     stats = EngineStats(**filled(EngineStats), **spreads)
     assert codec.decode_stats(through_the_wire(codec.encode_stats(stats))) == stats
 

@@ -105,7 +105,6 @@ def test_what_is_counted(rig: Rig):
     found = values(used(rig))
     assert found['tgi_batch_decode_duration_count{method="prefill"}'] == 1
     assert found['tgi_batch_decode_duration_count{method="decode"}'] == 2
-    assert found["tgi_request_skipped_tokens_count"] == 3
     assert found['tgi_request_failure{err="validation"}'] == 1
     assert found['tgi_request_failure{err="overloaded"}'] == 0
     assert found["xlane_requests_in_flight"] == 0
@@ -126,6 +125,10 @@ def test_what_the_engine_counted(rig: Rig):
     assert found['tgi_batch_next_size_bucket{le="1.0"}'] == 0
     assert found['tgi_batch_next_size_bucket{le="2.0"}'] == 1
     assert found['tgi_batch_concat{reason="chunking"}'] == 3
+    skipped = "tgi_request_skipped_tokens"  # 2, 3, 3, 3, 3
+    assert (found[f"{skipped}_count"], found[f"{skipped}_sum"]) == (5, 14)
+    assert [found[f'{skipped}{{quantile="{part}"}}'] for part in ("0", "0.5", "0.999", "1")] == [2, 3, 3, 3]
+    assert (found["xlane_guessed_tokens_total"], found["xlane_accepted_tokens_total"]) == (20, 14)
 
 
 def test_restarts_replays_and_readiness(rig: Rig):

@@ -26,10 +26,14 @@ OPTIONS = {
     "lanes": 2, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 16, "kernels": "xla", "processes": 2,
 }  # fmt: skip
 ONE_LANE = {"lanes": 1, "max_total_tokens": 64, "load_format": "dummy"}
-REQUESTS = [(prompt, {"max_tokens": 6}) for prompt in PROMPTS] + [
-    (prompt, {"max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": seed})
-    for seed, prompt in enumerate(PROMPTS)
-]
+REQUESTS = (
+    [(prompt, {"max_tokens": 6}) for prompt in PROMPTS]
+    + [
+        (prompt, {"max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": seed})
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    + [([5, 6], {"max_tokens": 16, "logit_bias": [(7, 100.0)]})]
+)
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -94,10 +98,12 @@ def running(start: Start, tmp_path: Path) -> list[subprocess.Popen[str]]:
     return both
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(2, {}), (1, {"data_parallel": 2})], ids=str)
-def test_two_processes_make_the_tokens_of_one(engine_of, start: Start, devices: int, mesh: dict):
-    leader = start(0, json.dumps(REQUESTS), devices=devices, **mesh)
-    follower = start(1, devices=devices, **mesh)
+@pytest.mark.parametrize(
+    ("devices", "options"), [(2, {}), (1, {"data_parallel": 2}), (1, {"speculate": 3})], ids=str
+)
+def test_two_processes_make_the_tokens_of_one(engine_of, start: Start, devices: int, options: dict):
+    leader = start(0, json.dumps(REQUESTS), devices=devices, **options)
+    follower = start(1, devices=devices, **options)
     single = engine_of(SPLIT_VOCAB)
     expected = [ids(output) for output in run(single, *(request(prompt, **how) for prompt, how in REQUESTS))]
     output, errors = leader.communicate(timeout=300)
@@ -121,7 +127,8 @@ def test_a_guided_request_through_a_group_makes_the_tokens_of_one_process(start:
     ]  # fmt: skip
     options = {**ONE_LANE, "lanes": 2, "model": model}
     alone = start(0, json.dumps(requests), **options, processes=1, coordinator=None)
-    both = [start(0, json.dumps(requests), **options, data_parallel=2), start(1, **options, data_parallel=2)]
+    split = {**options, "data_parallel": 2, "speculate": 4}
+    both = [start(0, json.dumps(requests), **split), start(1, **split)]
     said: list[list[list[int]]] = []
     for process in (alone, both[0]):
         output, errors = process.communicate(timeout=300)

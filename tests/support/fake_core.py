@@ -171,6 +171,8 @@ class FakeCore:
                 decode=NO_LAUNCHES,
                 prefill_rows=Histogram((0,) * 12, 0.0),
                 joins=0,
+                guessed_tokens=0,
+                accepted=Histogram((0,) * 17, 0.0),
             )
 
     def healthy(self) -> bool:

@@ -5,6 +5,7 @@ from what is read back *through the lane's page table*. A wrong page, a lane sha
 Knows no jax; a launch runs when it is made and is read when the reader pleases, as on a real device.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xlane.engine import Request, TokenOutput
-from xlane.engine.grammar import bits
+from xlane.engine.grammar import Guess, bits
 from xlane.engine.sequence import Sequence
-from xlane.engine.turn import NO_PAGE, Segment, Size, Turn
+from xlane.engine.turn import NO_PAGE, Result, Row, Segment, Size, Turn
 
 VOCAB = 64
 
@@ -55,11 +56,12 @@ class FakeGuide:
         self._length, self._late = length, late
         self._tokens: list[int] = []
         self.mask: Future[np.ndarray] = Future()
+        self.guesses: list[Guess] = []
         self.compute()
 
-    def allowed(self) -> list[int]:
-        """The tokens that may be next."""
-        at = len(self._tokens)
+    def allowed(self, ahead: int = 0) -> list[int]:
+        """The tokens that may be next, or so many later."""
+        at = len(self._tokens) + ahead
         if at >= self._length:
             return [self.END]
         if at % 5 >= 2:
@@ -80,8 +82,13 @@ class FakeGuide:
             made += allowed
         return made
 
-    def prepare(self) -> None:
+    def prepare(self, most_guesses: int = 0, others: Iterable[int] = ()) -> None:
         self.mask = Future()
+        self.guesses = []
+        for ahead, token in zip(range(most_guesses), others):
+            if token not in self.allowed(ahead) or token in self.end_ids:
+                break
+            self.guesses.append(Guess(token, bits(self.allowed(ahead + 1), VOCAB)))
         if self._late is None:
             self.compute()
         else:
@@ -89,6 +96,25 @@ class FakeGuide:
 
     def compute(self) -> None:
         self.mask.set_result(bits(self.allowed(), VOCAB))
+
+
+class Oracle:
+    """Looks like `draft.Drafter`. Knows what a sequence will say, and is right but where it shall `lie`."""
+
+    def __init__(self, sequence: Sequence, most: int, most_tokens: int, lie: Callable[[int], bool]) -> None:
+        self.most, self._sequence, self._lie = most, sequence, lie
+        self._text = [*sequence.request.prompt_ids, *expected_ids(sequence.request, most_tokens)]
+        self.judged: list[int] = []
+
+    def guess(self) -> list[int]:
+        at = len(self._sequence.tokens)
+        return [
+            (token + 3) % FakeGuide.END if self._lie(at + step) else token
+            for step, token in enumerate(self._text[at : at + self.most])
+        ]
+
+    def judge(self, accepted: int) -> None:
+        self.judged.append(accepted)
 
 
 @dataclass
@@ -110,7 +136,7 @@ class Lane:
 class FakeLaunch:
     """Looks like `runner.Launch`."""
 
-    results: list[tuple[Sequence, TokenOutput | None]]
+    results: list[tuple[Sequence, Result]]
     size: Size
     before_read: Callable[[], None] = lambda: None
     prompts: list[tuple[Sequence, list[TokenOutput]]] = field(default_factory=list)
@@ -126,7 +152,7 @@ class FakeLaunch:
     def read_prompts(self) -> list[tuple[Sequence, list[TokenOutput]]]:
         return self.prompts
 
-    def read(self) -> list[tuple[Sequence, TokenOutput | None]]:
+    def read(self) -> list[tuple[Sequence, Result]]:
         self.before_read()
         return self.results
 
@@ -147,13 +173,18 @@ class FakeDevice:
         self.turns += 1
         if not turn.rows and not turn.segments:
             return None
-        lanes = [*(row[0] for row in turn.rows), *(segment.lane for segment in turn.segments)]
+        assert not turn.segments or not any(row.ahead for row in turn.rows)
+        lanes = [
+            *(row.lane for row in turn.rows if not row.ahead),
+            *(segment.lane for segment in turn.segments),
+        ]
         assert len(lanes) == len(set(lanes))  # they run side by side: none sees what another makes
-        results = [(sequence, self._row(sequence, *row)) for row, sequence in zip(turn.rows, turn.decoded)]
+        by_sequence = itertools.groupby(zip(turn.decoded, turn.rows), lambda one: one[0])
+        results = [(one, self._rows(one, [row for _, row in group])) for one, group in by_sequence]
         for segment, sequence in zip(turn.segments, turn.prefilled):
             token = self._segment(segment, sequence)
-            if segment.last:
-                results.append((sequence, token))
+            if token is not None:
+                results.append((sequence, (token,)))
         prompts = [
             (sequence, [TokenOutput(target, -1.0) for target in segment.targets if target >= 0])
             for segment, sequence in zip(turn.segments, turn.prefilled)
@@ -176,26 +207,37 @@ class FakeDevice:
             assert lane.counted == sequence.tokens[: lane.position]
         return self._sample(lane, sequence) if segment.last else None
 
-    def _row(self, sequence: Sequence, number: int, page_index: int, page: int) -> TokenOutput | None:
-        lane = self.lanes[number]
-        if page != NO_PAGE:
-            lane.table[page_index] = page
+    def _rows(self, sequence: Sequence, rows: list[Row]) -> Result:
+        lane = self.lanes[rows[0].lane]
+        assert [row.ahead for row in rows] == list(range(len(rows)))
+        for row in rows:
+            if row.page != NO_PAGE:
+                lane.table[row.page_index] = row.page
         if not lane.active:
             return None
-        self._write(lane, lane.token)
-        return self._sample(lane, sequence)
+        for row in rows[1:]:
+            self._put(lane, lane.position + row.ahead, row.guess)
+        made: list[TokenOutput] = []
+        for row in rows:
+            if row.ahead and not (lane.active and lane.token == row.guess):
+                break
+            self._write(lane, lane.token)
+            made.append(self._sample(lane, sequence, row.ahead))
+        return tuple(made)
 
     def _write(self, lane: Lane, token: int) -> None:
-        page = lane.table[lane.position // self.page_tokens]
-        self.pool[page][lane.position % self.page_tokens] = token
+        self._put(lane, lane.position, token)
         lane.position += 1
 
-    def _sample(self, lane: Lane, sequence: Sequence) -> TokenOutput:
+    def _put(self, lane: Lane, position: int, token: int) -> None:
+        self.pool[lane.table[position // self.page_tokens]][position % self.page_tokens] = token
+
+    def _sample(self, lane: Lane, sequence: Sequence, ahead: int = 0) -> TokenOutput:
         width = self.page_tokens
         context = [self.pool[lane.table[at // width]][at % width] for at in range(lane.position)]
         lane.token = next_token(context, lane.seed)
         if sequence.guide is not None:
-            mask = sequence.guide.mask.result(0)
+            mask = sequence.guide.guesses[ahead - 1].mask if ahead else sequence.guide.mask.result(0)
             allowed = [token for token in range(VOCAB) if mask[token // 32] >> (token % 32) & 1]
             lane.token = allowed[lane.token % len(allowed)]
         lane.counted.append(lane.token)

@@ -188,6 +188,8 @@ class FakeEngine:
             decode=LaunchStats(*(spread(2, 5, edges=35, sum=float(each)) for each in (4, 5, 6))),
             prefill_rows=spread(0, 1, edges=11, sum=2.0),
             joins=3,
+            guessed_tokens=20,
+            accepted=spread(0, 0, 1, 4, edges=16, sum=14.0),
         )
 
     async def health(self) -> bool:

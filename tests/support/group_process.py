@@ -33,6 +33,7 @@ def main() -> int:
     asked = [_request(prompt, **sampling) for prompt, sampling in json.loads(sys.argv[3])]
     print(json.dumps([ids(output) for output in run(engine, *asked)]))
     assert engine.stats().compiles_after_ready == 0
+    assert (engine.stats().accepted.sum > 0) == (config.speculate > 0)
     engine.stop()
     return 0
 
