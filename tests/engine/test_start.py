@@ -108,7 +108,7 @@ def programs_in(cache: Path) -> set[str]:
     return {
         entry.name
         for entry in (cache / "programs").glob("jit_*-cache")
-        if "decode" in entry.name or "prefill" in entry.name
+        if any(kind in entry.name for kind in ("decode", "prefill", "mixed"))
     }
 
 
