@@ -31,9 +31,8 @@ class Size(NamedTuple):
 
     def holds(self, rows: int, tokens: int) -> bool:
         """Whether so much work fits, and none of it is of a kind that this program does not do."""
-        return 0 <= self.rows - rows <= self.rows * bool(
-            rows
-        ) and 0 <= self.tokens - tokens <= self.tokens * bool(tokens)
+        same_kinds = (self.rows > 0, self.tokens > 0) == (rows > 0, tokens > 0)
+        return same_kinds and rows <= self.rows and tokens <= self.tokens
 
 
 class Segment(NamedTuple):

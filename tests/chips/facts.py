@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from tests.bench.dummy_model import SHAPES
 from xlane.engine.audit import faults
 from xlane.engine.build import design
 from xlane.engine.config import EngineConfig
@@ -20,17 +21,6 @@ from xlane.models.registry import config_from_hf
 from xlane.tpu.chips import compile_only_devices, find_topology
 
 LANES, CHUNK_TOKENS, CONTEXT_TOKENS = 16, 256, 8192
-
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0, "max_position_embeddings": CONTEXT_TOKENS, "vocab_size": 128256, "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": _LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "tie_word_embeddings": False},
-    "1b": _LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True},
-}  # fmt: skip
-"""Llama 3.1 8B and Llama 3.2 1B."""
 
 
 def pool_elements(shape: str) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.chips.facts import CHUNK_TOKENS, LANES, SHAPES, pool_elements
+from tests.bench.dummy_model import SHAPES
+from tests.chips.facts import CHUNK_TOKENS, LANES, pool_elements
 
 pytestmark = pytest.mark.chips
 
