@@ -42,7 +42,7 @@ class Bare:
         )
         np.asarray(self._launch([], [segment]))
 
-    def _launch(self, rows: list[tuple[int, int, int]], segments: list[Segment]) -> jax.Array:
+    def _launch(self, rows: list[Row], segments: list[Segment]) -> jax.Array:
         b = self._b
         tokens = sum(len(segment.tokens) for segment in segments)
         size = next(size for size in b.sizes if size.holds(len(rows), tokens))

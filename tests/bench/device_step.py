@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests.bench.dummy_model import SHAPES
@@ -29,9 +28,9 @@ from xlane.engine.batch import pack_decode, pack_prefill
 from xlane.engine.bench import Ceilings, measure_ceilings
 from xlane.engine.build import design
 from xlane.engine.config import EngineConfig
-from xlane.engine.memory import MemoryPlan
 from xlane.engine.programs import compile_all, param_sharding
 from xlane.engine.request import SamplingParams
+from xlane.engine.roofline import Roofline
 from xlane.engine.sampler import mask_width
 from xlane.engine.state import abstract_kv, abstract_state, zeros_like
 from xlane.engine.step import Blueprint
@@ -52,33 +51,37 @@ def main() -> None:
     figures: list[dict[str, Any]] = []
     params = None
     for kernels in args.kernels.split(","):
-        blueprint, memory = _designed(args, model, kernels)
+        blueprint = _designed(args, model, kernels)
         if params is None:
             place = partial(param_sharding, blueprint.placement)
             params = dummy_params(blueprint.graph.specs, place)
-        figures += _measured(args, kernels, blueprint, memory.weights_bytes, params, ceilings)
+        figures += _measured(args, kernels, blueprint, params, _roofline(blueprint, ceilings))
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "figures": figures}))
 
 
-def _designed(args: argparse.Namespace, model: ModelConfig, kernels: str) -> tuple[Blueprint, MemoryPlan]:
+def _designed(args: argparse.Namespace, model: ModelConfig, kernels: str) -> Blueprint:
     rows = sorted(map(int, args.rows.split(",")))
     config = EngineConfig(
         model_id="dummy", lanes=rows[-1], kernels=kernels, dtype=args.dtype, kv_bytes=args.kv_bytes,
         max_total_tokens=max(args.context + 512, args.prefill + 64), prefill_chunk_tokens=args.prefill,
     )  # fmt: skip
-    blueprint, memory, note = design(config, model)
+    blueprint, _, note = design(config, model)
     print(f"{kernels}: {note}", flush=True)
     sizes = (*(Size(count, 0) for count in rows), Size(0, args.prefill))
-    return dataclasses.replace(blueprint, sizes=sizes, prefill_segments=1), memory
+    return dataclasses.replace(blueprint, sizes=sizes, prefill_segments=1)
+
+
+def _roofline(blueprint: Blueprint, ceilings: Ceilings) -> Roofline:
+    place = blueprint.placement
+    return Roofline(
+        config=blueprint.config, specs=blueprint.graph.specs, kv_dtype=blueprint.kv_dtype, split=place.model_size,
+        copies=place.data_size, read_bytes_per_s=ceilings.read_gb_per_s * 1e9,
+        flops_per_s=ceilings.matmul_gflop_per_s * 1e9,
+    )  # fmt: skip
 
 
 def _measured(
-    args: argparse.Namespace,
-    kernels: str,
-    blueprint: Blueprint,
-    weights_bytes: int,
-    params: Any,
-    ceilings: Ceilings,
+    args: argparse.Namespace, kernels: str, blueprint: Blueprint, params: Any, roofline: Roofline
 ) -> list[dict[str, Any]]:
     began = time.perf_counter()
     programs = compile_all(blueprint)
@@ -91,13 +94,12 @@ def _measured(
     figures = []
     for count in (size.rows for size in blueprint.sizes if size.rows):
         step_s = launches.decode(count, args.steps)
-        least_s = _least(weights_bytes, blueprint, count, args.context, ceilings)
+        least_s = roofline.decode_s(count, args.context)
         figures.append(_figure(f"decode[{count}]", kernels, step_s, least_s, count))
         if args.profile:
             _profiled(partial(launches.decode, count, 4), Path(args.profile) / f"{kernels}-{count}")
     launch_s = launches.prefill(args.prefill, 4)
-    flops = 2 * weights_bytes / jnp.dtype(blueprint.dtype).itemsize * args.prefill
-    least_s = flops / (ceilings.matmul_gflop_per_s * 1e9)
+    least_s = roofline.prefill_s(args.prefill)
     figures.append(_figure(f"prefill[{args.prefill}]", kernels, launch_s, least_s, args.prefill))
     if args.profile:
         _profiled(partial(launches.prefill, args.prefill, 2), Path(args.profile) / f"{kernels}-prefill")
@@ -181,17 +183,6 @@ def _timed(run: Any, count: int) -> float:
     began = time.perf_counter()
     run(count)
     return (time.perf_counter() - began) / count
-
-
-def _least(weights_bytes: int, blueprint: Blueprint, rows: int, context: int, ceilings: Ceilings) -> float:
-    """Seconds a step takes at least: every weight (of the embedding just rows) and every held token's KV read once."""
-    c, itemsize = blueprint.config, jnp.dtype(blueprint.dtype).itemsize
-    embedding = 0 if c.tied_embeddings else c.vocab_size * c.hidden_size * itemsize
-    kv = 2 * c.layers * c.kv_heads * c.head_dim * itemsize * rows * context
-    reading = (weights_bytes - embedding + kv) / (ceilings.read_gb_per_s * 1e9)
-    return max(
-        reading, rows * (weights_bytes - embedding) / itemsize * 2 / (ceilings.matmul_gflop_per_s * 1e9)
-    )
 
 
 def _figure(name: str, kernels: str, seconds: float, least_s: float, tokens: int) -> dict[str, Any]:
