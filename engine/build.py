@@ -24,7 +24,7 @@ from ..sharding.mesh import MeshError, Placement, imagined_placement, make_place
 from ..sharding.processes import least_of_all
 from ..tpu.chips import Topology
 from .buckets import DEFAULTS, SEGMENTS, launch_sizes, most_decode_rows
-from .config import EngineConfig
+from .config import EngineConfig, texts_folder
 from .errors import PlanError
 from .kernels.native import native_kernels
 from .kernels.pallas_gpu import PallasGpuKernels
@@ -96,7 +96,13 @@ def compile_within(
 ) -> tuple[Programs, MemoryPlan]:
     """Compile, and hold the plan against what the compiler says the programs need: where its temporaries are larger than
     was estimated, the pool gives way and the programs are compiled for the smaller one."""
-    programs = compile_all(blueprint, lambda done, total: report("programs", done, total))
+
+    def compiled(blueprint: Blueprint) -> Programs:
+        # Several processes must come to one program: each traces it.
+        texts = texts_folder(config) if config.processes == 1 else None
+        return compile_all(blueprint, lambda done, total: report("programs", done, total), texts)
+
+    programs = compiled(blueprint)
     temp_bytes = max(info.temp_bytes for info in programs.infos) * blueprint.placement.mesh.size
     memory = replace(memory, temp_bytes=temp_bytes)
     if memory.total_bytes <= memory.limit_bytes:
@@ -109,7 +115,7 @@ def compile_within(
     )
     memory = plan_pages(config, demand, memory.limit_bytes, False, memory.lanes, memory.max_total_tokens)
     smaller = replace(blueprint, shapes=blueprint.shapes._replace(pages=memory.pages))
-    return compile_all(smaller, lambda done, total: report("programs", done, total)), memory
+    return compiled(smaller), memory
 
 
 def design(

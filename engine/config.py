@@ -76,3 +76,8 @@ class EngineConfig:
 def programs_folder(config: EngineConfig) -> Path | None:
     """Where compiled programs are kept, if at all."""
     return None if config.cache_dir is None else Path(config.cache_dir) / "programs"
+
+
+def texts_folder(config: EngineConfig) -> Path | None:
+    """Where what was traced is kept, if at all."""
+    return None if config.cache_dir is None else Path(config.cache_dir) / "traced"

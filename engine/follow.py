@@ -21,8 +21,8 @@ from .build import Built, Progress, build
 from .config import EngineConfig, programs_folder
 from .errors import PlanError
 from .group import Follower
+from .identity import depends_on
 from .launcher import Launcher
-from .manifest import depends_on
 from .step import Blueprint
 from .turn import Size
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from . import prefix_file
+from .identity import depends_on
 from .launcher import Launcher
-from .manifest import depends_on
 from .pages import PageAllocator
 from .prefix_file import UnusableFile
 from .recall import Recall, weights_digest

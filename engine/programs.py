@@ -1,6 +1,6 @@
 """The compiled programs: one launch each, for a few numbers of lanes that decode and of prompt tokens beside them.
 
-State and KV are donated. All are compiled ahead (`compile_all`), in parallel, through the persistent cache; afterwards only
+State and KV are donated. All are compiled ahead (`compile_all`), in parallel, through the persistent caches; afterwards only
 compiled objects are called, which refuse other shapes instead of compiling anew. What a launch does is in `step`. Knows no
 policy and no requests.
 """
@@ -9,6 +9,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from .request import ProgramInfo
 from .sampler import mask_width
 from .state import LaneState, abstract_kv, abstract_state, described
 from .step import Blueprint, Kv, Params, step
+from .traced import TracedTexts
 from .turn import Size
 
 
@@ -46,8 +49,11 @@ class Programs:
         return self._compiled[size.name](params, kv, state, plan, mask)
 
 
-def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | None = None) -> Programs:
-    """Compile every program, smallest first, a few at a time. `progress(done, total)` is called at first and after each."""
+def compile_all(
+    blueprint: Blueprint, progress: Callable[[int, int], None] | None = None, texts: Path | None = None
+) -> Programs:
+    """Compile every program, smallest first, a few at a time. `progress(done, total)` is called at first and after each.
+    `texts`: a folder that keeps what was traced."""
     sizes = blueprint.sizes
     done = 0
     if progress is not None:
@@ -55,7 +61,8 @@ def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | Non
     compiled: dict[str, Any] = {}
     infos: list[ProgramInfo] = []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        lowered = ((size.name, _lower(blueprint, size)) for size in sizes)
+        kept = None if texts is None else TracedTexts(texts, blueprint)
+        lowered = ((size.name, _lower(blueprint, size, kept)) for size in sizes)
         futures = [(name, pool.submit(_compile, name, program)) for name, program in lowered]
         for name, future in futures:
             compiled[name], info = future.result()
@@ -66,7 +73,7 @@ def compile_all(blueprint: Blueprint, progress: Callable[[int, int], None] | Non
     return Programs(blueprint, compiled, tuple(infos))
 
 
-def _lower(blueprint: Blueprint, size: Size) -> Any:
+def _lower(blueprint: Blueprint, size: Size, kept: TracedTexts | None) -> Any:
     """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
     b, segments = blueprint, blueprint.segments(size)
     params = abstract_params(b.graph.specs, b.placement)
@@ -75,14 +82,18 @@ def _lower(blueprint: Blueprint, size: Size) -> Any:
     plan_shape = (plan_size(size, segments, b.shapes.table_width),)
     mask_shape = (size.rows + segments, mask_width(b.shapes.vocab))
     plan, mask = (described(shape, jnp.int32, b.placement.replicated) for shape in (plan_shape, mask_shape))
+    args = (params, kv, state, plan, mask)
+    function = partial(step, b, size)
+    if kept is not None:
+        function = kept.function(size.name, function, args, (kv, state, (0, 0 if size.tokens else None)))
 
     def named(*args: Any) -> Any:
-        return step(b, size, *args)
+        return function(*args)
 
     named.__name__ = re.sub(r"\W+", "_", size.name).rstrip("_")
     shardings = jax.tree.map(lambda a: a.sharding, (kv, state))
     jitted = jax.jit(named, donate_argnums=(1, 2), out_shardings=(*shardings, b.placement.replicated))
-    return jitted.lower(params, kv, state, plan, mask)
+    return jitted.lower(*args)
 
 
 def _compile(name: str, lowered: Any) -> tuple[Any, ProgramInfo]:

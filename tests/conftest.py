@@ -16,7 +16,11 @@ SIMULATED_DEVICES = 8
 
 _RULES = {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}",
+    # The second line: compile in haste. A suite compiles thousands of small programs and runs each a few times; made
+    # with all of LLVM's passes, in 32 pieces each, they would take twice as long, and more mappings than a process has.
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={SIMULATED_DEVICES} "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1",
     # A float that silently becomes float64, or a [D] that silently meets a [T, D], is a bug in a served model.
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",

@@ -38,3 +38,5 @@ def use_compile_cache(directory: Path | None) -> None:
     # XLA's own autotuning cache would put the directory's path into every key: a cache warmed here and mounted there
     # would be of no use. What was autotuned is in the compiled programs.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    # A program's text is read by the version that wrote it: it need not be what an older one would understand.
+    jax.config.update("jax_export_ignore_forward_compatibility", True)

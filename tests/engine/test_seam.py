@@ -270,12 +270,16 @@ async def test_a_full_queue_is_overloaded(client: EngineClient, fake: FakeCore):
 
 
 async def test_a_request_that_fails_fails_alone(client: EngineClient, fake: FakeCore):
-    good = make_request(max_tokens=30)
-    running = asyncio.ensure_future(collect(client, good))
-    bad = client.submit(make_request(prompt=(FAIL_TOKEN,)))
-    assert len(ids_of([await anext(bad), await anext(bad)])) == 2
+    running = asyncio.ensure_future(collect(client, good := make_request(max_tokens=30)))
+    heard: list[StepOutput] = []
+
+    async def listen() -> None:
+        async for output in client.submit(make_request(prompt=(FAIL_TOKEN,))):
+            heard.append(output)
+
     with pytest.raises(RequestFailed, match=str(FAIL_TOKEN)):
-        await anext(bad)
+        await listen()
+    assert len(ids_of(heard)) == 2
     assert ids_of(await running) == expected_ids(good)
 
 

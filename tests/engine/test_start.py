@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.engine.conftest import ids, request, run
 from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
-from xlane.engine import EngineConfig, FinishReason, PlanError
+from xlane.engine import EngineConfig, FinishReason, PlanError, programs
 from xlane.engine import start as engine_start
 from xlane.engine.build import design, slower
 from xlane.engine.engine import Engine
@@ -20,6 +20,7 @@ from xlane.engine.manifest import write_manifest
 from xlane.engine.plan import describe
 from xlane.engine.programs import Programs
 from xlane.engine.start import start, warm
+from xlane.engine.step import step as plain_step
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
 
@@ -59,6 +60,7 @@ def own_cache() -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
         "jax_persistent_cache_enable_xla_caches",
+        "jax_export_ignore_forward_compatibility",
     )
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
@@ -140,6 +142,38 @@ def test_a_second_start_compiles_nothing(model: Path, cache: Path, events: Cache
         ids(output) for output in run(second, *(request(prompt, max_tokens=5) for prompt in asked))
     ] == made
     assert first.stats().compiles_after_ready == second.stats().compiles_after_ready == 0
+
+
+def test_a_second_start_traces_nothing(
+    model: Path, tmp_path: Path, started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But it does where a text is damaged, where the code is another, and where another model is served."""
+    traced: list[str] = []
+
+    def step(blueprint, size, *args):
+        traced.append(size.name)
+        return plain_step(blueprint, size, *args)
+
+    monkeypatch.setattr(programs, "step", step)
+
+    def start_again(path: Path = model) -> list[str]:
+        traced.clear()
+        (output,) = run(started(config(tmp_path), path), request([1, 2, 3], max_tokens=5))
+        assert len(ids(output)) == 5
+        return sorted(set(traced))
+
+    assert start_again() == sorted(PROGRAMS)
+    assert start_again() == []
+    (text,) = (tmp_path / "traced").glob("*decode[[]2]*")
+    whole = text.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"no text"):
+        text.write_bytes(damaged)
+        assert start_again() == ["decode[2]"]
+        assert start_again() == []
+    assert start_again(untrained_model(tmp_path / "other", num_hidden_layers=2)) == sorted(PROGRAMS)
+    monkeypatch.setattr("xlane.engine.traced.source_digest", lambda: "another")
+    assert start_again() == sorted(PROGRAMS)
+    assert not list((tmp_path / "traced").glob("*.tmp"))
 
 
 def test_the_manifest_lists_every_program_with_its_bytes(model: Path, cache: Path, started) -> None:
