@@ -39,7 +39,7 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
         permits=Permits(config.max_concurrent_requests),
         metrics=Metrics(),
         workers=TextWorkers(config.validation_workers),
-        grammars=Grammars(config.max_grammar_bytes),
+        grammars=Grammars(config.max_grammar_bytes, config.grammar_timeout_s),
     )
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
 

@@ -10,6 +10,7 @@ from .backend import Serving
 from .errors import Invalid, TemplateFailed
 from .front import Front
 from .schema_openai import ChatBody, ContentPart, Message
+from .text import TooSlow
 from .tool_prompt import fitted, tools_of, with_prompt
 from .tools import ToolUse, chat_tools, legacy_tools
 
@@ -89,8 +90,15 @@ async def render(front: Front, serving: Serving, conversation: Conversation) -> 
             **{**conversation.switches, **given},
         )
 
+    limit_s = front.config.template_timeout_s
     try:
-        text = await front.workers.run(apply)
+        text = await front.workers.run_within(limit_s, apply)
+    except TooSlow:
+        raise TemplateFailed(
+            f"the chat template takes longer than {limit_s:g} s for these messages "
+            "(--limit template_timeout_s=…)",
+            param=place,
+        ) from None
     except TokenizerError as error:
         raise TemplateFailed(str(error), param=place) from error
     markers, declared = front.markers(serving), serving.declared

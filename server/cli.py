@@ -6,6 +6,7 @@ chosen, so that `--help` is quick.
 """
 
 import ipaddress
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from ..engine.config import EngineConfig
 from ..engine.errors import EngineError, EngineLost
 from ..models.errors import ModelError
 from . import flags
-from .config import ServerConfig
+from .config import BOUNDS, ServerConfig
 from .flags import CONFIGS, RunConfig
 from .options import Flag, Options, UsageError, build_parser, did_you_mean, resolve
 
@@ -186,6 +187,27 @@ def _agree(options: Options) -> None:
     elif sharded and shards == 1:
         raise UsageError("--sharded true contradicts --num-shard 1")
     engine["cache_dir"] = _cache_dir(engine.get("cache_dir"))
+    for limit in options.plain("limit") or ():
+        name, value = _limit(limit)
+        options.values.setdefault("server", {})[name] = value
+
+
+def _limit(given: str) -> tuple[str, float]:
+    """A bound's name and value, from NAME=VALUE. Raises UsageError."""
+    name, _, raw = given.partition("=")
+    if name not in BOUNDS:
+        raise UsageError(
+            f"--limit {given}: there is no such limit{did_you_mean(name, BOUNDS) or ': ' + ', '.join(BOUNDS)}"
+        )
+    kind = type(getattr(ServerConfig(), name))
+    try:
+        value = kind(raw)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        noun = "a whole number of at least 1" if kind is int else "a number above 0"
+        raise UsageError(f"--limit {given}: expected {noun}")
+    return name, value
 
 
 def _cache_dir(given: str | None) -> str | None:

@@ -13,6 +13,8 @@ class ServerConfig:
     """TCP port; 0 takes a free one."""
     api_key: str | None = None
     """Bearer key every POST must carry; None asks for none."""
+    insecure: bool = False
+    """Let everybody in who reaches the address, though no key is asked for."""
     cors_allow_origins: tuple[str, ...] = ()
     """Origins whose pages may call this server; `("*",)` is any, as TGI does by default; empty sends no CORS header, so
     that a stranger's page cannot use a server on the visitor's own machine."""
@@ -36,12 +38,18 @@ class ServerConfig:
 
     payload_limit: int = 2_000_000
     """Largest request body, bytes."""
+    url_limit: int = 8_192
+    """Longest path and query of a request, bytes."""
     header_limit: int = 32_768
-    """Largest request head (target and headers together), bytes."""
+    """Most bytes of a request's headers together."""
     header_count_limit: int = 100
     """Most header lines of a request."""
     header_timeout_s: float = 10.0
     """Seconds a client has to send a whole request head."""
+    body_timeout_s: float = 30.0
+    """Seconds a client has to send a request's body after its head."""
+    max_connections: int = 4_096
+    """Most open connections, idle ones included; fewer where the process may not have as many files."""
     keep_alive_timeout_s: int = 75
     """Seconds an idle connection is kept; longer than the pools of common clients, so that they close first."""
 
@@ -67,6 +75,10 @@ class ServerConfig:
 
     validation_workers: int = 2
     """Threads that tokenise and render chat templates."""
+    template_timeout_s: float = 5.0
+    """Seconds the rendering of one chat template may take."""
+    grammar_timeout_s: float = 5.0
+    """Seconds a request waits for its grammar to be checked, other grammars before it included."""
     sse_keep_alive_s: float = 15.0
     """Seconds of silence after which a stream gets a comment, so that proxies keep it."""
     write_timeout_s: float = 60.0
@@ -77,3 +89,16 @@ class ServerConfig:
     """Where traces are sent, by OTLP over gRPC; None makes none."""
     otlp_service_name: str = "xlane"
     """Who they are from."""
+
+    @property
+    def keyed(self) -> bool:
+        """Whether a key is asked for."""
+        return self.api_key is not None
+
+
+BOUNDS = (
+    "url_limit", "header_limit", "header_count_limit", "header_timeout_s", "body_timeout_s", "keep_alive_timeout_s",
+    "max_connections", "max_choices", "max_stop_chars", "max_token_bytes", "template_timeout_s", "grammar_timeout_s",
+    "sse_keep_alive_s", "write_timeout_s",
+)  # fmt: skip
+"""Bounds that few want to move: `--limit NAME=VALUE` does, for all of them."""

@@ -246,6 +246,9 @@ def error_response(error: Exception, path: str) -> Response:
         headers["retry-after"] = str(problem.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, BodyTooLarge):
+        # The rest of the body is not read, so the connection cannot be used again.
+        headers["connection"] = "close"
     if isinstance(error, HTTPException) and error.headers:
         headers.update(error.headers)
     if speaks_anthropic(path):

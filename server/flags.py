@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..engine.config import EngineConfig
 from ..engine.request import MAX_SPECULATE
-from .config import ServerConfig
+from .config import BOUNDS, ServerConfig
 from .options import Flag, Kind
 
 
@@ -187,6 +187,7 @@ HTTP = (
     _tgi("hostname", "server.host", "Address to listen on."),
     _tgi("port", "server.port", "0 takes a free one.", "int", short="p", at_least=0, at_most=65535),
     _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`."),
+    _own("insecure", "server.insecure", "Let in everybody who reaches the address, without a key.", "bool"),
     _tgi("cors-allow-origin", "server.cors_allow_origins", "Origins whose pages may call this server.", "list"),
     Flag(
         "vertex-predict-route", "server.predict_route", "One more path for POST /vertex.", env="AIP_PREDICT_ROUTE",
@@ -232,6 +233,10 @@ HTTP = (
     _tgi(
         "graceful-termination-timeout", "server.graceful_termination_timeout_s",
         "Seconds that running requests have to finish after a stop is asked for.", "float", short="g", at_least=0
+    ),
+    _own(
+        "limit", "limit",
+        f"NAME=VALUE: move a bound that few need to. {', '.join(BOUNDS)}.", "list"
     ),
     _tgi("otlp-endpoint", "server.otlp_endpoint", "Send traces there, by OTLP over gRPC; needs the extra `otel`."),
     _tgi("otlp-service-name", "server.otlp_service_name", "Who the traces are from."),

@@ -1,8 +1,8 @@
 """Whether a grammar can be followed, found out before the engine hears of it: off the event loop, within bounds, once.
 
 llguidance is Rust and lets other threads run. It bounds its own work (see `grammar_limits`); on top of that a client waits for no
-more than `TIMEOUT_S`, and a text over the configured number of bytes is not looked at. Knows grammars' texts, not what they
-are for.
+more than the configured seconds, and a text over the configured number of bytes is not looked at. Knows grammars' texts, not what
+they are for.
 """
 
 import asyncio
@@ -14,8 +14,6 @@ import llguidance
 from ..engine import InvalidRequest, check_grammar, compilers, grammar_limits
 from .errors import Invalid
 
-TIMEOUT_S = 5.0
-"""Longest a request waits for its grammar to be checked, other grammars before it included."""
 CACHE_BYTES = 8_000_000
 """Most text of grammars known to be right."""
 _THREADS = 2
@@ -24,8 +22,8 @@ _THREADS = 2
 class Grammars:
     """Checks grammars and remembers which were right. Used from one event loop."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, timeout_s: float) -> None:
+        self._max_bytes, self._timeout_s = max_bytes, timeout_s
         self._threads = compilers(_THREADS, "xlane-grammar")
         self._known: OrderedDict[str, None] = OrderedDict()
         self._known_bytes = 0
@@ -39,10 +37,13 @@ class Grammars:
         """
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._checked, make, param)
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 text = await work
         except TimeoutError:
-            raise Invalid(f"`{param}` takes longer than {TIMEOUT_S:g} s to compile", param=param) from None
+            raise Invalid(
+                f"`{param}` takes longer than {self._timeout_s:g} s to compile (--limit grammar_timeout_s=…)",
+                param=param,
+            ) from None
         self._remember(text)
         return text
 

@@ -65,10 +65,7 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal() or int(declared[:20]) > self._limit:
-            response = error_response(self._error(), scope["path"])
-            # The rest of the body is not read, so the connection cannot be used again.
-            response.headers["connection"] = "close"
-            await response(scope, receive, send)
+            await error_response(self._error(), scope["path"])(scope, receive, send)
             return
         seen = 0
 

@@ -4,9 +4,11 @@ Tokenising a long text takes long enough to be felt by every stream of the proce
 """
 
 import asyncio
+import ctypes
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -83,6 +85,10 @@ def special_id(tokenizer: TextTokenizer, text: str) -> int | None:
     return ids[0] if known else None
 
 
+class TooSlow(BaseException):
+    """Work on text took longer than it may. No Exception, so that no handler in the work takes it for a failure there."""
+
+
 class TextWorkers:
     """A few threads for tokenising and templates; more work than threads waits its turn."""
 
@@ -93,6 +99,61 @@ class TextWorkers:
         """The result of a call made on one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
+    async def run_within(self, limit_s: float, work: Callable[[], T]) -> T:
+        """The same for work in Python that must not take longer than so many seconds, its turn not counted.
+
+        Raises TooSlow. The thread is free again then: the exception is raised in it, at the work's next step.
+        """
+        work_ = _Stoppable(work)
+        loop = asyncio.get_running_loop()
+        watching: list[asyncio.TimerHandle] = []
+
+        def watched() -> T:
+            loop.call_soon_threadsafe(lambda: watching.append(loop.call_later(limit_s, work_.stop)))
+            return work_()
+
+        try:
+            return await self.run(watched)
+        finally:
+            work_.stop()
+            for timer in watching:
+                timer.cancel()
+
     def close(self) -> None:
         """Let running calls end, start no others."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Stoppable(Generic[T]):
+    """Work that another thread can stop. A thread of Python's has no other way out of a loop."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._thread = 0
+        self._stopped = False
+
+    def __call__(self) -> T:
+        with self._lock:
+            if self._stopped:
+                raise TooSlow
+            self._thread = threading.get_ident()
+        try:
+            return self._work()
+        finally:
+            with self._lock:
+                self._thread = 0
+            _step()
+
+    def stop(self) -> None:
+        """Raise TooSlow where the work is now; nothing if it is done."""
+        with self._lock:
+            self._stopped = True
+            if self._thread:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._thread), ctypes.py_object(TooSlow)
+                )
+
+
+def _step() -> None:
+    """A call, at which an exception that is due is raised: not later, in somebody else's work."""

@@ -14,6 +14,7 @@ from xlane.engine import EngineConfig, EngineLost, PlanError
 from xlane.models.errors import HubError
 from xlane.server import cli, flags
 from xlane.server.cli import COMMANDS, Settings, choose, settle
+from xlane.server.config import BOUNDS, ServerConfig
 from xlane.server.options import UsageError
 
 ALL = [flag for command in COMMANDS for group in command.groups.values() for flag in group]
@@ -165,12 +166,30 @@ def test_a_model_may_be_a_bare_word():
         ("serve --sharded false --num-shard 2", "contradicts --num-shard 2"),
         ("serve --quantize awq", "--quantize=awq is not supported"),
         ("serve --speculate 17", "--speculate=17: expected a whole number from 0 to 16"),
+        (
+            "serve --limit hedder_limit=9",
+            "--limit hedder_limit=9: there is no such limit: did you mean header_limit",
+        ),
+        ("serve --limit x", "there is no such limit: url_limit, header_limit"),
+        ("serve --limit url_limit=0", "--limit url_limit=0: expected a whole number of at least 1"),
+        ("serve --limit url_limit=1.5", "--limit url_limit=1.5: expected a whole number of at least 1"),
+        ("serve --limit body_timeout_s=inf", "--limit body_timeout_s=inf: expected a number above 0"),
         ("serve --lora-adapters a", "--lora-adapters=a is not supported"),
         ("serve --rope-scaling linear", "--rope-scaling=linear is not supported"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(line: str, words: str):
     assert words in refused(line)
+
+
+def test_every_bound_without_a_flag_can_be_moved():
+    reachable = {flag.to for flag in ALL} | {f"server.{name}" for name in BOUNDS}
+    numbers = [f.name for f in dataclasses.fields(ServerConfig) if f.type in (int, float, "int", "float")]
+    assert [name for name in numbers if f"server.{name}" not in reachable] == []
+    given = ",".join(f"{name}=7" for name in BOUNDS)
+    server = read(f"serve --limit {given}").server
+    assert {getattr(server, name) for name in BOUNDS} == {7}
+    assert read("serve", {"XLANE_LIMIT": "header_timeout_s=0.5"}).server.header_timeout_s == 0.5
 
 
 def test_a_wrong_variable_is_named():
