@@ -183,6 +183,7 @@ class Engine:
             joins=self._counters.joins,
             guessed_tokens=self._scheduler.guessed,
             accepted=self._counters.accepted.snapshot(),
+            taken_lanes=self._scheduler.taken_lanes(),
         )
 
     def healthy(self) -> bool:

@@ -231,6 +231,26 @@ class LaunchStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStats:
+    """What one lane that is taken does now."""
+
+    lane: int
+    prefill: bool
+    """Whether the sequence's tokens are still being computed; else it decodes."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt, found in the cache."""
+    generated_tokens: int
+    computed_tokens: int
+    """Of prompt and output, those whose keys and values are in the pool or, by a launch in flight, will be."""
+    most_tokens: int
+    """Prompt and output at which it must end."""
+    pages: int
+    age_s: float
+    """Since it was submitted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of the engine, cheap to take."""
 
@@ -265,6 +285,8 @@ class EngineStats:
     """Tokens guessed and verified since start."""
     accepted: Histogram
     """How many of them were right, for each sequence in each launch that made it a token, between ACCEPTED_EDGES."""
+    taken_lanes: tuple[LaneStats, ...] = ()
+    """What each does, by number."""
 
 
 def check_prompt_scores(prompt_tokens: int, alternatives: int) -> None:

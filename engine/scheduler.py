@@ -11,12 +11,13 @@ Knows no device and no time: the loop calls `plan` once a turn and `absorb` for 
 """
 
 import heapq
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .errors import RequestFailed
 from .pages import PageAllocator, chain, pages_for
-from .request import StepOutput
+from .request import LaneStats, StepOutput
 from .sequence import Phase, Sequence
 from .turn import NO_PAGE, Result, Row, Segment, Turn
 
@@ -62,6 +63,11 @@ class Scheduler:
     def running(self) -> int:
         """Sequences with a lane."""
         return len(self._running)
+
+    def taken_lanes(self) -> tuple[LaneStats, ...]:
+        """What the taken lanes do, by number. May be asked from another thread."""
+        told = [sequence.lane_stats() for sequence in [*self._running]]
+        return tuple(sorted((lane for lane in told if lane.lane >= 0), key=lambda lane: lane.lane))
 
     def sequences(self) -> list[Sequence]:
         """All that are not finished, running first."""
@@ -209,8 +215,8 @@ class Scheduler:
         sequence.begin(len(found) * self.limits.page_tokens)
         sequence.lane = heapq.heappop(self._lanes)
         sequence.phase = Phase.PREFILL
-        self._running.append(sequence)
-        self._running.sort(key=lambda s: s.order)
+        # Not appended and sorted: a list is empty while it is sorted, and other threads look at this one.
+        insort(self._running, sequence, key=lambda s: s.order)
         return sequence
 
     def _make_room(self, sequence: Sequence) -> bool:

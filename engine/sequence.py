@@ -14,7 +14,7 @@ from enum import Enum, auto
 from .draft import Drafter
 from .grammar import Guide
 from .local import Sink
-from .request import FinishReason, Request, SamplingParams, StepOutput, Timing, TokenOutput
+from .request import FinishReason, LaneStats, Request, SamplingParams, StepOutput, Timing, TokenOutput
 
 
 class Phase(Enum):
@@ -217,6 +217,20 @@ class Sequence:
             queue_s=(self.launched_s or now) - start,
             first_token_s=(self.first_token_s or now) - start,
             total_s=now - start,
+        )
+
+    def lane_stats(self) -> LaneStats:
+        """What its lane does. May be read by another thread, a number or two of it a turn apart."""
+        return LaneStats(
+            lane=self.lane,
+            prefill=self.phase is Phase.PREFILL,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens or 0,
+            generated_tokens=max(0, len(self.tokens) - self.prompt_tokens),
+            computed_tokens=self.computed,
+            most_tokens=self.most_tokens,
+            pages=len(self.pages),
+            age_s=time.monotonic() - self.submitted_s,
         )
 
     def abort(self) -> StepOutput:

@@ -29,6 +29,7 @@ from .responses import responses
 from .stream import ClientGone
 from .text import TextWorkers
 from .tracing import TraceRequests, Tracing
+from .ui import routes as ui
 
 
 def create_app(backend: Backend, config: ServerConfig) -> Starlette:
@@ -93,6 +94,7 @@ def routes(config: ServerConfig) -> list[Route]:
         Route("/metrics", misc.metrics),
         Route("/docs", docs.page),
         Route("/api-doc/openapi.json", docs.document),
+        *_ui(),
         *_kserve(),
     ]
 
@@ -105,6 +107,15 @@ def _chosen(config: ServerConfig) -> list[Route]:
     if config.health_route:
         chosen.append(Route(config.health_route.rstrip("/") or "/", misc.health))
     return chosen
+
+
+def _ui() -> list[Route]:
+    return [
+        Route("/ui", ui.page),
+        Route("/ui/lanes", ui.lanes),
+        Route(f"/ui/{ui.STYLE}", ui.style),
+        *(Route(f"/ui/{name}", ui.script) for name in ui.SCRIPTS),
+    ]
 
 
 def _kserve() -> list[Route]:

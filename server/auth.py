@@ -1,4 +1,5 @@
-"""Who may ask for work: with a key configured, every POST needs it. GET routes (health, metrics, lists) are open.
+"""Who may ask for work: with a key configured, every POST needs it. GET routes (health, metrics, lists) are open, but
+for those that tell of single requests.
 
 By method, not by a list of paths, so that a new route cannot be forgotten. Decides on nothing but method and header.
 """
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .errors import Unauthorized, error_response, speaks_anthropic
 
 OPEN_METHODS = ("GET", "HEAD", "OPTIONS")
+GUARDED = ("/ui/lanes",)
+"""What asks for the key all the same."""
 
 
 class RequireKey:
@@ -22,7 +25,7 @@ class RequireKey:
         self._digest = None if key is None else _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in OPEN_METHODS or self._allowed(scope):
+        if scope["type"] != "http" or _open(scope) or self._allowed(scope):
             await self._app(scope, receive, send)
             return
         error = Unauthorized("A valid key is required: send `Authorization: Bearer <key>`")
@@ -37,6 +40,10 @@ class RequireKey:
         # Anthropic's clients send it under a name of their own.
         other = _header(scope, b"x-api-key") if speaks_anthropic(scope["path"]) else b""
         return hmac.compare_digest(_digest(other.strip()), self._digest)
+
+
+def _open(scope: Scope) -> bool:
+    return scope["method"] in OPEN_METHODS and (scope["path"] not in GUARDED or scope["method"] == "OPTIONS")
 
 
 def _header(scope: Scope, wanted: bytes) -> bytes:

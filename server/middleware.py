@@ -23,7 +23,7 @@ class TidyPaths:
             path = _SLASHES.sub("/", scope["path"])
             path = path.rstrip("/") or "/"
             if path != scope["path"]:
-                scope = {**scope, "path": path, "raw_path": path.encode()}
+                scope = {**scope, "path": path, "raw_path": path.encode(), "asked_path": scope["path"]}
         await self._app(scope, receive, send)
 
 

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from .answers_anthropic import AnthropicProblem
 from .answers_openai import OpenAIProblem
 from .answers_tgi import Problem
+from .auth import GUARDED
 from .errors import speaks_anthropic, speaks_openai
 from .operations import OPERATIONS, Operation
 
@@ -119,7 +120,7 @@ def _describe(
         if operation.example is not None:
             content["example"] = operation.example
         described["requestBody"] = {"required": True, "content": {JSON: content}}
-    if method == "post":
+    if method == "post" or path in GUARDED:
         described["security"] = [{"key": []}] if keyed else [{}, {"key": []}]
     return described
 
@@ -141,6 +142,8 @@ def _responses(path: str, operation: Operation, kinds: _Kinds) -> dict[str, obje
     )
     if operation.body is not None:
         statuses |= _BODY
+    if path in GUARDED:
+        statuses[401] = _BODY[401]
     if operation.generates:
         statuses |= _READ | _GENERATION | _NO_MODEL
     if not operation.both_errors:

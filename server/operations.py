@@ -20,8 +20,11 @@ from .schema_openai import ChatBody, CompletionBody
 from .schema_platforms import InferBody, VertexBody
 from .schema_responses import ResponsesBody
 from .schema_tgi import DetokenizeBody, GenerateBody, TokenizeBody
+from .ui import routes as ui
+from .ui.shapes import Lanes
 
 TEXT, HTML, PROMETHEUS = "text/plain", "text/html", "text/plain; version=0.0.4"
+CSS, JAVASCRIPT = "text/css", "text/javascript"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,10 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
     misc.health: Operation(group="Operation", summary="Whether generations are served now", also={503: tgi.Problem}),
     misc.metrics: Operation(group="Operation", summary="Numbers for Prometheus", media=PROMETHEUS),
     docs.page: Operation(group="Operation", summary="This API, for people", media=HTML),
+    ui.page: Operation(group="Operation", summary="A chat and the lanes, for people", media=HTML),
+    ui.style: Operation(group="Operation", summary="How that page looks", media=CSS),
+    ui.script: Operation(group="Operation", summary="What that page does", media=JAVASCRIPT),
+    ui.lanes: Operation(group="Operation", summary="What every lane does now", answer=Lanes),
     docs.document: Operation(group="Operation", summary="This API, for programs", answer=tgi.ApiDescription, always=True),
     sagemaker.invocations: Operation(
         group="Platforms", summary="SageMaker: any of the bodies of `/`, chat and completions",

@@ -22,6 +22,7 @@ from ..request import (
     EngineStats,
     FinishReason,
     Histogram,
+    LaneStats,
     LaunchStats,
     LogprobsMode,
     ProgramInfo,
@@ -118,6 +119,17 @@ _SAME_STATS = (
     "gap_ms",
     "joins",
     "guessed_tokens",
+)
+_LANE_STATS = (
+    "lane",
+    "prefill",
+    "prompt_tokens",
+    "cached_tokens",
+    "generated_tokens",
+    "computed_tokens",
+    "most_tokens",
+    "pages",
+    "age_s",
 )
 _LAUNCH_STATS = ("whole_s", "device_s", "emit_s")
 
@@ -288,6 +300,7 @@ def encode_stats(stats: EngineStats) -> pb.EngineStats:
         decode=_encode_launches(stats.decode),
         prefill_rows=_encode_histogram(stats.prefill_rows),
         accepted=_encode_histogram(stats.accepted),
+        taken_lanes=[pb.LaneStats(**_fields(lane, _LANE_STATS)) for lane in stats.taken_lanes],
         **_fields(stats, _SAME_STATS),
     )
 
@@ -299,6 +312,7 @@ def decode_stats(message: pb.EngineStats) -> EngineStats:
         decode=_decode_launches(message.decode),
         prefill_rows=_decode_histogram(message.prefill_rows),
         accepted=_decode_histogram(message.accepted),
+        taken_lanes=tuple(LaneStats(**_fields(lane, _LANE_STATS)) for lane in message.taken_lanes),
         **_fields(message, _SAME_STATS),
     )
 

@@ -269,7 +269,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "host_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered", "queue_wait_s", "gap_ms", "guessed_tokens", "accepted")
+    __slots__ = ("lanes_active", "queued", "pages_free", "pages_total", "steps", "prefill_tokens", "decode_tokens", "preemptions", "compiles_after_ready", "step_ms", "host_ms", "prefill", "decode", "prefill_rows", "joins", "pages_remembered", "queue_wait_s", "gap_ms", "guessed_tokens", "accepted", "taken_lanes")
     LANES_ACTIVE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -290,6 +290,7 @@ class EngineStats(_message.Message):
     GAP_MS_FIELD_NUMBER: _ClassVar[int]
     GUESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_LANES_FIELD_NUMBER: _ClassVar[int]
     lanes_active: int
     queued: int
     pages_free: int
@@ -310,7 +311,30 @@ class EngineStats(_message.Message):
     gap_ms: float
     guessed_tokens: int
     accepted: Histogram
-    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., host_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., gap_ms: _Optional[float] = ..., guessed_tokens: _Optional[int] = ..., accepted: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    taken_lanes: _containers.RepeatedCompositeFieldContainer[LaneStats]
+    def __init__(self, lanes_active: _Optional[int] = ..., queued: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_ready: _Optional[int] = ..., step_ms: _Optional[float] = ..., host_ms: _Optional[float] = ..., prefill: _Optional[_Union[LaunchStats, _Mapping]] = ..., decode: _Optional[_Union[LaunchStats, _Mapping]] = ..., prefill_rows: _Optional[_Union[Histogram, _Mapping]] = ..., joins: _Optional[int] = ..., pages_remembered: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., gap_ms: _Optional[float] = ..., guessed_tokens: _Optional[int] = ..., accepted: _Optional[_Union[Histogram, _Mapping]] = ..., taken_lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ...) -> None: ...
+
+class LaneStats(_message.Message):
+    __slots__ = ("lane", "prefill", "prompt_tokens", "cached_tokens", "generated_tokens", "computed_tokens", "most_tokens", "pages", "age_s")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    lane: int
+    prefill: bool
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    computed_tokens: int
+    most_tokens: int
+    pages: int
+    age_s: float
+    def __init__(self, lane: _Optional[int] = ..., prefill: bool = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., most_tokens: _Optional[int] = ..., pages: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("counts", "sum")

@@ -113,6 +113,34 @@ def test_a_long_prompt_takes_the_whole_chunk_turn_after_turn_while_others_decode
     assert [decoded(turn) for turn in turns] == [[], ["r0"], ["r0"], ["r0", "r1"]]
 
 
+def test_it_tells_what_each_lane_does() -> None:
+    plans = scheduler(lanes=3, pages=64)
+    for one in (sequence(0, 3, max_tokens=4), sequence(1, 20, max_tokens=2), sequence(2, 1)):
+        plans.add(one)
+    read(plans, plans.plan())
+
+    def told() -> list[tuple[int | bool, ...]]:
+        return [
+            (
+                s.lane,
+                s.prefill,
+                s.prompt_tokens,
+                s.generated_tokens,
+                s.computed_tokens,
+                s.most_tokens,
+                s.pages,
+            )
+            for s in plans.taken_lanes()
+        ]
+
+    assert told() == [(0, False, 3, 1, 3, 7, 1), (1, True, 20, 0, 5, 22, 5)]
+    read(plans, plans.plan())
+    assert told() == [(0, False, 3, 2, 4, 7, 1), (1, True, 20, 0, 13, 22, 5)]
+    plans.drop(plans.sequences()[0])
+    assert [lane.lane for lane in plans.taken_lanes()] == [1]
+    assert all(0 <= lane.age_s < 60 for lane in plans.taken_lanes())
+
+
 def test_the_budget_is_asked_with_the_lanes_that_decode() -> None:
     asked: list[int] = []
 

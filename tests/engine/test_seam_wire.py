@@ -19,6 +19,7 @@ from xlane.engine import (
     FinishReason,
     Histogram,
     InvalidRequest,
+    LaneStats,
     LaunchStats,
     LogprobsMode,
     Overloaded,
@@ -158,7 +159,7 @@ def test_an_error_of_another_room_travels_as_its_base():
 
 @pytest.mark.parametrize("sha", [None, "abc"])
 def test_info_and_stats_arrive_as_they_left(sha: str | None):
-    numbers = iter(range(1, 100))
+    numbers = iter(range(1, 200))
     kinds = {
         "int": lambda: next(numbers),
         "str": lambda: f"s{next(numbers)}",
@@ -175,13 +176,14 @@ def test_info_and_stats_arrive_as_they_left(sha: str | None):
     def histogram() -> Histogram:
         return Histogram(tuple(next(numbers) for _ in range(3)), next(numbers) / 8)
 
-    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows", "accepted"}
+    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows", "accepted", "taken_lanes"}
     programs = (ProgramInfo(**filled(ProgramInfo)), ProgramInfo(**filled(ProgramInfo)))
     info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs)
     assert codec.decode_info(through_the_wire(codec.encode_info(info))) == info
     prefill, decode = (LaunchStats(*(histogram() for _ in range(3))) for _ in range(2))
     spreads = {"prefill": prefill, "decode": decode, "prefill_rows": histogram(), "accepted": histogram()}
-    stats = EngineStats(**filled(EngineStats), **spreads)
+    lanes = (LaneStats(**filled(LaneStats), prefill=True), LaneStats(**filled(LaneStats), prefill=False))
+    stats = EngineStats(**filled(EngineStats), **spreads, taken_lanes=lanes)
     assert codec.decode_stats(through_the_wire(codec.encode_stats(stats))) == stats
 
 

@@ -8,6 +8,7 @@ generated instead, then the first stop id. Biases, least lengths and a prompt's 
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from xlane.engine import (
     FinishReason,
     Histogram,
     InvalidRequest,
+    LaneStats,
     LaunchStats,
     Request,
     StepOutput,
@@ -93,6 +95,8 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     """Ids of requests whose iterator was closed before its end."""
     active: int = 0
+    lanes: dict[int, LaneStats] = field(default_factory=dict)
+    """What runs, by lane: the first that is free. A token of the prompt is computed, or found, before its first output."""
 
     async def submit(self, request: Request) -> AsyncIterator[StepOutput]:  # type: ignore[override]
         if self.refuse_with is not None:
@@ -101,6 +105,8 @@ class FakeEngine:
             raise InvalidRequest("an id is out of range")
         self.submitted.append(request)
         self.active += 1
+        lane = next(number for number in itertools.count() if number not in self.lanes)
+        self._show(lane, request, generated=0)
         finished = False
         started = time.monotonic()
         try:
@@ -114,6 +120,7 @@ class FakeEngine:
                 end = start + self.tokens_per_step
                 aborts = self.abort_after is not None and end >= self.abort_after
                 finished = end >= len(tokens) or aborts
+                self._show(lane, request, generated=end)
                 yield StepOutput(
                     request.id,
                     tuple(tokens[start:end]),
@@ -124,8 +131,23 @@ class FakeEngine:
                 )
         finally:
             self.active -= 1
+            del self.lanes[lane]
             if not finished:
                 self.cancelled.append(request.id)
+
+    def _show(self, lane: int, request: Request, generated: int) -> None:
+        prompt = len(request.prompt_ids)
+        self.lanes[lane] = LaneStats(
+            lane=lane,
+            prefill=generated == 0,
+            prompt_tokens=prompt,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=generated,
+            computed_tokens=prompt + generated - 1 if generated else prompt // 2,
+            most_tokens=prompt + request.sampling.max_tokens,
+            pages=1,
+            age_s=generated / 8,
+        )
 
     def _tokens(self, request: Request) -> tuple[list[TokenOutput], FinishReason]:
         sampling = request.sampling
@@ -190,6 +212,7 @@ class FakeEngine:
             joins=3,
             guessed_tokens=20,
             accepted=spread(0, 0, 1, 4, edges=16, sum=14.0),
+            taken_lanes=tuple(self.lanes[lane] for lane in sorted(self.lanes)),
         )
 
     async def health(self) -> bool:
