@@ -44,7 +44,8 @@ DECODE_WIDTH = len(DecodePlan._fields)
 def pack_decode(plan: list[Row], rows: int, lanes: int) -> np.ndarray:
     """Write at most `rows` rows -> int32[rows, DECODE_WIDTH]."""
     packed = np.full((rows, DECODE_WIDTH), (lanes, 0, NO_PAGE, 0, 0), np.int32)
-    packed[: len(plan)] = plan
+    if plan:
+        packed[: len(plan)] = plan
     if (packed[:, 2] == NO_PAGE).all():
         packed[:, 1] = 0  # equal plans look equal, so that the one on the device serves again
     return packed

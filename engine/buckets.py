@@ -6,8 +6,6 @@ from .turn import Size
 
 SEGMENTS = 8
 """Most requests that share a prefill launch."""
-MIXED_TOKENS_A_LANE = 4
-"""Most prompt tokens a lane, in a launch that all lanes decode in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +15,14 @@ class Defaults:
     lanes: int
     chunk_tokens: int
     least_tokens: int
-    """Of a prefill program: smaller ones would save nothing."""
+    """Of the smallest piece of a prompt: what all streams wait for while others ask much."""
     cheap_rows: int
     """Rows of a decode step up to which it costs about what one row does, because reading the weights takes longer than
     computing: where lanes leave some of them free, guesses may have them."""
 
 
 DEFAULTS = {
-    "cpu": Defaults(16, 128, 16, 16),
+    "cpu": Defaults(16, 128, 8, 16),
     "gpu": Defaults(128, 2048, 64, 128),
     "tpu": Defaults(64, 1024, 64, 128),
 }
@@ -59,12 +57,12 @@ def launch_sizes(
 ) -> tuple[Size, ...]:
     """Everything to compile, smallest first: decodes, prompts, and both in one launch.
 
-    Of these there are few. Beside some lanes only the smallest piece of a prompt, with every second number of lanes; beside
-    all lanes also larger ones, while they are no more than a few times the lanes' own work.
+    Of these there are few: the smallest piece of a prompt beside one lane, a quarter of them or all; twice as much beside one,
+    four times as much beside all. A prompt that fits beside one lane has no program of its own.
     """
     rows, tokens = decode_rows(lanes, data), prefill_tokens(chunk_tokens, least_tokens)
     guessing = decode_rows(most_rows or lanes, data)  # nobody guesses beside prompts
-    mixed = {Size(some, tokens[0]) for some in rows[::-2]}
-    mixed |= {Size(lanes, count) for count in tokens if count <= MIXED_TOKENS_A_LANE * lanes}
-    sizes = {*(Size(some, 0) for some in (*rows, *guessing)), *(Size(0, count) for count in tokens), *mixed}
+    beside = (rows[0], tokens[:2]), (rows[max(0, len(rows) - 3)], tokens[:1]), (lanes, tokens[:3:2])
+    mixed = {Size(some, count) for some, counts in beside for count in counts}
+    sizes = {Size(some, 0) for some in (*rows, *guessing)} | mixed | {Size(0, count) for count in tokens[2:]}
     return tuple(sorted(sizes, key=lambda size: (sum(size), size)))

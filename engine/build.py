@@ -27,8 +27,6 @@ from .buckets import DEFAULTS, SEGMENTS, launch_sizes, most_decode_rows
 from .config import EngineConfig, texts_folder
 from .errors import PlanError
 from .kernels.native import native_kernels
-from .kernels.pallas_gpu import PallasGpuKernels
-from .kernels.pallas_tpu import PallasTpuKernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
 from .programs import Programs, abstract_params, compile_all, param_sharding
@@ -223,9 +221,14 @@ def _kernels(
     plain = XlaKernels(platform, several)
     if config.kernels == "xla":
         return plain, "xla (asked for)"
+    # Pallas is slow to import, and is here only where it is used.
     if platform == "gpu" and config.kernels in ("auto", "pallas"):
+        from .kernels.pallas_gpu import PallasGpuKernels
+
         return PallasGpuKernels(several), "pallas (attention; XLA's products)"
     if platform == "tpu" and config.kernels in ("auto", "pallas"):
+        from .kernels.pallas_tpu import PallasTpuKernels
+
         return PallasTpuKernels(several), "pallas (decode attention; XLA's prefill and products)"
     if config.kernels == "pallas":
         raise PlanError(f"--kernels pallas serves GPUs and TPUs, and this is {platform}: use --kernels auto")

@@ -30,9 +30,8 @@ class Size(NamedTuple):
         return f"mixed[{self.rows}+{self.tokens}]" if self.rows else f"prefill[{self.tokens}]"
 
     def holds(self, rows: int, tokens: int) -> bool:
-        """Whether so much work fits, and none of it is of a kind that this program does not do."""
-        same_kinds = (self.rows > 0, self.tokens > 0) == (rows > 0, tokens > 0)
-        return same_kinds and rows <= self.rows and tokens <= self.tokens
+        """Whether so much work fits. Prompts may leave all rows free; what only decodes takes no program for prompts."""
+        return rows <= self.rows and tokens <= self.tokens and (self.tokens > 0) == (tokens > 0)
 
 
 class Segment(NamedTuple):

@@ -29,7 +29,7 @@ def engine_of(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     def make(kind: str = "llama-gqa-tied", **options) -> Engine:
         options = {
-            "lanes": 4, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 32, "kernels": "xla", **options,
+            "lanes": 4, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 16, "kernels": "xla", **options,
         }  # fmt: skip
         key = (kind, *sorted(options.items()))
         if key not in built:

@@ -30,12 +30,23 @@ def test_prefill_tokens(chunk: int, smallest: int, sizes: tuple[int, ...]) -> No
 
 
 def test_launch_sizes_by_hand() -> None:
-    names = [size.name for size in launch_sizes(16, 1, 128, 16)]
-    assert names == [
-        "decode[1]", "decode[2]", "decode[4]", "decode[8]", "prefill[16]", "decode[16]", "mixed[1+16]", "mixed[4+16]",
-        "prefill[32]", "mixed[16+16]", "mixed[16+32]", "prefill[64]", "mixed[16+64]", "prefill[128]",
+    def names(*args: int) -> list[str]:
+        return [size.name for size in launch_sizes(*args)]
+
+    assert names(16, 1, 128, 8) == [
+        "decode[1]", "decode[2]", "decode[4]", "decode[8]", "mixed[1+8]", "mixed[4+8]", "decode[16]", "mixed[1+16]",
+        "mixed[16+8]", "prefill[32]", "mixed[16+32]", "prefill[64]", "prefill[128]",
     ]  # fmt: skip
-    assert [size.name for size in launch_sizes(2, 2, 16, 16)] == ["decode[2]", "prefill[16]", "mixed[2+16]"]
+    assert names(4, 1, 16, 8) == [
+        "decode[1]",
+        "decode[2]",
+        "decode[4]",
+        "mixed[1+8]",
+        "mixed[4+8]",
+        "mixed[1+16]",
+    ]
+    assert names(2, 2, 16, 8) == ["decode[2]", "mixed[2+8]", "mixed[2+16]"]
+    assert names(1, 1, 8, 8) == ["decode[1]", "mixed[1+8]"]
 
 
 @pytest.mark.parametrize(("lanes", "chunk"), [(1, 16), (3, 50), (16, 128), (128, 2048)])
@@ -44,7 +55,9 @@ def test_every_launch_fits_the_first_size_that_holds_it(lanes: int, chunk: int) 
     for rows in range(lanes + 1):
         most = max(size.tokens for size in sizes if size.holds(rows, size.tokens))
         for tokens in range(most + 1):
-            fit = [s for s in sizes if s.rows >= rows and s.tokens >= tokens and bool(s.rows) == bool(rows) and bool(s.tokens) == bool(tokens)]  # fmt: skip
+            fit = [
+                s for s in sizes if s.rows >= rows and s.tokens >= tokens and bool(s.tokens) == bool(tokens)
+            ]
             assert [size for size in sizes if size.holds(rows, tokens)] == fit
             assert fit or not (rows or tokens)
             assert fit == sorted(fit, key=sum)

@@ -72,7 +72,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
             "lanes": 4,
             "page_tokens": 4,
             "max_total_tokens": 200,
-            "prefill_chunk_tokens": 32,
+            "prefill_chunk_tokens": 16,
             **options,
         }
         key = (guidance, *sorted(options.items()))

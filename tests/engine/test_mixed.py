@@ -57,22 +57,21 @@ def test_streams_and_prompts_side_by_side_are_what_each_is_alone(engine: Engine)
 
 
 def test_a_long_prompt_holds_up_no_stream(engine: Engine) -> None:
-    """Three pieces of sixteen tokens: in each turn that computes one, the stream beside it gets a token."""
+    """Pieces of eight tokens or of sixteen: in each turn that computes one, the stream beside it gets a token."""
 
     async def main() -> tuple[int, int]:
         client = LocalClient(engine)
         stream = client.submit(request([1, 2, 3], max_tokens=60))
         await anext(stream)
-        before = engine.stats()
+        before = after = engine.stats()
         await collect(client, replace(request(list(range(3, 19)) * 3, max_tokens=1), cache_salt="long"))
-        pieces, after = 0, before
-        while pieces < 3:  # a launch is counted just after its tokens were handed over
+        while after.prefill_tokens - before.prefill_tokens < 48:  # counted just after tokens were handed over
             await asyncio.sleep(0.001)
             after = engine.stats()
-            pieces = sum(after.prefill.device_s.counts) - sum(before.prefill.device_s.counts)
         await stream.aclose()
+        pieces = sum(after.prefill.device_s.counts) - sum(before.prefill.device_s.counts)
         return pieces, after.steps - before.steps
 
     pieces, steps = asyncio.run(main())
-    assert pieces == 3
-    assert steps >= 3
+    assert 3 <= pieces <= 6
+    assert steps >= pieces

@@ -2,11 +2,12 @@
 
 import pytest
 
-from xlane.engine.buckets import launch_sizes
 from xlane.engine.pace import WINDOW, Pace
 from xlane.engine.turn import Size
 
-SIZES = launch_sizes(16, 1, 128, 16)
+ROWS_AND_TOKENS = [(rows, 0) for rows in (1, 2, 4, 8, 16)] + [(0, tokens) for tokens in (16, 32, 64, 128)]
+ROWS_AND_TOKENS += [(1, 16), (4, 16), (16, 16), (16, 32), (16, 64)]
+SIZES = tuple(sorted((Size(*size) for size in ROWS_AND_TOKENS), key=sum))
 """Beside lanes 16, 32 or 64 tokens, the larger ones in programs made for all 16 lanes."""
 
 

@@ -108,7 +108,7 @@ def test_agrees_with_plain_xla(where: tuple, kind: str) -> None:
     _compared(PallasGpuKernels(interpret=INTERPRET), where, tuple(shape), 8, options)
 
 
-@pytest.mark.parametrize("page_tokens", [8, 12, 32, 128])
+@pytest.mark.parametrize("page_tokens", [12, 128])
 @pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_any_page_size(where: tuple, page_tokens: int) -> None:
     _compared(PallasGpuKernels(interpret=INTERPRET), where, (2, 2, 16), page_tokens, {})
@@ -120,7 +120,7 @@ def test_lanes_that_decode_beside_prompts(kind: str) -> None:
     _compared(PallasGpuKernels(interpret=INTERPRET), MIXED, tuple(shape), 8, options)
 
 
-@pytest.mark.parametrize(("data", "model"), [(1, 2), (1, 4)])
+@pytest.mark.parametrize(("data", "model"), [(1, 4)])
 @pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_each_device_attends_with_its_heads(where: tuple, data: int, model: int) -> None:
     placement: Placement = make_placement(data, model)

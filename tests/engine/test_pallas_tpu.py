@@ -21,16 +21,17 @@ KINDS = {
     "one head a kv head": (4, 1, 128, {}),
     "all heads share": (1, 8, 128, {}),
     "wide": (1, 3, 256, {}),
-    "window": (2, 2, 128, {"window": 20}),
     "window over a block's border": (2, 2, 128, {"window": BLOCK_TOKENS}),
-    "softcap": (2, 2, 128, {"softcap": 2.0}),
-    "slopes": (2, 3, 128, {"slopes": (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)}),
-    "sinks": (2, 3, 128, {"sinks": np.linspace(-1, 4, 6).reshape(2, 3)}),
     "all": (
         2,
         2,
         128,
-        {"window": 300, "softcap": 3.0, "slopes": (0.4, 0.3, 0.2, 0.1), "sinks": np.ones((2, 2))},
+        {
+            "window": 300,
+            "softcap": 3.0,
+            "slopes": (0.4, 0.3, 0.2, 0.1),
+            "sinks": np.linspace(-1, 4, 4).reshape(2, 2),
+        },
     ),
 }
 
@@ -81,7 +82,7 @@ def test_bfloat16_is_as_near_as_bfloat16_is():
     np.testing.assert_allclose(got, expected, atol=0.03)
 
 
-@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("data", "model"), [(2, 2)])
 def test_devices_attend_with_what_lies_there(data: int, model: int):
     given = launch(2, 2, 128)
     expected = attend(XlaKernels("cpu"), *given)[0]

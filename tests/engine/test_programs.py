@@ -45,7 +45,10 @@ def blueprint(tmp_path_factory: pytest.TempPathFactory):
         max_total_tokens=MOST,
         prefill_chunk_tokens=32,
     )
-    return design(config, model)[0]
+    decided = design(config, model)[0]
+    # To put the same work into programs of several kinds and sizes.
+    mixed = [Size(rows, 16) for rows in (1, LANES)]
+    return replace(decided, sizes=(*(Size(n, 0) for n in (1, 2, LANES)), Size(0, 16), Size(0, 32), *mixed))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from xlane.engine.step import step as plain_step
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
 
-PROGRAMS = ["decode[1]", "decode[2]", "prefill[16]", "mixed[2+16]"]
+PROGRAMS = ["decode[1]", "decode[2]", "mixed[1+8]", "mixed[2+8]"]
 
 
 class CacheEvents:
@@ -100,7 +100,7 @@ def config(cache: Path | None, **changes) -> EngineConfig:
     return EngineConfig(
         **{
             "model_id": "untrained", "load_format": "dummy", "kernels": "xla", "lanes": 2, "page_tokens": 4,
-            "max_total_tokens": 24, "prefill_chunk_tokens": 16, "cache_dir": None if cache is None else str(cache),
+            "max_total_tokens": 24, "prefill_chunk_tokens": 8, "cache_dir": None if cache is None else str(cache),
             **changes,
         }
     )  # fmt: skip
@@ -197,7 +197,7 @@ def test_the_manifest_lists_every_program_with_its_bytes(model: Path, cache: Pat
 def test_options_that_change_the_programs_have_their_own_manifest(model: Path, tmp_path: Path) -> None:
     """Also those that change no shape of the state."""
     names = set()
-    for changes in ({}, {}, {"prefill_chunk_tokens": 8}, {"page_tokens": 8}, {"dtype": "bfloat16"}):
+    for changes in ({}, {}, {"prefill_chunk_tokens": 16}, {"page_tokens": 8}, {"dtype": "bfloat16"}):
         asked = config(tmp_path, **changes)
         blueprint, _, _ = design(asked, open_model(model, weights=False).config)
         names.add(write_manifest(asked, Programs(blueprint, {}, ()), jax.__version__))

@@ -98,12 +98,7 @@ class Network:
         return np.asarray(logits)
 
 
-# The arithmetic is what is looked at here, in many shapes once each; most of the compiler's time would go into making it
-# fast.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICKLY)
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _launch(graph, kernels, one_token_rows, params, kv, tokens, batch):
     decoder = graph.merge(params)
     hidden, kv = decoder(tokens, batch, kv, kernels, lambda x, axes: x, one_token_rows=one_token_rows)
