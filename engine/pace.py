@@ -15,6 +15,9 @@ STRETCH = 2.0
 """Without a target: how much longer than a turn of decoding alone a turn may take."""
 WINDOW = 9
 """Launches of a size that its cost is told from: a median, which one slow launch does not move."""
+HARDLY_LONGER = 1.15
+"""Against the next smaller piece: a larger one that takes no more is taken whatever the target, as where a long context costs
+the same whatever is added to it."""
 
 
 class Pace:
@@ -43,7 +46,11 @@ class Pace:
             return larger[-1].tokens if larger else best.tokens
         target_s = self._target(rows)
         for size in larger:
-            if target_s is None or self._expected_s(size, best) > target_s:
+            if target_s is None:
+                break
+            took = self._took_s[best]
+            bound_s = max(target_s, HARDLY_LONGER * median(took)) if took else target_s
+            if self._expected_s(size, best) > bound_s:
                 break
             best = size
         return best.tokens

@@ -81,3 +81,9 @@ def test_few_lanes_go_in_a_program_of_many_if_there_is_the_time() -> None:
     assert observed(Pace(SIZES), took_ms).prompt_tokens(1) == 16
     assert observed(Pace(SIZES, 0.030), took_ms).prompt_tokens(1) == 32
     assert observed(Pace(SIZES, 9.0), took_ms).prompt_tokens(1) == 64
+
+
+def test_a_larger_piece_that_takes_hardly_longer_is_taken_whatever_the_target() -> None:
+    took_ms = {(16, 16): 80.0, (16, 32): 91.0, (16, 64): 120.0}
+    assert observed(Pace(SIZES, 0.05), took_ms).prompt_tokens(16) == 32
+    assert observed(Pace(SIZES, 0.05), {**took_ms, (16, 32): 93.0}).prompt_tokens(16) == 16
