@@ -90,6 +90,18 @@ def _bench_serve(settings: Settings) -> int:
     return bench(settings.options.of(""))
 
 
+def _top(settings: Settings) -> int:
+    from .top import top
+
+    return top(settings.options.of(""))
+
+
+def _chat(settings: Settings) -> int:
+    from .talk import chat
+
+    return chat(settings.options.of(""))
+
+
 def _print_schema(settings: Settings) -> int:
     from .commands import print_schema
 
@@ -107,6 +119,8 @@ COMMANDS = (
     Command("warmup", "Compile a model's programs into --cache-dir.", _SIZES | {"Process": flags.LOG}, _warmup),
     Command("bench", "Measure the engine on this device.", _SIZES | {"Load": flags.BENCH}, _bench),
     Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),
+    Command("top", "Watch a server's lanes, live.", {"Server": flags.TOP}, _top, takes_model=False),
+    Command("chat", "Talk to a server.", {"Server": flags.CHAT}, _chat, takes_model=False),
     Command("print-schema", "Print the HTTP API as OpenAPI.", {"API": flags.API_KEY}, _print_schema, takes_model=False),
 )  # fmt: skip
 

@@ -327,6 +327,17 @@ BENCH_SERVE = (
     Flag("json", "json", "Print the JSON line only.", "bool"),
 )  # fmt: skip
 
+SERVER = (
+    Flag("url", "url", "The server.", default="http://127.0.0.1:3000"),
+    Flag("api-key", "api_key", "Bearer key.", env="API_KEY"),
+)
+TOP = (
+    *SERVER,
+    Flag("interval", "interval", "Seconds between two looks.", "float", default=0.5, at_least=0.05),
+    Flag("once", "once", "Print one look and leave.", "bool"),
+)
+CHAT = (*SERVER, Flag("system", "system", "What the model is told before the conversation."))
+
 _NO_MEANING = {
     "trust-remote-code": "code that comes with a model is never run",
     "waiting-served-ratio": "prompts are computed between decode steps, nothing waits for a batch",
