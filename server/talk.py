@@ -93,7 +93,8 @@ class Talk:
 def chat(options: Mapping[str, Any], read: Callable[[str], str] = input, out: TextIO | None = None) -> int:
     """Talk until the person leaves. Raises UsageError."""
     remote = Remote(options["url"], options.get("api_key"))
-    out = out or sys.stdout
+    if out is None:
+        out = sys.stdout
     try:
         import readline  # noqa: F401  input() has history and editing once this is loaded
     except ImportError:
