@@ -93,20 +93,19 @@ class Talk:
 def chat(options: Mapping[str, Any], read: Callable[[str], str] = input, out: TextIO | None = None) -> int:
     """Talk until the person leaves. Raises UsageError."""
     remote = Remote(options["url"], options.get("api_key"))
-    if out is None:
-        out = sys.stdout
+    to = sys.stdout if out is None else out
     try:
         import readline  # noqa: F401  input() has history and editing once this is loaded
     except ImportError:
         pass  # there is none on some systems
-    talk = Talk(remote, out, options.get("system") or "")
-    out.write(f"{remote.url}: /help lists what else can be typed\n")
+    talk = Talk(remote, to, options.get("system") or "")
+    to.write(f"{remote.url}: /help lists what else can be typed\n")
     while True:
         try:
             if not talk.take(read("> ")):
                 return OK
         except EOFError:
-            out.write("\n")
+            to.write("\n")
             return OK
         except KeyboardInterrupt:
-            out.write("\n/exit leaves\n")
+            to.write("\n/exit leaves\n")
