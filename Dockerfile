@@ -20,11 +20,13 @@ FROM python:${PYTHON}-slim-bookworm
 # The group is root's, as on platforms that choose the user: whoever it is may write to the volume.
 RUN useradd --uid 1000 --gid 0 --no-create-home xlane && install --directory --owner=1000 --group=0 --mode=0775 /data
 COPY --from=build /opt/xlane /opt/xlane
+# Inside a container every address has to be listened on; who reaches the port is said where it is published.
 ENV PATH=/opt/xlane/bin:$PATH \
     HOME=/data \
     HF_HOME=/data \
     XLANE_CACHE_DIR=/data/xlane \
     PORT=80 \
+    XLANE_INSECURE=true \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONDONTWRITEBYTECODE=1

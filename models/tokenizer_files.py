@@ -153,7 +153,7 @@ def _through_transformers(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing optional packages, odd files: transformers says which
         raise TokenizerError(f"{directory}: no tokenizer can be read: {error}") from error
     backend = getattr(loaded, "backend_tokenizer", None)

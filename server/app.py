@@ -20,6 +20,7 @@ from .config import ServerConfig
 from .errors import ServerError, error_response
 from .front import Front, Permits
 from .grammars import Grammars
+from .keys import Keys
 from .metrics import Metrics
 from .middleware import BodyLimit, RequestIds, TidyPaths
 from .openai_chat import chat_completions
@@ -33,13 +34,14 @@ from .ui import routes as ui
 
 
 def create_app(backend: Backend, config: ServerConfig) -> Starlette:
-    """The app. It can be started before the backend is ready, and then says so."""
+    """The app. It can be started before the backend is ready, and then says so. Raises UsageError."""
     front = Front(
         config=config,
         backend=backend,
         permits=Permits(config.max_concurrent_requests),
         metrics=Metrics(),
         workers=TextWorkers(config.validation_workers),
+        keys=Keys(config.api_key, config.api_key_file),
         grammars=Grammars(config.max_grammar_bytes, config.grammar_timeout_s),
     )
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
@@ -54,7 +56,7 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
 
     app = Starlette(
         routes=routes(config),
-        middleware=_middleware(config, tracing),
+        middleware=_middleware(config, front.keys, tracing),
         exception_handlers={
             HTTPException: _on_error,
             ServerError: _on_error,
@@ -131,7 +133,7 @@ def _kserve() -> list[Route]:
     ]
 
 
-def _middleware(config: ServerConfig, tracing: Tracing | None) -> list[Middleware]:
+def _middleware(config: ServerConfig, keys: Keys, tracing: Tracing | None) -> list[Middleware]:
     """From the outside in."""
     cors: list[Middleware] = []
     if config.cors_allow_origins:
@@ -149,7 +151,7 @@ def _middleware(config: ServerConfig, tracing: Tracing | None) -> list[Middlewar
         *([Middleware(TraceRequests, tracing=tracing)] if tracing is not None else []),
         Middleware(RequestIds),
         *cors,
-        Middleware(RequireKey, key=config.api_key),
+        Middleware(RequireKey, keys=keys),
         Middleware(BodyLimit, limit=config.payload_limit),
     ]
 

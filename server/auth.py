@@ -1,15 +1,13 @@
-"""Who may ask for work: with a key configured, every POST needs it. GET routes (health, metrics, lists) are open, but
-for those that tell of single requests.
+"""The door: with keys configured, every POST needs one, and keeps to its limits. GET routes (health, metrics, lists) are open,
+but for those that tell of single requests.
 
 By method, not by a list of paths, so that a new route cannot be forgotten. Decides on nothing but method and header.
 """
 
-import hashlib
-import hmac
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import Unauthorized, error_response, speaks_anthropic
+from .errors import RateLimited, Unauthorized, error_response
+from .keys import ACCOUNT, Account, Keys
 
 OPEN_METHODS = ("GET", "HEAD", "OPTIONS")
 GUARDED = ("/ui/lanes",)
@@ -17,29 +15,39 @@ GUARDED = ("/ui/lanes",)
 
 
 class RequireKey:
-    """Middleware that lets a request through if it carries the key."""
+    """Middleware that lets a request through if it carries a key, and counts what is done under it."""
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
-        # Digests have one length, so comparing them tells nothing of the key's.
-        self._digest = None if key is None else _digest(key.encode())
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _open(scope) or self._allowed(scope):
+        if scope["type"] != "http" or _open(scope) or not self._keys:
             await self._app(scope, receive, send)
             return
-        error = Unauthorized("A valid key is required: send `Authorization: Bearer <key>`")
-        await error_response(error, scope["path"])(scope, receive, send)
+        account = self._account(scope)
+        if account is None:
+            error = Unauthorized("A valid key is required: send `Authorization: Bearer <key>`")
+            await error_response(error, scope["path"])(scope, receive, send)
+            return
+        if scope["method"] in OPEN_METHODS:  # to look costs nobody's allowance
+            await self._app(scope, receive, send)
+            return
+        token = ACCOUNT.set(account)  # The tasks that this request starts inherit it.
+        try:
+            with account.request():
+                await self._app(scope, receive, send)
+        except RateLimited as error:
+            await error_response(error, scope["path"])(scope, receive, send)
+        finally:
+            ACCOUNT.reset(token)
 
-    def _allowed(self, scope: Scope) -> bool:
-        if self._digest is None:
-            return True
+    def _account(self, scope: Scope) -> Account | None:
+        """Whose key it is. Both headers are looked at, whichever is there: Anthropic's clients send x-api-key."""
         scheme, _, key = _header(scope, b"authorization").partition(b" ")
-        if hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer":
-            return True
-        # Anthropic's clients send it under a name of their own.
-        other = _header(scope, b"x-api-key") if speaks_anthropic(scope["path"]) else b""
-        return hmac.compare_digest(_digest(other.strip()), self._digest)
+        bearer = self._keys.find(key.strip())
+        other = self._keys.find(_header(scope, b"x-api-key").strip())
+        return bearer if bearer is not None and scheme.lower() == b"bearer" else other
 
 
 def _open(scope: Scope) -> bool:
@@ -48,7 +56,3 @@ def _open(scope: Scope) -> bool:
 
 def _header(scope: Scope, wanted: bytes) -> bytes:
     return next((value for name, value in scope["headers"] if name == wanted), b"")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

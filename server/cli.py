@@ -49,8 +49,15 @@ class Command:
 
 
 def _serve(settings: Settings) -> int:
+    from .hosts import is_loopback
     from .serve import serve
 
+    server = settings.server
+    if not (server.keyed or server.insecure or is_loopback(server.host)):
+        raise UsageError(
+            f"{server.host} is reached from other machines, and no key is asked for: set API_KEY (or --api-key-file) to ask "
+            "for one, --hostname 127.0.0.1 to stay on this machine, or --insecure to let everybody in"
+        )
     return serve(settings.engine, settings.server, settings.run)
 
 

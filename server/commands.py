@@ -164,5 +164,5 @@ def print_schema(server: ServerConfig) -> int:
     from .backend import Backend
     from .docs import describe
 
-    print(json.dumps(describe(create_app(Backend(), server), keyed=server.api_key is not None), indent=2))
+    print(json.dumps(describe(create_app(Backend(), server), keyed=server.keyed), indent=2))
     return OK

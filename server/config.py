@@ -12,7 +12,13 @@ class ServerConfig:
     port: int = 3000
     """TCP port; 0 takes a free one."""
     api_key: str | None = None
-    """Bearer key every POST must carry; None asks for none."""
+    """Key every POST must carry; None asks for none."""
+    api_key_file: str | None = None
+    """More keys, with a name and limits each, as `keys.py` says; read anew when it changes."""
+    ssl_certfile: str | None = None
+    """Certificates to speak HTTPS with, PEM, and maybe the key; read anew when it changes. None speaks HTTP."""
+    ssl_keyfile: str | None = None
+    """The certificate's key, if it lies elsewhere."""
     insecure: bool = False
     """Let everybody in who reaches the address, though no key is asked for."""
     cors_allow_origins: tuple[str, ...] = ()
@@ -93,7 +99,7 @@ class ServerConfig:
     @property
     def keyed(self) -> bool:
         """Whether a key is asked for."""
-        return self.api_key is not None
+        return self.api_key is not None or self.api_key_file is not None
 
 
 BOUNDS = (

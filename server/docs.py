@@ -24,7 +24,7 @@ async def document(request: HttpRequest) -> Response:
     """`GET /api-doc/openapi.json`."""
     app: Starlette = request.app
     if not hasattr(app.state, "api_document"):
-        app.state.api_document = orjson.dumps(describe(app, keyed=app.state.front.config.api_key is not None))
+        app.state.api_document = orjson.dumps(describe(app, keyed=app.state.front.config.keyed))
     return Response(app.state.api_document, media_type="application/json")
 
 

@@ -11,6 +11,7 @@ ServerError
 ├── Unauthorized        no key, or a wrong one
 ├── NoSuchRoute, WrongMethod, WrongContentType, BodyTooLarge
 ├── Busy                every permit is taken
+│   └── RateLimited     this key has had what it may
 ├── NotReady            the engine is starting, restarting or going away
 └── Incomplete          the engine ended a sequence without finishing it
 
@@ -106,6 +107,10 @@ class Busy(ServerError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(Busy):
+    """A key has reached one of its limits."""
+
+
 class NotReady(ServerError):
     """No engine answers yet, or no longer; the message says which."""
 
@@ -145,6 +150,7 @@ _TABLE: dict[type[Exception], _Row] = {
     WrongContentType: _Row(415, "validation", "", 415, _CLIENT, "unsupported_media_type"),
     BodyTooLarge: _Row(413, "validation", "", 413, _CLIENT, "payload_too_large"),
     Busy: _Row(429, "overloaded", "", 429, "rate_limit_error", "overloaded", retry=True),
+    RateLimited: _Row(429, "overloaded", "", 429, "rate_limit_error", "rate_limit_exceeded", retry=True),
     NotReady: _Row(503, "not_ready", "", 503, "service_unavailable", "not_ready", retry=True),
     Incomplete: _Row(500, "incomplete_generation", "", 500, "server_error", "incomplete_generation"),
     InvalidRequest: _Row(422, "validation", _VALIDATION, 400, _CLIENT),

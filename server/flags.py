@@ -187,6 +187,12 @@ HTTP = (
     _tgi("hostname", "server.host", "Address to listen on."),
     _tgi("port", "server.port", "0 takes a free one.", "int", short="p", at_least=0, at_most=65535),
     _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`."),
+    _own(
+        "api-key-file", "server.api_key_file",
+        "More keys: lines NAME KEY [requests_per_min=N] [tokens_per_min=N] [concurrency=N]. Read anew when it changes."
+    ),
+    _own("ssl-certfile", "server.ssl_certfile", "Speak HTTPS with this certificate (PEM). Read anew when it changes."),
+    _own("ssl-keyfile", "server.ssl_keyfile", "Its key, if it lies in a file of its own."),
     _own("insecure", "server.insecure", "Let in everybody who reaches the address, without a key.", "bool"),
     _tgi("cors-allow-origin", "server.cors_allow_origins", "Origins whose pages may call this server.", "list"),
     Flag(

@@ -13,6 +13,7 @@ from .backend import Backend, Serving
 from .config import ServerConfig
 from .errors import Busy
 from .grammars import Grammars
+from .keys import Keys
 from .metrics import Metrics
 from .reasoning import Markers
 from .text import TextWorkers
@@ -65,6 +66,7 @@ class Front:
     metrics: Metrics
     workers: TextWorkers
     grammars: Grammars
+    keys: Keys
 
     @property
     def model_name(self) -> str:

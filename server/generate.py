@@ -15,6 +15,7 @@ from typing import cast
 from ..engine import EngineClient, FinishReason, Request, StepOutput, Timing, TokenOutput
 from .detokenize import Detokenizer
 from .errors import Incomplete
+from .keys import ACCOUNT
 from .metrics import Metrics
 from .watch import WATCH
 
@@ -180,7 +181,10 @@ class _Running:
         self._scored = 0
         self._logprobs = 0.0
         self._scoring = sequence.scoring
+        self._started = False
         self._prompt: tuple[TokenOutput, ...] = ()
+        self._account = ACCOUNT.get()
+        self._prompt_tokens = len(sequence.request.prompt_ids)
         self._last = perf_counter()
 
     def advance(self, step: StepOutput) -> Progress:
@@ -244,6 +248,9 @@ class _Running:
     def _observe(self, step: StepOutput) -> None:
         if not step.tokens:
             return
+        if self._account is not None:
+            self._account.used(0 if self._started else self._prompt_tokens, len(step.tokens))
+        self._started = True
         now = perf_counter()
         if self._count:
             self._metrics.inter_token.observe((now - self._last) / len(step.tokens), len(step.tokens))

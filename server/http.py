@@ -6,6 +6,7 @@ Run it in a uvloop event loop (`uvloop.run`); any other works too, slower.
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 from .backend import Backend
 from .config import ServerConfig
 from .protocol import uvicorn_options
+from .tls import renew
 
 BACKLOG = 2048
 
@@ -53,6 +55,7 @@ async def serve_http(
     stop: asyncio.Event,
     listening: asyncio.Event | None = None,
     sock: socket.socket | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Serve until `stop` is set; then refuse new requests, let the running ones end, and return.
 
@@ -65,21 +68,27 @@ async def serve_http(
         stop: set by the caller, from a signal handler for instance.
         listening: set as soon as connections are taken.
         sock: from `bind`; made here if absent.
+        tls: from `tls_context`, for HTTPS; kept up to date here.
     """
     sock = sock or bind(config)
-    server = _Server(uvicorn.Config(app, backlog=BACKLOG, **uvicorn_options(config)))
+    settings = uvicorn.Config(app, backlog=BACKLOG, **uvicorn_options(config))
+    settings.load()
+    settings.ssl = tls
+    server = _Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(_started(server, listening))
+    renewing = [asyncio.create_task(renew(tls, config))] if tls is not None else []
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         backend.drain()
         server.should_exit = True
         await serving
     finally:
-        for task in (stopping, starting, serving):
+        tasks = (stopping, starting, serving, *renewing)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(stopping, starting, serving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _started(server: uvicorn.Server, listening: asyncio.Event | None) -> None:

@@ -8,7 +8,7 @@ Used from one event loop. Knows no HTTP; what the engine counts is engine_metric
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from ..engine import DURATION_EDGES_S, EngineInfo, EngineStats, Timing
 from .engine_metrics import buckets, counter, engine_families
 from .errors import failure_label
+from .keys import Account
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LENGTH_EDGES = tuple(float(2**k) for k in range(21))
@@ -87,6 +88,8 @@ class Now:
     """Engines that were started because one died."""
     replays: int
     """Requests that were given to another engine because theirs died."""
+    accounts: tuple[Account, ...] = ()
+    """What each key used."""
 
 
 class Metrics:
@@ -162,6 +165,31 @@ def _now(now: Now) -> Iterator[Metric]:
     yield counter(
         "xlane_replays_total", "Requests given to another engine after theirs died", {(): now.replays}
     )
+    if now.accounts:
+        yield from _by_key(now.accounts)
+
+
+def _by_key(accounts: Sequence[Account]) -> Iterator[Metric]:
+    """What each key used. The label is its name: there are as many as the file has lines."""
+    named = {account.key.name: account for account in accounts}
+    requests = {(("key", name),): account.requests for name, account in named.items()}
+    yield counter("xlane_key_requests_total", "Requests taken, by key", requests)
+    tokens = {
+        (("key", name), ("kind", kind)): count
+        for name, account in named.items()
+        for kind, count in (("prompt", account.prompt_tokens), ("generated", account.generated_tokens))
+    }
+    yield counter("xlane_key_tokens_total", "Tokens computed, by key", tokens)
+    refused = {
+        (("key", name), ("limit", limit)): count
+        for name, account in named.items()
+        for limit, count in account.refused.items()
+    }
+    yield counter("xlane_key_refused_total", "Requests beyond a limit of their key", refused)
+    running = GaugeMetricFamily("xlane_key_running", "Requests running, by key", labels=["key"])
+    for name, account in named.items():
+        running.add_metric([name], account.running)
+    yield running
 
 
 class _Collector(Collector):

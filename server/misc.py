@@ -80,7 +80,8 @@ def _now(front: Front, *, answering: bool) -> Now:
     backend = front.backend
     engine = None if backend.latest is None else backend.latest.engine
     replays = engine.replays if isinstance(engine, ReplayingClient) else 0
-    return Now(answering and backend.reason is None, front.permits.taken, backend.restarts, replays)
+    ready, accounts = answering and backend.reason is None, tuple(front.keys.accounts.values())
+    return Now(ready, front.permits.taken, backend.restarts, replays, accounts)
 
 
 async def _well(serving: Serving) -> bool:

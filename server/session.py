@@ -31,6 +31,7 @@ from .flags import RunConfig, engine_arguments
 from .http import bind, port_of, serve_http
 from .model import find_model
 from .options import UsageError
+from .tls import tls_context
 
 T = TypeVar("T")
 OK = 0
@@ -64,6 +65,7 @@ class Session:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        tls = tls_context(self._server)
         try:
             sock = bind(self._server)
         except OSError as error:
@@ -71,10 +73,11 @@ class Session:
             raise UsageError(
                 f"cannot listen on {where}: {error.strerror}; choose --hostname and --port"
             ) from error
-        self._url = _url(self._server.host, port_of(sock))
+        self._url = _url(self._server.host, port_of(sock), secure=tls is not None)
         app = create_app(self._backend, self._server)
         http = asyncio.create_task(
-            serve_http(app, self._server, backend=self._backend, stop=self._stop, sock=sock), name="http"
+            serve_http(app, self._server, backend=self._backend, stop=self._stop, sock=sock, tls=tls),
+            name="http",
         )
         try:
             await self._first_of(http, asyncio.create_task(self._start_and_watch(), name="engine"))
@@ -149,9 +152,7 @@ class Session:
         # Scripts made for TGI wait for this word.
         self._console.say(f"Connected: listening on {self._url}", fields={"url": self._url})
         name = self._server.served_model_name or info.model_id
-        self._console.ready(
-            self._url, time.perf_counter() - self._began, name, key=self._server.api_key is not None
-        )
+        self._console.ready(self._url, time.perf_counter() - self._began, name, key=self._server.keyed)
 
     def _on_progress(self, progress: Progress) -> None:
         if progress.phase == READY:
@@ -238,7 +239,7 @@ def plan(info: EngineInfo, server: ServerConfig) -> list[tuple[str, object]]:
         ),
         ("KV cache", f"{tokens:,} tokens, {tokens // info.max_total_tokens} requests of full length"),
         ("programs", len(info.programs)),
-        ("API key", "asked for" if server.api_key else "none asked for"),
+        ("API key", "asked for" if server.keyed else "none asked for"),
     ]
 
 
@@ -246,7 +247,7 @@ def _kind(model: ResolvedModel) -> Literal["directory", "gguf"]:
     return "gguf" if model.kind == "gguf" else "directory"
 
 
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, *, secure: bool) -> str:
     """Where a browser on this machine finds it."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return f"{'https' if secure else 'http'}://{shown}:{port}"

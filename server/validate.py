@@ -14,6 +14,7 @@ from ..engine import EngineInfo, InvalidRequest, Request, SamplingParams, check_
 from .config import ServerConfig
 from .errors import Invalid
 from .forms import Form
+from .keys import own_salt
 
 MAX_SEED = 2**64 - 1
 MAX_PRIORITY = 2**31 - 1
@@ -147,7 +148,7 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             grammar=checked.grammar,
             priority=checked.terms.priority,
             deadline_s=checked.terms.timeout_s,
-            cache_salt=checked.terms.cache_salt,
+            cache_salt=checked.terms.cache_salt or own_salt(),
             prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)

@@ -102,6 +102,7 @@ def test_it_starts_as_tgis_image_does():
     assert IMAGE.all("CMD") == []
     settings = launch()
     assert (settings.server.host, settings.server.port) == ("0.0.0.0", 80)
+    assert settings.server.insecure  # else it would not start without a key
     assert settings.engine.cache_dir == "/data/xlane"
     assert IMAGE.environment()["HF_HOME"] == "/data"
     assert [found.rest for found in IMAGE.all("EXPOSE")] == ["80"]

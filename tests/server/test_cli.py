@@ -239,6 +239,36 @@ def run(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     return cli.run(["plan"], {})
 
 
+@pytest.mark.parametrize(
+    ("line", "environ", "opens"),
+    [
+        ("--hostname 0.0.0.0", {}, False),
+        ("--hostname ::", {}, False),
+        ("--hostname 192.168.1.1", {}, False),
+        ("", {"HOSTNAME": "10.0.0.7"}, False),
+        ("--hostname 0.0.0.0", {"API_KEY": "k"}, True),
+        ("--hostname 0.0.0.0 --api-key-file keys", {}, True),
+        ("--hostname 0.0.0.0 --insecure", {}, True),
+        ("--hostname 0.0.0.0", {"XLANE_INSECURE": "true"}, True),
+        ("", {}, True),
+        ("--hostname ::1", {}, True),
+        ("--hostname localhost", {}, True),
+    ],
+)
+def test_an_open_address_takes_a_key_or_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    environ: dict[str, str],
+    opens: bool,
+):
+    monkeypatch.setattr("xlane.server.serve.serve", lambda *configs: 0)
+    assert cli.run(["serve", *line.split()], environ) == (0 if opens else 2)
+    error = capsys.readouterr().err
+    assert (error == "") == opens
+    assert opens or "set API_KEY (or --api-key-file)" in error
+
+
 @pytest.mark.parametrize("error", [PlanError("needs 3 GB, has 2 GB"), HubError("no such repository")])
 def test_expected_errors_are_one_line_and_code_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception

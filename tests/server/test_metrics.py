@@ -10,6 +10,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from xlane.engine.replay import ReplayingClient
+from xlane.server.config import ServerConfig
 from xlane.server.engine_metrics import WITHOUT_MEANING
 
 from .conftest import Rig
@@ -53,6 +54,17 @@ BOARD = """batch_concat batch_concat_duration batch_current_max_tokens batch_cur
     request_failure request_duration request_generated_tokens request_input_length
     request_mean_time_per_token_duration request_queue_duration request_skipped_tokens""".split()  # noqa: SIM905
 """What TGI's own dashboard looks at."""
+
+
+@pytest.fixture
+def config() -> ServerConfig:
+    return ServerConfig(api_key="k")
+
+
+@pytest.fixture
+def rig(rig: Rig) -> Rig:
+    rig.client.headers["x-api-key"] = "k"
+    return rig
 
 
 def used(rig: Rig) -> str:

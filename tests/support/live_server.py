@@ -12,6 +12,7 @@ from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.http import bind, port_of, serve_http
+from xlane.server.tls import tls_context
 
 START_TIMEOUT_S = 20.0
 
@@ -36,6 +37,7 @@ class LiveServer:
 def live_server(backend: Backend, config: ServerConfig | None = None) -> Iterator[LiveServer]:
     """Serve a backend until the block ends."""
     config = replace(config or ServerConfig(), port=0)
+    tls = tls_context(config)
     sock = bind(config)
     up = threading.Event()
     started: list[LiveServer] = []
@@ -43,10 +45,13 @@ def live_server(backend: Backend, config: ServerConfig | None = None) -> Iterato
     async def main() -> None:
         stop, listening = asyncio.Event(), asyncio.Event()
         port = port_of(sock)
-        started.append(LiveServer(f"http://127.0.0.1:{port}", port, thread, asyncio.get_running_loop(), stop))
+        scheme = "http" if tls is None else "https"
+        started.append(
+            LiveServer(f"{scheme}://127.0.0.1:{port}", port, thread, asyncio.get_running_loop(), stop)
+        )
         app = create_app(backend, config)
         serving = asyncio.create_task(
-            serve_http(app, config, backend=backend, stop=stop, listening=listening, sock=sock)
+            serve_http(app, config, backend=backend, stop=stop, listening=listening, sock=sock, tls=tls)
         )
         await listening.wait()
         up.set()

@@ -119,6 +119,7 @@ def test_the_first_boot_installs_compiles_and_starts(host: Host):
     settings = read("serve", host.environment)
     assert (settings.engine.model_id, settings.engine.processes) == ("o/m", 1)
     assert (settings.server.host, settings.server.port) == ("0.0.0.0", 8080)
+    assert settings.server.keyed or settings.server.insecure
     assert settings.engine.cache_dir == f"{host.root}/var/lib/xlane/cache"
     assert "ExecStart=/opt/xlane/bin/xlane serve\n" in host.unit
     assert "EnvironmentFile=/etc/xlane/env\n" in host.unit
