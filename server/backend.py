@@ -4,14 +4,19 @@ The HTTP port is open from the first second; until `ready` is called, and again 
 answered with the reason why not yet. Knows no HTTP.
 """
 
+import asyncio
+import contextlib
 from dataclasses import dataclass
 
-from ..engine import EngineClient, EngineInfo
+from ..engine import EngineClient, EngineError, EngineInfo
 from .declared import Declared, find_declared
 from .errors import NotReady
 from .reasoning import Markers, find_markers
 from .text import TextTokenizer
 from .tool_formats import PLAIN, ToolFormat, find_format, kept_ids
+
+CUT_S = 5.0
+"""Time in which requests that are ended have to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,13 @@ class Backend:
     def drain(self) -> None:
         """From now on new requests are refused for good; running ones end normally."""
         self._draining = True
+
+    async def cut(self) -> None:
+        """End what still runs, so that each client is told instead of cut off."""
+        if self._serving is not None:
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(CUT_S):
+                    await self._serving.engine.drain(0.0)
 
     @property
     def reason(self) -> str | None:

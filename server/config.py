@@ -88,7 +88,7 @@ class ServerConfig:
     sse_keep_alive_s: float = 15.0
     """Seconds of silence after which a stream gets a comment, so that proxies keep it."""
     write_timeout_s: float = 60.0
-    """Seconds a stream's reader may take no bytes before the stream is cut and its lane freed."""
+    """Seconds a client may leave its answer unread, once buffers are full, before it is cut off and its lane freed."""
     graceful_termination_timeout_s: float = 90.0
     """Seconds running requests have to finish after a stop is asked for."""
     otlp_endpoint: str | None = None

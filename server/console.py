@@ -42,8 +42,8 @@ class Console:
             try:
                 self._stream.write(text + "\n")
                 self._stream.flush()
-            except (BrokenPipeError, ValueError):
-                pass  # Nobody reads (any more): serving goes on.
+            except (OSError, ValueError):
+                pass  # Nobody reads (any more), or the disk is full: serving goes on.
 
     def say(self, message: str, level: str = "INFO", fields: Mapping[str, object] | None = None) -> None:
         """A message with its facts: the facts are shown in JSON only, for people the message holds them."""

@@ -59,7 +59,7 @@ async def serve_http(
 ) -> None:
     """Serve until `stop` is set; then refuse new requests, let the running ones end, and return.
 
-    Running requests have `graceful_termination_timeout_s`, after which they are cancelled.
+    Running requests have `graceful_termination_timeout_s`, after which they end with an error that says so.
 
     Args:
         app: what `create_app` made.
@@ -83,6 +83,8 @@ async def serve_http(
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         backend.drain()
         server.should_exit = True
+        if not (await asyncio.wait({serving}, timeout=config.graceful_termination_timeout_s))[0]:
+            await backend.cut()
         await serving
     finally:
         tasks = (stopping, starting, serving, *renewing)

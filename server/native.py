@@ -134,7 +134,6 @@ def _stream(front: Front, body: GenerateBody, *, full_text: bool = False) -> Eve
         extra_headers=headers,
         error_event=lambda error: event(problem_of(error).tgi(streaming=True)),
         keep_alive_s=front.config.sse_keep_alive_s,
-        write_timeout_s=front.config.write_timeout_s,
     )
 
 

@@ -202,5 +202,4 @@ def stream(
         error_event=lambda error: made[0].failed(error) if made else error_event(error),
         keep_alive=lambda: made[0].keep_alive() if made else KEEP_ALIVE,
         keep_alive_s=front.config.sse_keep_alive_s,
-        write_timeout_s=front.config.write_timeout_s,
     )

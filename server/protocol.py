@@ -5,6 +5,7 @@ few hundred of those would hold every file descriptor. What is refused here is a
 """
 
 import asyncio
+import math
 import resource
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .backend import CUT_S
 from .config import ServerConfig
 from .hosts import Hosts
 
@@ -31,6 +33,8 @@ class BoundedProtocol(HttpToolsProtocol):
     hosts: Hosts
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    """Ends a connection whose client reads nothing."""
     _head_bytes = 0
     _in_body = False
 
@@ -43,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrived()
+        self._read()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -84,6 +89,25 @@ class BoundedProtocol(HttpToolsProtocol):
         self._arrived()
         self._in_body = False
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Not close(), which would wait for the client to read what is buffered.
+        self._unread = self.loop.call_later(self.bounds.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._read()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _expect_head(self) -> None:
         self._deadline = self.loop.call_later(self.bounds.header_timeout_s, self._late, "header")
@@ -164,5 +188,6 @@ def uvicorn_options(config: ServerConfig) -> dict[str, Any]:
         "access_log": False,
         "server_header": False,
         "timeout_keep_alive": config.keep_alive_timeout_s,
-        "timeout_graceful_shutdown": int(config.graceful_termination_timeout_s),
+        # Before that they are ended in order: this is for what even then does not go.
+        "timeout_graceful_shutdown": math.ceil(config.graceful_termination_timeout_s + CUT_S),
     }

@@ -5,7 +5,6 @@ with its client. Knows bytes and ASGI; not what an event says.
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, MutableMapping
 from contextlib import aclosing
-from time import monotonic
 from typing import Any, TypeVar
 
 import orjson
@@ -49,7 +48,6 @@ class EventStream(Response):
         extra_headers: MutableMapping[str, str],
         error_event: Callable[[Exception], bytes],
         keep_alive_s: float,
-        write_timeout_s: float,
         keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE,
     ) -> None:
         self._chunks = chunks
@@ -57,8 +55,7 @@ class EventStream(Response):
         self._error_event = error_event
         self._keep_alive_s = keep_alive_s
         self._keep_alive = keep_alive
-        self._write_timeout_s = write_timeout_s
-        self._writing_since: float | None = None
+        self._writing = False
         self._started = False
         self._quiet = True
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -89,7 +86,7 @@ class EventStream(Response):
         await self._send(send, b"", more=False)
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Returns when the client is gone, or reads nothing for too long. Breaks each long silence."""
+        """Returns when the client is gone. Breaks each long silence."""
         while True:
             try:
                 async with asyncio.timeout(self._keep_alive_s):
@@ -97,16 +94,12 @@ class EventStream(Response):
                 return
             except TimeoutError:
                 pass
-            if self._writing_since is not None:
-                if monotonic() - self._writing_since > self._write_timeout_s:
-                    return
-            elif self._quiet:
+            if self._quiet and not self._writing:
                 await self._send(send, self._keep_alive())
             self._quiet = True
 
     async def _send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
-        self._quiet = False
-        self._writing_since = monotonic()
+        self._quiet, self._writing = False, True
         if not self._started:
             self._started = True
             self.headers.update(self._extra)
@@ -115,7 +108,7 @@ class EventStream(Response):
             start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
         await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        self._writing_since = None
+        self._writing = False
 
 
 async def until_gone(receive: Receive) -> None:

@@ -1,9 +1,12 @@
 """What a start looks like on a pipe, a terminal and as JSON, and where log records go."""
 
+import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +124,25 @@ def test_json_log_records():
     assert (entry["level"], entry["target"], entry["fields"]["message"]) == ("ERROR", "xlane", "failed")
     assert entry["fields"]["id"] == 3
     assert "ValueError" in entry["fields"]["exception"]
+
+
+def no_reader() -> io.TextIOWrapper:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def full_disk() -> io.TextIOWrapper:
+    return Path("/dev/full").open("w")
+
+
+@pytest.mark.parametrize("stream", [no_reader, full_disk])
+def test_what_cannot_be_written_stops_nobody(stream: Callable[[], io.TextIOWrapper]):
+    log = stream()
+    with pytest.raises(OSError, match=r"Broken pipe|No space"):
+        print("x", file=log, flush=True)
+    console = Console(log, json_output=False, live=False)
+    console.say("not written")
+    console.say("nor this")
+    with contextlib.suppress(OSError):
+        log.close()

@@ -83,9 +83,9 @@ Start = Callable[..., RunningServer]
 def start(tmp_path: Path) -> Iterator[Start]:
     running: list[RunningServer] = []
 
-    def begin(turn_s: float = 0.002, command: list[str] | None = None) -> RunningServer:
+    def begin(turn_s: float = 0.002, command: list[str] | None = None, grace_s: float = 20) -> RunningServer:
         model = str(fake_model(tmp_path / "model"))
-        fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s)]
+        fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s), str(grace_s)]
         running.append(RunningServer(command or fake))
         return running[-1]
 
@@ -131,6 +131,19 @@ def test_a_stop_lets_running_requests_end(start: Start):
             server.process.send_signal(signal.SIGINT)
 
     assert len(server.stream(100, stop).split("w")) == 1 + 100
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_what_does_not_end_in_time_is_told_so_and_the_exit_is_in_order(start: Start):
+    server = start(turn_s=0.02, grace_s=0.5).ready()
+    body = {"prompt": "w1", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        events = (line for line in answer.iter_lines() if line.startswith("data: "))
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        *_, last, done = events
+    assert done == "data: [DONE]"
+    assert json.loads(last[6:])["error"]["code"] == "incomplete_generation"
     assert server.process.wait(PATIENCE_S) == 0
 
 

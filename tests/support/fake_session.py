@@ -1,4 +1,4 @@
-"""A whole server run over the fake engine: `python -m tests.support.fake_session MODEL_DIRECTORY [TURN_S]`.
+"""A whole server run over the fake engine: `python -m tests.support.fake_session MODEL_DIRECTORY [TURN_S [GRACE_S]]`.
 
 Everything is real but the engine's arithmetic: sockets, processes, pipes, signals. The model directory only needs a
 tokenizer, which `fake_model` makes.
@@ -29,7 +29,7 @@ def fake_model(directory: Path) -> Path:
     return directory
 
 
-def main(directory: str, turn_s: str = "0.002") -> int:
+def main(directory: str, turn_s: str = "0.002", grace_s: str = "20") -> int:
     """Serve until a signal."""
     import uvloop
 
@@ -40,7 +40,7 @@ def main(directory: str, turn_s: str = "0.002") -> int:
     from xlane.server.session import Session
 
     command = [sys.executable, "-m", "tests.support.fake_core", "--turn-s", turn_s]
-    config = ServerConfig(port=0, graceful_termination_timeout_s=20.0)
+    config = ServerConfig(port=0, graceful_termination_timeout_s=float(grace_s))
     console = Console(json_output=True)
     session = Session(EngineConfig(model_id=directory), config, RunConfig(), console, command)
     return uvloop.run(session.run())

@@ -1,6 +1,7 @@
 """A real server on a free port of this machine, in a thread, over any app. For clients that need a socket."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,11 +35,15 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(backend: Backend, config: ServerConfig | None = None) -> Iterator[LiveServer]:
-    """Serve a backend until the block ends."""
+def live_server(
+    backend: Backend, config: ServerConfig | None = None, *, send_buffer_bytes: int | None = None
+) -> Iterator[LiveServer]:
+    """Serve a backend until the block ends. `send_buffer_bytes`: the kernel's, of each connection."""
     config = replace(config or ServerConfig(), port=0)
     tls = tls_context(config)
     sock = bind(config)
+    if send_buffer_bytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     up = threading.Event()
     started: list[LiveServer] = []
 
