@@ -12,11 +12,13 @@ from starlette.testclient import TestClient
 
 from xlane.server import files, keys
 from xlane.server.app import create_app, routes
+from xlane.server.auth import GUARDED
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.errors import RateLimited
 from xlane.server.keys import Account, Keys, Limits, key_of, read_keys
 from xlane.server.options import UsageError
+from xlane.server.ui import routes as ui
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
@@ -69,6 +71,7 @@ OPEN = {
     "/v2/models/{model:path}", "/v2/models/{model:path}/ready", "/v2/models/{model:path}/versions/{version}",
     "/v2/models/{model:path}/versions/{version}/ready",
     "/docs", "/api-doc/openapi.json",  # how it is asked
+    "/ui", *(f"/ui/{name}" for name in (ui.STYLE, *ui.SCRIPTS)),  # a page that asks with the key its reader types
     "/my-health",
 }  # fmt: skip
 """GET routes that ask for no key, as in TGI. None takes work, and none changes anything."""
@@ -83,7 +86,9 @@ def test_every_route_asks_for_a_key_or_is_listed_here(client: TestClient, path: 
             at = route.path.replace("{model:path}", "m").replace("{version}", "1")
             for method in (route.methods or set()) - {"HEAD"}:
                 answer = client.request(method, at)
-                if method == "GET":
+                if method == "GET" and route.path in GUARDED:
+                    assert answer.status_code == 401
+                elif method == "GET":
                     assert answer.status_code != 401
                     seen.add(route.path)
                 else:
