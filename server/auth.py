@@ -6,7 +6,7 @@ By method, not by a list of paths, so that a new route cannot be forgotten. Deci
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import RateLimited, Unauthorized, error_response
+from .errors import RateLimited, Unauthorized, error_response, speaks_anthropic
 from .keys import ACCOUNT, Account, Keys
 
 OPEN_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -43,11 +43,14 @@ class RequireKey:
             ACCOUNT.reset(token)
 
     def _account(self, scope: Scope) -> Account | None:
-        """Whose key it is. Both headers are looked at, whichever is there: Anthropic's clients send x-api-key."""
+        """Whose key it is. Anthropic's clients send it under a name of their own."""
         scheme, _, key = _header(scope, b"authorization").partition(b" ")
         bearer = self._keys.find(key.strip())
-        other = self._keys.find(_header(scope, b"x-api-key").strip())
-        return bearer if bearer is not None and scheme.lower() == b"bearer" else other
+        if bearer is not None and scheme.lower() == b"bearer":
+            return bearer
+        return (
+            self._keys.find(_header(scope, b"x-api-key").strip()) if speaks_anthropic(scope["path"]) else None
+        )
 
 
 def _open(scope: Scope) -> bool:

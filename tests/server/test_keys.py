@@ -111,7 +111,8 @@ def test_a_wrong_key_is_401_and_never_shown(client: TestClient, bearer: str | by
      {"authorization": "Bearer wrong", "x-api-key": "a-key"}],
 )  # fmt: skip
 def test_a_right_key_is_taken_from_either_header(client: TestClient, headers: dict[str, str]):
-    answer = client.post("/tokenize", json={"inputs": "a"}, headers=headers)
+    asked = {"messages": [{"role": "user", "content": "a"}]}
+    answer = client.post("/v1/messages/count_tokens", json=asked, headers=headers)
     assert answer.status_code == 200
 
 
