@@ -20,7 +20,8 @@ BROKEN = 2
 """In a result's first column: the row's logits held a NaN. 1 is a token, 0 a lane that had ended."""
 
 RESULT_WIDTH = 3 + 2 * MAX_TOP_LOGPROBS
-"""Columns of a result row: valid, token, log-probability, alternatives' ids, alternatives' log-probabilities."""
+"""Columns of a result row: valid, token, log-probability, alternatives' ids, alternatives' log-probabilities. With draft
+heads, what they guess comes behind these."""
 
 
 class DecodePlan(NamedTuple):
@@ -218,8 +219,8 @@ def read_plan(
     return decode, read_prefill(packed[split:], segments, size.tokens, table_width) if size.tokens else None
 
 
-def pack_result(valid: jax.Array, sampled: Sampled) -> jax.Array:
-    """int32[R, RESULT_WIDTH], floats by their bits."""
+def pack_result(valid: jax.Array, sampled: Sampled, guesses: jax.Array | None = None) -> jax.Array:
+    """int32[R, RESULT_WIDTH] and the columns of `guesses` int32[R, K], floats by their bits."""
 
     def bits(x: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(x, jnp.int32)
@@ -231,6 +232,7 @@ def pack_result(valid: jax.Array, sampled: Sampled) -> jax.Array:
             bits(sampled.logprob)[:, None],
             sampled.top_ids,
             bits(sampled.top_logprobs),
+            *(() if guesses is None else (guesses,)),
         ],
         axis=1,
     )

@@ -26,10 +26,11 @@ from ..tpu.chips import Topology
 from .buckets import DEFAULTS, SEGMENTS, launch_sizes, most_decode_rows
 from .config import EngineConfig, texts_folder
 from .errors import PlanError
+from .heads import heads_shape, load_heads
 from .kernels.native import native_kernels
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
-from .programs import Programs, abstract_params, compile_all, param_sharding
+from .programs import Programs, abstract_weights, compile_all, param_sharding
 from .prompt_scores import block_rows
 from .state import Shapes, abstract_kv, abstract_state, held_bytes
 from .step import Blueprint, Params
@@ -73,7 +74,7 @@ def build(
     blueprint, memory, note = design(config, model, report)
     agree(blueprint)
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
-        loading = pool.submit(_load, blueprint, source, report)
+        loading = pool.submit(load_weights, config, blueprint, source, report)
         programs, memory = compile_within(config, blueprint, memory, report)
         params = loading.result()
     return Built(
@@ -154,28 +155,29 @@ def design(
     temp_bytes = estimate_temp_bytes(
         model, max(map(sum, sizes)), max(block_rows(lanes), rows, lanes + segments), itemsize
     )
-    demand = Demand(
-        weights_bytes=held_bytes(abstract_params(graph.specs, placement)),
-        page_bytes=held_bytes(abstract_kv(model, one_page, kv_dtype, placement)),
-        state_bytes=held_bytes(abstract_state(one_page, placement)),
-        temp_bytes=temp_bytes * placement.mesh.size,
-    )
-    limit = _limit(config, placement, platform, topology)
-    memory = plan_pages(config, demand, limit, platform == "cpu", lanes, most)
-    shapes = one_page._replace(pages=memory.pages)
     blueprint = Blueprint(
         config=model,
         graph=graph,
         kernels=kernels,
         placement=placement,
-        shapes=shapes,
+        shapes=one_page,
         dtype=dtype,
         quantize=config.quantize,
         kv_dtype=kv_dtype,
         sizes=sizes,
         prefill_segments=segments,
         watermark=_watermark(config),
+        heads=heads_shape(config, model),
     )
+    demand = Demand(
+        weights_bytes=held_bytes(abstract_weights(blueprint)),
+        page_bytes=held_bytes(abstract_kv(model, one_page, kv_dtype, placement)),
+        state_bytes=held_bytes(abstract_state(one_page, placement)),
+        temp_bytes=temp_bytes * placement.mesh.size,
+    )
+    limit = _limit(config, placement, platform, topology)
+    memory = plan_pages(config, demand, limit, platform == "cpu", lanes, most)
+    blueprint = replace(blueprint, shapes=one_page._replace(pages=memory.pages))
     return blueprint, memory, note
 
 
@@ -295,12 +297,20 @@ def slower(blueprint: Blueprint) -> str:
     return ""
 
 
-def _load(blueprint: Blueprint, source: WeightSource | None, report: Progress) -> Params:
+def load_weights(
+    config: EngineConfig, blueprint: Blueprint, source: WeightSource | None, report: Progress
+) -> Params:
+    """The decoder's, or random ones without a source, and its heads' if any are asked for."""
+
     def place(spec):
         return param_sharding(blueprint.placement, spec)
 
+    heads = load_heads(
+        config, blueprint, source
+    )  # first: what was not made for this model is refused at once
     if source is None:
-        return dummy_params(blueprint.graph.specs, place, 0)
-    return load_params(
+        return (*dummy_params(blueprint.graph.specs, place, 0), *heads)
+    loaded = load_params(
         blueprint.graph.specs, source, place, lambda done, total: report("weights", done, total)
     )
+    return (*loaded, *heads)

@@ -55,6 +55,8 @@ class EngineConfig:
     them. The smallest piece of a prompt is computed in any case."""
     speculate: int = 0
     """Most tokens guessed at a time for a sequence, and verified in the step that samples its next one; 0 guesses none."""
+    draft_model: str | None = None
+    """File of draft heads made for this model, which guess where the text so far gives no hint."""
     max_queued: int = 128
     """Requests that may wait for a lane before Overloaded is raised."""
 

@@ -1,5 +1,8 @@
-"""Guesses at what a sequence says next: where its newest tokens occurred before, what followed them there may follow again
-(prompt lookup, Saxena 2023). Kept up only while it pays. Knows one token list; not how guesses are verified.
+"""Guesses at what a sequence says next, and whether they pay.
+
+Two sources: where its newest tokens occurred before, what followed them there may follow again (prompt lookup, Saxena 2023);
+and what draft heads, if there are any, offered with the newest token. Each is used only while it pays. Knows one token list;
+not how guesses are made on the device, nor how they are verified.
 """
 
 LENGTHS = (3, 2)
@@ -17,26 +20,55 @@ FORGETTING = 0.25
 class Drafter:
     """Guesses for one sequence. A wrong guess costs a little time and changes nothing else."""
 
-    def __init__(self, tokens: list[int], most: int) -> None:
-        """`tokens` is the sequence's own list, which grows; `most` is how many to guess at a time."""
+    def __init__(self, tokens: list[int], most: int, heads: bool = False) -> None:
+        """`tokens` is the sequence's own list, which grows; `most` is how many to guess at a time; `heads`: whether draft
+        heads offer guesses, too."""
         self._tokens = tokens
         self._most = most
         self._followers: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in LENGTHS)
         """By length: some tokens -> where what followed them last stands."""
         self._indexed = 0
-        self._expected = HOPE
-        self._rest_tokens = LEAST_REST_TOKENS
-        self._rests_until = 0
+        self._found, self._heads = _Worth(), _Worth() if heads else None
+        self._used = self._found
+        """Where the newest guess came from."""
+        self._offered: list[int] = []
+        self._offered_at = 0
 
     @property
     def most(self) -> int:
         """Guesses worth making now; 0 while guessing rests."""
-        return self._most if len(self._tokens) >= self._rests_until else 0
+        length = len(self._tokens)
+        rest = self._found.rests(length) and (self._heads is None or self._heads.rests(length))
+        return 0 if rest else self._most
+
+    @property
+    def hopes(self) -> bool:
+        """Whether there may be a guess once the next token is there."""
+        if self._heads is not None and not self._heads.rests(len(self._tokens)):
+            return True
+        return bool(self.guess())
+
+    def offer(self, tokens: list[int]) -> None:
+        """What draft heads guess to follow the tokens as they are now."""
+        self._offered, self._offered_at = tokens[: self._most], len(self._tokens)
 
     def guess(self) -> list[int]:
-        """The next tokens, perhaps: `most` of them, or none."""
-        if not self.most:
-            return []
+        """The next tokens, perhaps: at most `most` of them, or none. Of two guesses the one whose like did better."""
+        length = len(self._tokens)
+        found = [] if self._found.rests(length) else self._find()
+        offered = self._offered if self._offered_at == length else []
+        heads = None if self._heads is None or self._heads.rests(length) else self._heads
+        if heads is not None and offered and (not found or heads.expected > self._found.expected):
+            self._used = heads
+            return offered
+        self._used = self._found
+        return found
+
+    def judge(self, accepted: int) -> None:
+        """Take in how many guesses of a launch were right; call it after those joined the tokens."""
+        self._used.judge(accepted, len(self._tokens))
+
+    def _find(self) -> list[int]:
         self._index()
         tokens = self._tokens
         for length, followers in zip(LENGTHS, self._followers):
@@ -46,16 +78,6 @@ class Drafter:
                 return [tokens[start + step % period] for step in range(self._most)]
         return []
 
-    def judge(self, accepted: int) -> None:
-        """Take in how many guesses of a launch were right; call it after those joined the tokens."""
-        self._expected += FORGETTING * (accepted - self._expected)
-        if self._expected >= HOPE:
-            self._rest_tokens = LEAST_REST_TOKENS
-        if self._expected < WORTH:
-            self._rests_until = len(self._tokens) + self._rest_tokens
-            self._rest_tokens = min(2 * self._rest_tokens, MOST_REST_TOKENS)
-            self._expected = (WORTH + HOPE) / 2
-
     def _index(self) -> None:
         """Note what followed what, for the tokens that came since the last time."""
         count = len(self._tokens)
@@ -64,3 +86,27 @@ class Drafter:
             new = self._tokens[first - length : count]
             followers.update(zip(zip(*(new[step:] for step in range(length))), range(first, count)))
         self._indexed = count
+
+
+class _Worth:
+    """What guesses of one source are worth for one sequence."""
+
+    def __init__(self) -> None:
+        self.expected = HOPE
+        """Accepted guesses of the next launch."""
+        self._rest_tokens = LEAST_REST_TOKENS
+        self._rests_until = 0
+
+    def rests(self, length: int) -> bool:
+        """Whether a sequence of this length had better not ask for any."""
+        return length < self._rests_until
+
+    def judge(self, accepted: int, length: int) -> None:
+        """Take in how many of a launch were right, which made the sequence this long."""
+        self.expected += FORGETTING * (accepted - self.expected)
+        if self.expected >= HOPE:
+            self._rest_tokens = LEAST_REST_TOKENS
+        if self.expected < WORTH:
+            self._rests_until = length + self._rest_tokens
+            self._rest_tokens = min(2 * self._rest_tokens, MOST_REST_TOKENS)
+            self.expected = (WORTH + HOPE) / 2

@@ -63,7 +63,7 @@ class Engine:
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
-        self._guesses = config.speculate
+        self._guesses, self._heads = config.speculate, blueprint.heads is not None
         self._pages = PageAllocator(built.memory.pages)
         limits = Limits(
             blueprint.shapes.lanes,
@@ -134,7 +134,7 @@ class Engine:
         most = min(budget, self.info.max_total_tokens)
         sequence = Sequence(request, sink, next(self._arrivals), most)
         if self._guesses and not sequence.counts:  # penalties look at tokens, which must be known
-            sequence.drafter = Drafter(sequence.tokens, self._guesses)
+            sequence.drafter = Drafter(sequence.tokens, self._guesses, self._heads)
         most_live = self.info.lanes + self._max_queued
         if request.grammar is not None:
             if self._loop.live >= most_live:  # what would be refused in the end need not be compiled first

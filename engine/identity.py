@@ -22,6 +22,7 @@ def depends_on(blueprint: Blueprint, jax_version: str) -> dict[str, Any]:
         "kv_dtype": blueprint.kv_dtype,
         "shapes": blueprint.shapes._asdict(),
         "sizes": [size.name for size in blueprint.sizes],
+        "heads": blueprint.heads and asdict(blueprint.heads),
         "prefill_segments": blueprint.prefill_segments,
         "watermark": blueprint.watermark._asdict(),
         "mesh": dict(blueprint.placement.mesh.shape),

@@ -282,9 +282,9 @@ class Loop:
         for sequence, scored in launch.read_prompts():
             sequence.prompt += scored
         outputs: list[tuple[Sequence, Delivery]] = []
-        for sequence, made in results:
+        for sequence, made, offered in results:
             try:
-                output = self._scheduler.absorb(sequence, made)
+                output = self._scheduler.absorb(sequence, made, offered)
             except RequestFailed as error:
                 outputs.append(self._end_with(sequence, error))
                 continue

@@ -76,7 +76,7 @@ def compile_all(
 def _lower(blueprint: Blueprint, size: Size, kept: TracedTexts | None) -> Any:
     """Trace one program. Its inputs and outputs lie where the arrays of the engine lie, so nothing moves at a call."""
     b, segments = blueprint, blueprint.segments(size)
-    params = abstract_params(b.graph.specs, b.placement)
+    params = abstract_weights(b)
     kv = abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement)
     state = abstract_state(b.shapes, b.placement)
     plan_shape = (plan_size(size, segments, b.shapes.table_width),)
@@ -119,6 +119,14 @@ def abstract_params(specs: Sequence[ParamSpec], placement: Placement) -> Params:
         spec.joined([described(p.stored_shape, p.dtype, param_sharding(placement, p)) for p in spec.parts])
         for spec in specs
     )
+
+
+def abstract_weights(blueprint: Blueprint) -> Params:
+    """Those of the decoder and of its draft heads."""
+    b = blueprint
+    decoder, heads = (abstract_params(specs, b.placement) for specs in (b.graph.specs, b.head_specs))
+    tokens = b.heads and described((b.heads.candidates,), jnp.int32, b.placement.replicated)
+    return decoder if tokens is None else (*decoder, *heads, tokens)
 
 
 def param_sharding(placement: Placement, spec: ParamSpec) -> jax.sharding.NamedSharding:

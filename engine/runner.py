@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from .batch import pack_plan, read_result, read_scores
+from .batch import RESULT_WIDTH, pack_plan, read_result, read_scores
 from .errors import RequestFailed
 from .launcher import Launcher, Made
 from .request import TokenOutput
@@ -40,12 +40,12 @@ class Launch:
     scored: tuple[tuple[Sequence, Segment, int], ...] = ()
     """Who asks: sequence, segment, and where its tokens begin among those of the launch."""
 
-    def read(self) -> list[tuple[Sequence, Result]]:
-        """Wait for the device; then what each sequence got."""
+    def read(self) -> list[tuple[Sequence, Result, list[int]]]:
+        """Wait for the device; then what each sequence got, and what draft heads guess to follow."""
         rows = zip(self.sequences, np.asarray(self.result))
         by_sequence = itertools.groupby(rows, lambda row: row[0])
         return [
-            (sequence, _read(sequence, [row for _, row in group]))
+            (sequence, *_read(sequence, [row for _, row in group]))
             for sequence, group in by_sequence
             if sequence is not None
         ]
@@ -61,16 +61,19 @@ class Launch:
         ]
 
 
-def _read(sequence: Sequence, rows: list[np.ndarray]) -> Result:
-    """A sequence's rows of a result: its newest token's, then its guesses', of which those count that were right."""
+def _read(sequence: Sequence, rows: list[np.ndarray]) -> tuple[Result, list[int]]:
+    """A sequence's rows of a result: its newest token's, then its guesses', of which those count that were right. What
+    follows is guessed from the last of these."""
     made: list[TokenOutput] = []
+    offered: list[int] = []
     for row in rows:
         token = read_result(row, sequence.request.sampling)
         if isinstance(token, RequestFailed):
-            return token
+            return token, []
         if token is not None:
             made.append(token)
-    return tuple(made) or None
+            offered = row[RESULT_WIDTH:].tolist()
+    return tuple(made) or None, offered
 
 
 class Runner:

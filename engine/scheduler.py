@@ -105,8 +105,9 @@ class Scheduler:
         decoding = [sequence for sequence in self._running if sequence.phase is Phase.DECODE]
         return len(decoding) < self.limits.decode_rows and any(sequence.hopes for sequence in decoding)
 
-    def absorb(self, sequence: Sequence, made: Result) -> StepOutput | None:
-        """Take in one result; None for a lane that had ended on the device. Frees the sequence if it ends.
+    def absorb(self, sequence: Sequence, made: Result, offered: list[int] | None = None) -> StepOutput | None:
+        """Take in one result, and what draft heads guess to follow it; None for a lane that had ended on the device. Frees
+        the sequence if it ends.
 
         Raises RuntimeError if the device ended a lane that goes on here: it would wait for its next token for ever.
         RequestFailed if that is the result, or the sequence's grammar cannot go on.
@@ -121,7 +122,7 @@ class Scheduler:
         if sequence.phase is Phase.DECODE:
             sequence.computed += len(made) - 1
         self.guessed += sequence.guessed
-        output = sequence.accept(made)
+        output = sequence.accept(made, offered)
         self._remember(sequence)
         if output.finish_reason is not None:
             self.drop(sequence)

@@ -93,7 +93,7 @@ class Sequence:
         """Tokens in flight, once read, may be worth guesses at those after them."""
         if self.in_flight == 0 or self.drafter is None:
             return False
-        return self.guessed > 0 or (self.guide is None and bool(self.drafter.guess()))
+        return self.guessed > 0 or (self.guide is None and self.drafter.hopes)
 
     def guesses(self) -> list[int]:
         """What it may say next. None while tokens are in flight."""
@@ -162,8 +162,9 @@ class Sequence:
         if self.cached_tokens is None:
             self.cached_tokens = min(found_tokens, self.prompt_tokens)
 
-    def accept(self, made: tuple[TokenOutput, ...]) -> StepOutput:
-        """Take in the tokens of one launch, with those that its grammar forces after them; says whether the sequence ends.
+    def accept(self, made: tuple[TokenOutput, ...], offered: list[int] | None = None) -> StepOutput:
+        """Take in the tokens of one launch, with those that its grammar forces after them, and what draft heads guess after
+        the launch's own; says whether the sequence ends.
 
         Raises RequestFailed if the grammar cannot go on.
         """
@@ -182,8 +183,10 @@ class Sequence:
                 break  # the device does not know a grammar's end, and may have gone on
             if self.guide is not None:
                 self.guide.follow([token.id])
-        if self.drafter is not None and self.guessed:
-            self.drafter.judge(len(made) - 1)
+        if self.drafter is not None:
+            if self.guessed:
+                self.drafter.judge(len(made) - 1)
+            self.drafter.offer(offered or [])
         self.guessed = 0
         if self.guide is not None and reason is None:
             forced = self.guide.forced(self.most_tokens - len(self.tokens))

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from ..models.config import ModelConfig
 from ..models.decoder import DecoderGraph
+from ..models.draft_heads import Heads, HeadsShape
 from ..models.kernels import Kernels, KvLayer, PagedBatch, Weight
-from ..models.spec import Quant
+from ..models.modules import Style
+from ..models.spec import ParamSpec, Quant
 from ..sharding.mesh import Placement
 from .batch import DecodePlan, PrefillPlan, pack_result, read_plan
 from .prompt_scores import block_rows, prompt_scores
@@ -23,6 +25,7 @@ from .turn import NO_PAGE, Size
 from .watermark import Watermark
 
 Params = tuple[Weight, ...]
+"""The decoder's parameters, then those of its draft heads, if it has any."""
 Kv = tuple[KvLayer, ...]
 
 
@@ -45,6 +48,14 @@ class Blueprint:
     prefill_segments: int
     """Requests that may share the prompt tokens of a launch."""
     watermark: Watermark
+    heads: HeadsShape | None = None
+    """Of the draft heads, if there are any."""
+
+    @property
+    def head_specs(self) -> tuple[ParamSpec, ...]:
+        """The draft heads' weights; behind them come the tokens that they can guess."""
+        style = Style(self.dtype, self.kernels.packed)
+        return () if self.heads is None else self.heads.specs(style)
 
     @property
     def chunk_tokens(self) -> int:
@@ -89,7 +100,7 @@ def step(
     A lane that decodes gets a token, and one more for each of its guesses that is what was sampled before it: every row is
     sampled with the key of its own position, so the tokens that count are those that one step after another would have
     sampled. What rows of wrong guesses left in the pool is written over before anybody may look at it. Beside prompts nobody
-    guesses. The R rows are those that decode, then the pieces of prompts. scores int32[tokens, SCORE_WIDTH], None without prompts.
+    guesses. The R rows are those that decode, then the pieces of prompts; each has what the draft heads guess behind its result. scores int32[tokens, SCORE_WIDTH], None without prompts.
     """
     b, segments = blueprint, blueprint.segments(size)
     decode, prompts = b.placement.everywhere(read_plan(packed, size, segments, b.shapes.table_width))
@@ -102,12 +113,13 @@ def step(
         state = state._replace(seen=_record_prompt(state.seen, prompts, b.shapes.lanes))
         parts.append(_prompting(b, prompts, state))
     whole = _join(parts)
-    decoder = b.graph.merge(params)
+    decoder = b.graph.merge(params[: len(b.graph.specs)])
     hidden, kv = decoder(
         whole.tokens, whole.batch, kv, b.kernels, b.placement.constrain, one_token_rows=size.rows
     )
     # A decode alone samples after every token it has.
-    logits = decoder.logits(hidden if prompts is None else hidden[whole.end], b.kernels)
+    read = hidden if prompts is None else hidden[whole.end]
+    logits = decoder.logits(read, b.kernels)
     previous = whole.tokens[whole.end]
     sampled = sample(
         logits, whole.sampling, state.seen, whole.lane, whole.length, previous, b.watermark, b.placement, mask
@@ -134,7 +146,11 @@ def step(
             block_rows(b.shapes.lanes),
             b.placement,
         )
-    return kv, state, (pack_result(samples, sampled), scores)
+    guesses = None
+    if b.heads is not None:
+        heads = Heads.of(params[len(b.graph.specs) :])
+        guesses = heads.guess(b.placement.everywhere(read), sampled.token, decoder.embed, b.kernels)
+    return kv, state, (pack_result(samples, sampled, guesses), scores)
 
 
 def _confirmed(plan: DecodePlan, going: jax.Array, token: jax.Array) -> jax.Array:

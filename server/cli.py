@@ -85,6 +85,12 @@ def _warmup(settings: Settings) -> int:
     return warmup(settings.engine, settings.run)
 
 
+def _train_draft(settings: Settings) -> int:
+    from .train_draft import train_draft
+
+    return train_draft(settings.engine, settings.run, settings.options)
+
+
 def _bench(settings: Settings) -> int:
     from .commands import bench
 
@@ -124,6 +130,7 @@ COMMANDS = (
     Command("download", "Fetch a model from the Hub.", {"Model": flags.MODEL, "Process": flags.LOG}, _download),
     Command("plan", "Say what fits and how fast it can be, here or on a chip not here.", _SIZES | {"Output": flags.PLAN}, _plan),
     Command("warmup", "Compile a model's programs into --cache-dir.", _SIZES | {"Process": flags.LOG}, _warmup),
+    Command("train-draft", "Train draft heads for --draft-model.", {"Model": flags.MODEL, "Device": flags.DEVICE, "Training": flags.TRAIN}, _train_draft),
     Command("bench", "Measure the engine on this device.", _SIZES | {"Load": flags.BENCH}, _bench),
     Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),
     Command("top", "Watch a server's lanes, live.", {"Server": flags.TOP}, _top, takes_model=False),

@@ -24,14 +24,15 @@ from .options import Options, UsageError
 OK, CANNOT = 0, 3
 
 
-def _console(run: RunConfig) -> Console:
+def console_of(run: RunConfig) -> Console:
     """Progress and logs go to stderr: stdout is for results."""
     console = Console(sys.stderr, json_output=run.json_output)
     logs.setup(run.log_level, console.line, json_output=run.json_output)
     return console
 
 
-def _find(config: EngineConfig, run: RunConfig, console: Console) -> Path:
+def find(config: EngineConfig, run: RunConfig, console: Console) -> Path:
+    """Where the model lies, downloaded if need be."""
     return find_model(
         config, run.hub_cache, lambda done, total: console.progress("download", done, total, "B")
     ).path
@@ -60,8 +61,8 @@ def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: 
     from ..engine.start import start
 
     address = None if config.process_id else _address(options)
-    console = _console(run)
-    path = Path(given) if (given := options.plain("model_path")) else _find(config, run, console)
+    console = console_of(run)
+    path = Path(given) if (given := options.plain("model_path")) else find(config, run, console)
 
     def progress(phase: str, done: int, total: int) -> None:
         if link is None:
@@ -96,8 +97,8 @@ def _address(options: Options) -> str:
 
 def download(config: EngineConfig, run: RunConfig) -> int:
     """Fetch a model and print where it lies."""
-    console = _console(run)
-    path = _find(config, run, console)
+    console = console_of(run)
+    path = find(config, run, console)
     console.settle()
     print(path)
     return OK
@@ -105,9 +106,9 @@ def download(config: EngineConfig, run: RunConfig) -> int:
 
 def plan(config: EngineConfig, run: RunConfig, options: Options) -> int:
     """Print what a model needs, what it would get and how fast it could be, here or on a topology."""
-    console = _console(run)
+    console = console_of(run)
     # The configuration is all that is read: a directory without weights can be planned, too.
-    path = _find(replace(config, load_format="dummy"), run, console)
+    path = find(replace(config, load_format="dummy"), run, console)
     from ..engine.plan import describe
 
     def progress(done: int, total: int) -> None:
@@ -135,12 +136,12 @@ def _shown(name: str, facts: Mapping[str, Any]) -> str:
 
 def warmup(config: EngineConfig, run: RunConfig) -> int:
     """Compile everything into the cache directory."""
-    console = _console(run)
+    console = console_of(run)
     if config.cache_dir is None:
         raise UsageError(
             "--cache-dir none leaves nothing to warm up: give the directory that the server will use"
         )
-    path = _find(config, run, console)
+    path = find(config, run, console)
     from ..engine.start import warm
 
     manifest = warm(config, path, lambda done, total: console.progress("programs", done, total))
@@ -151,8 +152,8 @@ def warmup(config: EngineConfig, run: RunConfig) -> int:
 
 def bench(config: EngineConfig, run: RunConfig, options: Options) -> int:
     """Measure the engine in this process."""
-    console = _console(run)
-    path = _find(config, run, console)
+    console = console_of(run)
+    path = find(config, run, console)
     from ..engine.bench import main
 
     return main(config, path, options.of(""))

@@ -128,6 +128,10 @@ LIMITS = (
         "Most tokens guessed at a time, from what the request said before, and verified in one step; 0 guesses none.",
         "int", at_least=0, at_most=MAX_SPECULATE
     ),
+    _own(
+        "draft-model", "engine.draft_model",
+        "Draft heads that xlane train-draft made for this model: they guess where the text so far gives no hint."
+    ),
     _own("max-queued", "engine.max_queued", "Requests that may wait for a lane; more get 429.", "int", at_least=0),
 )  # fmt: skip
 
@@ -285,6 +289,15 @@ PLAN = (
     Flag("topology", "topology", "Plan for these chips (v6e-8, v5e-4, h200, h100-8, ...), which need not be here."),
     Flag("compile", "compile", "Compile the largest programs and check what the compiler made of them: minutes.", "bool"),
     Flag("json", "json", "Print one JSON object.", "bool"),
+)  # fmt: skip
+
+TRAIN = (
+    *LOG,
+    Flag("output", "output", "Folder to write the heads to, for --draft-model.", default="draft-heads"),
+    Flag("text", "text", "Learn from the text in this file; default what the model writes by itself, which suits it best."),
+    Flag("tokens", "tokens", "How much it writes, in tokens.", "int", default=60_000, at_least=2_000),
+    Flag("heads", "heads", "Tokens to guess at a time.", "int", default=3, at_least=1, at_most=MAX_SPECULATE),
+    Flag("epochs", "epochs", "How often all of it is gone through.", "int", default=4, at_least=1),
 )  # fmt: skip
 
 BENCH = (

@@ -73,3 +73,33 @@ def test_few_wrong_guesses_are_borne_and_right_ones_forgive_them() -> None:
         for accepted in (1, 0, 0, 3):
             drafter.judge(accepted)
         assert drafter.guess()
+
+
+def test_what_heads_offer_is_taken_where_nothing_was_found_and_for_these_tokens_only() -> None:
+    tokens = [1, 2, 3]
+    drafter = Drafter(tokens, 2, heads=True)
+    assert drafter.hopes  # heads will offer something with the next token
+    drafter.offer([7, 8, 9])
+    assert drafter.guess() == [7, 8]
+    tokens.append(7)
+    assert drafter.guess() == []
+    assert not Drafter([1, 2, 3], 2).hopes
+
+
+def test_of_two_guesses_the_one_whose_like_did_better_is_taken_and_each_rests_for_itself() -> None:
+    tokens = [1, 2, 9, 1, 2]
+    drafter = Drafter(tokens, 1, heads=True)
+    drafter.offer([5])
+    assert drafter.guess() == [9]  # as good as each other so far
+    drafter.judge(0)
+    assert drafter.guess() == [5]
+    drafter.judge(1)
+    assert drafter.guess() == [5]
+    while drafter.guess() == [5]:
+        drafter.judge(0)
+    while drafter.guess():
+        drafter.judge(0)
+    assert drafter.most == 0
+    tokens += [1, 2, 9, 1, 2] * 4
+    drafter.offer([5])
+    assert drafter.most == 1

@@ -140,8 +140,8 @@ class Machine(RuleBasedStateMachine):
             self.behind = launch
 
     def read(self) -> None:
-        for one, made in self.behind.read() if self.behind else ():
-            self.take(self.plans.absorb(one, made))
+        for one, made, offered in self.behind.read() if self.behind else ():
+            self.take(self.plans.absorb(one, made, offered))
         self.behind = None
 
     def take(self, output: StepOutput | None) -> None:

@@ -113,6 +113,13 @@ class Oracle:
             for step, token in enumerate(self._text[at : at + self.most])
         ]
 
+    @property
+    def hopes(self) -> bool:
+        return bool(self.guess())
+
+    def offer(self, tokens: list[int]) -> None:
+        assert tokens == []  # there are no heads on this device
+
     def judge(self, accepted: int) -> None:
         self.judged.append(accepted)
 
@@ -152,9 +159,9 @@ class FakeLaunch:
     def read_prompts(self) -> list[tuple[Sequence, list[TokenOutput]]]:
         return self.prompts
 
-    def read(self) -> list[tuple[Sequence, Result]]:
+    def read(self) -> list[tuple[Sequence, Result, list[int]]]:
         self.before_read()
-        return self.results
+        return [(sequence, made, []) for sequence, made in self.results]
 
 
 class FakeDevice:

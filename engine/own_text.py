@@ -1,0 +1,63 @@
+"""Text that a model writes by itself, to learn from: asked nothing, it makes up the question, then answers it (Xu et al. 2024).
+
+Knows token ids and an engine; neither what a chat looks like as text nor what is learnt from it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .local import EngineCore, LocalClient
+from .request import Request, SamplingParams
+
+QUESTION_TOKENS, ANSWER_TOKENS = 64, 192
+"""Longest of each."""
+TEMPERATURES = (0.0, 0.7)
+"""Of answers, in turns: what most servers are asked for. Questions are drawn at 1, so that they differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """How a chat of one question is put together, in token ids."""
+
+    opening: tuple[int, ...]
+    """Comes before the question."""
+    turn: tuple[int, ...]
+    """Comes between question and answer. Empty for a model without a chat: then a text is one piece."""
+    stop_ids: tuple[int, ...]
+    """End a question, and an answer."""
+
+
+async def write_texts(
+    engine: EngineCore, dialogue: Dialogue, tokens: int, progress: Callable[[int, int], None]
+) -> list[list[int]]:
+    """Texts of about so many tokens in all, questions and answers counted. `progress(done, total)` counts them."""
+    client, lanes, texts, done = LocalClient(engine), engine.info.lanes, list[list[int]](), 0
+
+    async def say(name: str, prompt: tuple[int, ...], most: int, temperature: float, seed: int) -> list[int]:
+        sampling = SamplingParams(
+            max_tokens=most, min_tokens=2, temperature=temperature, seed=seed, stop_ids=dialogue.stop_ids
+        )
+        request = Request(id=name, prompt_ids=prompt, sampling=sampling)
+        return [token.id async for output in client.submit(request) for token in output.tokens]
+
+    async def write(writer: int) -> None:
+        nonlocal done
+        number = writer
+        while done < tokens:
+            prompt, temperature = dialogue.opening, 1.0
+            if dialogue.turn:
+                question = await say(f"question-{number}", dialogue.opening, QUESTION_TOKENS, 1.0, number)
+                asked = [
+                    token for token in question if token not in dialogue.stop_ids
+                ]  # the turn brings it along
+                prompt += (*asked, *dialogue.turn)
+                temperature = TEMPERATURES[number // lanes % len(TEMPERATURES)]
+            answer = await say(f"answer-{number}", prompt, ANSWER_TOKENS, temperature, number)
+            texts.append([*prompt, *answer])
+            done += len(texts[-1]) - len(dialogue.opening) - len(dialogue.turn)
+            progress(min(done, tokens), tokens)
+            number += lanes
+
+    await asyncio.gather(*(write(writer) for writer in range(lanes)))
+    return texts
