@@ -63,7 +63,7 @@ def config() -> ServerConfig:
 
 @pytest.fixture
 def rig(rig: Rig) -> Rig:
-    rig.client.headers["x-api-key"] = "k"
+    rig.client.headers["authorization"] = "Bearer k"
     return rig
 
 
