@@ -234,4 +234,5 @@ def test_a_grammar_that_was_right_is_not_checked_again(monkeypatch: pytest.Monke
         checks.close()
 
     asyncio.run(scenario())
-    assert looked == [good, other]
+    # A thread of an earlier test's server may still be at its work.
+    assert [text for text in looked if text in (good, other)] == [good, other]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENDS_WITHIN_S = 60
 # Every process compiles for itself, and no follower finds anything in the cache: few programs, and quickly.
 OPTIONS = {
-    "lanes": 2, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 16, "kernels": "xla", "processes": 2,
+    "lanes": 2, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 8, "kernels": "xla", "processes": 2,
 }  # fmt: skip
 ONE_LANE = {"lanes": 1, "max_total_tokens": 64, "load_format": "dummy"}
 REQUESTS = (
