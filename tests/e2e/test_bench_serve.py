@@ -20,7 +20,9 @@ def test_a_closed_loop(server_url: str, model: str, api: str, capsys: pytest.Cap
         # A byte tokenizer cannot end whole words at any length; a chat's template adds tokens of its own.
         off, template = 0 if model == "demo" else 8, 60 if api == "chat" else 0
         assert 40 - off <= row["prompt_tokens"] <= 40 + off + template
-        assert 24 / row["output_tokens_per_s"] == pytest.approx(row["seconds"], abs=0.001)
+        assert 24 / row["output_tokens_per_s"] == pytest.approx(
+            row["seconds"], rel=0.005, abs=0.001
+        )  # both are rounded
 
 
 def test_an_open_loop_over_a_file(server_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
