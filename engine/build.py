@@ -97,8 +97,10 @@ def compile_within(
     was estimated, the pool gives way and the programs are compiled for the smaller one."""
 
     def compiled(blueprint: Blueprint) -> Programs:
-        # Several processes must come to one program: each traces it.
-        texts = texts_folder(config) if config.processes == 1 else None
+        # Several processes must come to one program: each traces it. On accelerators, at hand or planned for, this was not
+        # tried yet.
+        keeps = config.processes == 1 and blueprint.placement.device.platform == "cpu"
+        texts = texts_folder(config) if keeps else None
         return compile_all(blueprint, lambda done, total: report("programs", done, total), texts)
 
     programs = compiled(blueprint)
@@ -305,9 +307,8 @@ def load_weights(
     def place(spec):
         return param_sharding(blueprint.placement, spec)
 
-    heads = load_heads(
-        config, blueprint, source
-    )  # first: what was not made for this model is refused at once
+    # First: what was not made for this model is refused at once.
+    heads = load_heads(config, blueprint, source)
     if source is None:
         return (*dummy_params(blueprint.graph.specs, place, 0), *heads)
     loaded = load_params(

@@ -48,9 +48,8 @@ async def write_texts(
             prompt, temperature = dialogue.opening, 1.0
             if dialogue.turn:
                 question = await say(f"question-{number}", dialogue.opening, QUESTION_TOKENS, 1.0, number)
-                asked = [
-                    token for token in question if token not in dialogue.stop_ids
-                ]  # the turn brings it along
+                # Without what ended it: the turn brings that along.
+                asked = [token for token in question if token not in dialogue.stop_ids]
                 prompt += (*asked, *dialogue.turn)
                 temperature = TEMPERATURES[number // lanes % len(TEMPERATURES)]
             answer = await say(f"answer-{number}", prompt, ANSWER_TOKENS, temperature, number)

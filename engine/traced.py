@@ -30,9 +30,8 @@ class TracedTexts:
     def __init__(self, folder: Path, blueprint: Blueprint) -> None:
         depends = depends_on(blueprint, f"{jax.__version__} {version('jaxlib')}")
         depends |= {"source": source_digest(), **{name: getattr(jax.config, name) for name in _TRACED_UNDER}}
-        self._stem = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[
-            :16
-        ]
+        key = json.dumps(depends, sort_keys=True, default=str).encode()
+        self._stem = hashlib.sha256(key).hexdigest()[:16]
         self._folder = folder
 
     def function(self, name: str, function: Callable[..., Any], args: Any, out: Any) -> Callable[..., Any]:
