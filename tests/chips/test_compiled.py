@@ -32,8 +32,8 @@ CASES = [
     ("h100-8", "8b", 2),
 ]
 
-DECODE, PREFILL, MIXED = f"decode[{LANES}]", f"prefill[{CHUNK_TOKENS}]", f"mixed[{LANES}+64]"
-ROWS = {DECODE: LANES, PREFILL: CHUNK_TOKENS, MIXED: LANES + 64}
+DECODE, PREFILL, MIXED = f"decode[{LANES}]", f"prefill[{CHUNK_TOKENS}]", f"mixed[{LANES}+{CHUNK_TOKENS}]"
+ROWS = {DECODE: LANES, PREFILL: CHUNK_TOKENS, MIXED: LANES + CHUNK_TOKENS}
 
 
 def _environment() -> dict[str, str]:
