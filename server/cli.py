@@ -6,7 +6,6 @@ chosen, so that `--help` is quick.
 """
 
 import ipaddress
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 from ..engine.config import EngineConfig
 from ..engine.errors import EngineError, EngineLost
 from ..models.errors import ModelError
-from . import flags
-from .config import BOUNDS, ServerConfig
+from . import config_file, flags
+from .config import ServerConfig
 from .flags import CONFIGS, RunConfig
 from .options import Flag, Options, UsageError, build_parser, did_you_mean, resolve
 
@@ -121,11 +120,22 @@ def _print_schema(settings: Settings) -> int:
     return print_schema(settings.server)
 
 
+def _config_show(settings: Settings) -> int:
+    configs = {"engine": settings.engine, "server": settings.server, "run": settings.run}
+    origin = bool(settings.options.plain("origin"))
+    print("\n".join(config_file.write(_all(_SERVE), configs, settings.options, origin=origin)))
+    return OK
+
+
+def _all(groups: Mapping[str, Sequence[Flag]]) -> list[Flag]:
+    return [flag for group in groups.values() for flag in group]
+
+
 _SIZES = {"Model": flags.MODEL, "Limits": flags.LIMITS, "Device": flags.DEVICE}
-_FOREIGN = {"From TGI": flags.FOREIGN}
+_SERVE = _SIZES | {"HTTP": flags.HTTP, "Process": flags.RUN, "From TGI": flags.FOREIGN}
 
 COMMANDS = (
-    Command("serve", "Serve a model over HTTP.", _SIZES | {"HTTP": flags.HTTP, "Process": flags.RUN} | _FOREIGN, _serve),
+    Command("serve", "Serve a model over HTTP.", _SERVE, _serve),
     Command("engine", "Run an engine alone, over gRPC.", _SIZES | {"Process": flags.ENGINE}, _engine),
     Command("download", "Fetch a model from the Hub.", {"Model": flags.MODEL, "Process": flags.LOG}, _download),
     Command("plan", "Say what fits and how fast it can be, here or on a chip not here.", _SIZES | {"Output": flags.PLAN}, _plan),
@@ -135,6 +145,7 @@ COMMANDS = (
     Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),
     Command("top", "Watch a server's lanes, live.", {"Server": flags.TOP}, _top, takes_model=False),
     Command("chat", "Talk to a server.", {"Server": flags.CHAT}, _chat, takes_model=False),
+    Command("config show", "Print every option of a server, as a file for --config.", _SERVE | {"Output": flags.SHOW}, _config_show),
     Command("print-schema", "Print the HTTP API as OpenAPI.", {"API": flags.API_KEY}, _print_schema, takes_model=False),
 )  # fmt: skip
 
@@ -160,8 +171,8 @@ def settle(
         environ = {}  # A front started this engine and has put all it read from the environment on our command line.
     notes: list[str] = []
     environ = _tidy(environ, typed, notes)
-    options = resolve([flag for group in groups.values() for flag in group], typed, environ)
-    if command.name == "serve":
+    options = resolve(_all(groups), typed, environ, *_file(groups, typed, environ))
+    if "From TGI" in groups:
         notes += [
             f"{name} has no meaning here: {why}"
             for name, why in flags.ENV_WITHOUT_MEANING.items()
@@ -171,6 +182,16 @@ def settle(
     _agree(options)
     engine = EngineConfig(**{"model_id": "demo", **options.of("engine")})
     return Settings(engine, ServerConfig(**options.of("server")), RunConfig(**options.of("run")), options)
+
+
+def _file(
+    groups: Mapping[str, Sequence[Flag]], typed: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """What --config says, and its path. It may say all that a server takes, whichever command reads it."""
+    path = typed.get(flags.FILE.name) or environ.get(flags.FILE.env)
+    if path is None or flags.FILE not in _all(groups):
+        return {}, ""
+    return config_file.read(path, _all(_SERVE | dict(groups))), path
 
 
 def _tidy(environ: Mapping[str, str], typed: Mapping[str, Any], notes: list[str]) -> Mapping[str, str]:
@@ -212,30 +233,10 @@ def _agree(options: Options) -> None:
         if shards not in (None, 1):
             raise UsageError(f"--sharded false contradicts --num-shard {shards}")
         engine["model_parallel"] = 1
+        options.origins.setdefault("engine.model_parallel", options.origins["sharded"])
     elif sharded and shards == 1:
         raise UsageError("--sharded true contradicts --num-shard 1")
     engine["cache_dir"] = _cache_dir(engine.get("cache_dir"))
-    for limit in options.plain("limit") or ():
-        name, value = _limit(limit)
-        options.values.setdefault("server", {})[name] = value
-
-
-def _limit(given: str) -> tuple[str, float]:
-    """A bound's name and value, from NAME=VALUE. Raises UsageError."""
-    name, _, raw = given.partition("=")
-    if name not in BOUNDS:
-        raise UsageError(
-            f"--limit {given}: there is no such limit{did_you_mean(name, BOUNDS) or ': ' + ', '.join(BOUNDS)}"
-        )
-    kind = type(getattr(ServerConfig(), name))
-    try:
-        value = kind(raw)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        noun = "a whole number of at least 1" if kind is int else "a number above 0"
-        raise UsageError(f"--limit {given}: expected {noun}")
-    return name, value
 
 
 def _cache_dir(given: str | None) -> str | None:
@@ -247,10 +248,15 @@ def _cache_dir(given: str | None) -> str | None:
 
 
 def _epilog(command: Command) -> str:
-    lines = ["Each option is also read from the variable in brackets; what is typed wins."]
+    hidden = [flag for flag in _all(command.groups) if flag.fate == "used"]
+    names = [f"--{name}" for flag in hidden for name in (flag.names if flag.hidden else flag.also)]
+    lines = [
+        "Each option is also read from the variable in brackets; what is typed wins, then variables, then --config."
+    ]
+    if names:
+        lines += ["", "Known from TGI and platforms, seldom needed:", *_wrapped(names)]
     if "From TGI" in command.groups:
         lines += [
-            "",
             "Accepted from TGI, without meaning here:",
             *_wrapped([flag.option for flag in flags.NO_MEANING]),
             "Known from TGI and refused:",

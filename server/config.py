@@ -100,11 +100,3 @@ class ServerConfig:
     def keyed(self) -> bool:
         """Whether a key is asked for."""
         return self.api_key is not None or self.api_key_file is not None
-
-
-BOUNDS = (
-    "url_limit", "header_limit", "header_count_limit", "header_timeout_s", "body_timeout_s", "keep_alive_timeout_s",
-    "max_connections", "max_choices", "max_stop_chars", "max_token_bytes", "template_timeout_s", "grammar_timeout_s",
-    "sse_keep_alive_s", "write_timeout_s",
-)  # fmt: skip
-"""Bounds that few want to move: `--limit NAME=VALUE` does, for all of them."""

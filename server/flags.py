@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from ..engine.config import EngineConfig
 from ..engine.request import MAX_SPECULATE
-from .config import BOUNDS, ServerConfig
+from .bounds import BOUNDS, OF_TGI
+from .config import ServerConfig
 from .options import Flag, Kind
 
 
@@ -73,6 +74,12 @@ def _own(name: str, to: str, help: str, kind: Kind = "text", **rest: Any) -> Fla
     return Flag(name, to, help, kind, env="XLANE_" + name.upper().replace("-", "_"), **rest)
 
 
+FILE = _own(
+    "config",
+    "config",
+    "Read options from this TOML file: NAME = VALUE, named as here without the dashes in front.",
+)
+
 MODEL = (
     _tgi(
         "model-id", "engine.model_id", "Hub repository, directory of safetensors, GGUF file, or `demo`.", default="demo"
@@ -96,6 +103,7 @@ MODEL = (
         choices=("auto", "dummy")
     ),
     _tgi("huggingface-hub-cache", "run.hub_cache", "Where downloaded models are kept."),
+    FILE,
 )  # fmt: skip
 
 LIMITS = (
@@ -105,9 +113,8 @@ LIMITS = (
     ),
     _tgi(
         "max-input-tokens", "engine.max_input_tokens", "Most prompt tokens; default --max-total-tokens - 1.", "int",
-        at_least=1
+        at_least=1, also=("max-input-length",)
     ),
-    _tgi("max-input-length", "engine.max_input_tokens", "Old name of --max-input-tokens.", "int", at_least=1),
     _tgi("max-batch-size", "engine.lanes", "Most sequences that decode at once (lanes).", "int", at_least=1),
     _tgi(
         "max-batch-prefill-tokens", "engine.prefill_chunk_tokens",
@@ -140,7 +147,7 @@ DEVICE = (
         "num-shard", "engine.model_parallel", "Devices one copy of the model is split over; default all that are left.",
         "int", at_least=1
     ),
-    _tgi("sharded", "sharded", "`false` is --num-shard 1.", "bool"),
+    _tgi("sharded", "sharded", "`false` is --num-shard 1.", "bool", hidden=True),
     _own("data-parallel", "engine.data_parallel", "Groups of devices the lanes are split over.", "int", at_least=1),
     _own(
         "coordinator", "engine.coordinator",
@@ -158,11 +165,7 @@ DEVICE = (
     ),
     _own(
         "memory-fraction", "engine.memory_fraction", "Share of the device's memory to use in all.", "float",
-        at_least=0.01, at_most=1
-    ),
-    _tgi(
-        "cuda-memory-fraction", "engine.memory_fraction", "TGI's name of --memory-fraction.", "float",
-        at_least=0.01, at_most=1
+        at_least=0.01, at_most=1, also=("cuda-memory-fraction",)
     ),
     _own(
         "kv-bytes", "engine.kv_bytes", "Memory for the KV pool; default what weights and temporaries leave.", "int",
@@ -190,7 +193,7 @@ DEVICE = (
 HTTP = (
     _tgi("hostname", "server.host", "Address to listen on."),
     _tgi("port", "server.port", "0 takes a free one.", "int", short="p", at_least=0, at_most=65535),
-    _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`."),
+    _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`.", secret=True),
     _own(
         "api-key-file", "server.api_key_file",
         "More keys: lines NAME KEY [requests_per_min=N] [tokens_per_min=N] [concurrency=N]. Read anew when it changes."
@@ -201,11 +204,11 @@ HTTP = (
     _tgi("cors-allow-origin", "server.cors_allow_origins", "Origins whose pages may call this server.", "list"),
     Flag(
         "vertex-predict-route", "server.predict_route", "One more path for POST /vertex.", env="AIP_PREDICT_ROUTE",
-        must_start="/"
+        must_start="/", hidden=True
     ),
     Flag(
         "vertex-health-route", "server.health_route", "One more path for GET /health.", env="AIP_HEALTH_ROUTE",
-        must_start="/"
+        must_start="/", hidden=True
     ),
     _tgi(
         "tokenizer-config-path", "server.tokenizer_config_path",
@@ -221,20 +224,11 @@ HTTP = (
         "disable-grammar-support", "server.disable_grammar_support",
         "Refuse requests that need a grammar: JSON schemas, regular expressions, calls that have to be made.", "bool"
     ),
-    _own(
-        "max-grammar-bytes", "server.max_grammar_bytes",
-        "Largest grammar of a request, the schemas of its tools included; the engine takes up to 1 MiB.", "int",
-        at_least=1, at_most=1 << 20
-    ),
     _tgi("payload-limit", "server.payload_limit", "Largest request body, bytes.", "int", at_least=1),
     _tgi(
         "max-concurrent-requests", "server.max_concurrent_requests", "Most sequences in flight, waiting ones included.",
         "int", at_least=1
     ),
-    _tgi("max-best-of", "server.max_best_of", "Most sequences of one request (`best_of`).", "int", at_least=1),
-    _tgi("max-stop-sequences", "server.max_stop_sequences", "Most stop strings of a request.", "int", at_least=0),
-    _tgi("max-top-n-tokens", "server.max_top_n_tokens", "Most alternatives per token.", "int", at_least=0, at_most=20),
-    _tgi("max-client-batch-size", "server.max_client_batch_size", "Most prompts of a completion.", "int", at_least=1),
     _tgi(
         "enable-prefill-logprobs", "server.prompt_logprobs",
         "Let requests ask for the log-probabilities of their prompt; unlike TGI, on by default.", "bool"
@@ -246,11 +240,18 @@ HTTP = (
     ),
     _own(
         "limit", "limit",
-        f"NAME=VALUE: move a bound that few need to. {', '.join(BOUNDS)}.", "list"
+        f"NAME=VALUE: move a bound that few need to. {', '.join(bound.name for bound in BOUNDS)}.", "list", members=BOUNDS
+    ),
+    *(
+        _tgi(bound.name.replace("_", "-"), bound.to, f"{bound.help} The same as --limit {bound.name}=N.", "int",
+             at_least=bound.at_least, at_most=bound.at_most, hidden=True)
+        for bound in BOUNDS if bound.name in OF_TGI
     ),
     _tgi("otlp-endpoint", "server.otlp_endpoint", "Send traces there, by OTLP over gRPC; needs the extra `otel`."),
     _tgi("otlp-service-name", "server.otlp_service_name", "Who the traces are from."),
 )  # fmt: skip
+
+SHOW = (Flag("origin", "origin", "Also say where each value is from.", "bool"),)
 
 LOG = (
     _tgi("json-output", "run.json_output", "Log and report progress as JSON lines.", "bool"),

@@ -56,7 +56,7 @@ class Grammars:
         if (size := len(text.encode())) > self._max_bytes:
             raise Invalid(
                 f"`{param}` makes a grammar of {size} bytes; at most {self._max_bytes} are taken "
-                "(--max-grammar-bytes)",
+                "(--limit max_grammar_bytes=N)",
                 param=param,
             )
         if text not in self._known:

@@ -1,7 +1,8 @@
-"""How an option declared once becomes a command-line flag, an environment variable and a value of a frozen config.
+"""How an option declared once becomes a command-line flag, an environment variable, a line of a file and a value of a
+frozen config.
 
 Knows how to parse, complain and explain. Which options exist is the table in `flags.py`; nothing is read from the
-environment but through the mapping a caller hands in.
+environment or a file but through the mappings a caller hands in.
 """
 
 import argparse
@@ -38,6 +39,14 @@ class Flag:
     """The variable that also sets it; empty for none."""
     platform_env: tuple[str, ...] = ()
     """Variables by which hosting platforms set it, which win over `env`: an image presets that one."""
+    also: tuple[str, ...] = ()
+    """Names that TGI has for the same, each with its variable."""
+    hidden: bool = False
+    """Named at the end of the help only: for those who come from elsewhere, or set by a platform."""
+    secret: bool = False
+    """Never shown."""
+    members: "tuple[Flag, ...]" = ()
+    """What NAME may be in a list of NAME=VALUE; each goes where its own target says."""
     short: str = ""
     default: Any = None
     """Used when neither flag nor variable is there; None leaves the config's own default."""
@@ -57,6 +66,16 @@ class Flag:
         """As typed."""
         return f"--{self.name}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All it is called by, without dashes."""
+        return (self.name, *self.also)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the help explains it."""
+        return self.fate == "used" and not self.hidden
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -65,9 +84,9 @@ class Given:
     flag: Flag
     raw: str
     origin: str
-    """`--port` or `PORT`, for messages."""
-    typed: bool
-    """On the command line, which wins over the environment."""
+    """`--port`, `PORT` or `port in xlane.toml`, for messages."""
+    rank: int
+    """0 typed, 1 from the environment, 2 from the file: the least wins."""
 
 
 @dataclass(slots=True)
@@ -129,7 +148,7 @@ def build_parser(
         section = parser.add_argument_group(title)
         for flag in flags:
             names = [*([f"-{flag.short}"] if flag.short else []), flag.option]
-            shown = argparse.SUPPRESS if flag.fate != "used" else _help(flag, defaults).replace("%", "%%")
+            shown = _help(flag, defaults).replace("%", "%%") if flag.listed else argparse.SUPPRESS
             extra: dict[str, Any] = {"action": "append"} if flag.kind in LISTS else {}
             if flag.kind == "bool":
                 extra = {"nargs": "?", "const": "true", "metavar": "BOOL"}
@@ -138,58 +157,99 @@ def build_parser(
             else:
                 extra["metavar"] = {"int": "N", "float": "X"}.get(flag.kind, "VALUE")
             section.add_argument(*names, dest=flag.name, default=None, help=shown, **extra)
+            for name in flag.also:
+                section.add_argument(f"--{name}", dest=name, default=None, help=argparse.SUPPRESS, **extra)
     return parser
 
 
 def _help(flag: Flag, defaults: Mapping[str, type]) -> str:
+    default = default_text(flag, defaults)
+    marks = [flag.help, default and f"[default: {default}]", flag.env and f"[{flag.env}]"]
+    return " ".join(mark for mark in marks if mark)
+
+
+def default_text(flag: Flag, defaults: Mapping[str, type]) -> str:
+    """What an option is when nobody sets it; empty if that is nothing, or is decided at start."""
     default = flag.default
     config, _, name = flag.to.partition(".")
     if default is None and config in defaults:
         default = next(f.default for f in dataclasses.fields(defaults[config]) if f.name == name)
-    marks = [flag.help]
-    if default is not None and default is not dataclasses.MISSING and default not in ((), False, ""):
-        marks.append(f"[default: {','.join(map(str, default)) if isinstance(default, tuple) else default}]")
-    if flag.env:
-        marks.append(f"[{flag.env}]")
-    return " ".join(marks)
+    if default is None or default is dataclasses.MISSING or default in ((), False, ""):
+        return ""
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def resolve(flags: Iterable[Flag], typed: Mapping[str, Any], environ: Mapping[str, str]) -> Options:
-    """Command line, then environment, then default; converted and checked. Raises UsageError."""
+def resolve(
+    flags: Sequence[Flag],
+    typed: Mapping[str, Any],
+    environ: Mapping[str, str],
+    written: Mapping[str, str] | None = None,
+    file: str = "",
+) -> Options:
+    """Command line, then environment, then what is `written` in `file` (by name), then default; converted and checked.
+
+    Raises UsageError."""
     options = Options()
     taken: dict[str, Given] = {}
     for flag in flags:
         if flag.to and flag.default is not None:
             _store(options, flag.to, flag.default)
-    for given in _given(flags, typed, environ):
+    for given in _given(flags, typed, environ, written or {}, file):
         flag = given.flag
+        key = flag.to or flag.name
+        other = taken.get(key)
+        if other and other.rank == given.rank and other.origin != given.origin:
+            raise UsageError(f"give {other.origin} or {given.origin}, not both: they mean the same")
+        if other and other.rank < given.rank:
+            continue
+        taken[key] = given
         if flag.fate == "refused":
             if flag.kind != "bool" or given.raw.lower() not in FALSE:
                 raise UsageError(f"{given.origin}={given.raw} is not supported: {flag.why}")
         elif flag.fate == "no meaning":
             options.notes.append(f"{given.origin} has no meaning here: {flag.why}")
         else:
-            other = taken.get(flag.to)
-            if other and other.typed == given.typed:
-                raise UsageError(f"give {other.origin} or {given.origin}, not both: they mean the same")
-            if other and other.typed:
-                continue
-            taken[flag.to] = given
             _store(options, flag.to, convert(given))
             options.origins[flag.to] = given.origin
     return options
 
 
-def _given(flags: Iterable[Flag], typed: Mapping[str, Any], environ: Mapping[str, str]) -> Iterable[Given]:
+def _given(
+    flags: Sequence[Flag],
+    typed: Mapping[str, Any],
+    environ: Mapping[str, str],
+    written: Mapping[str, str],
+    file: str,
+) -> Iterable[Given]:
+    """All that was given, the strongest source first."""
     for flag in flags:
-        raw = typed.get(flag.name)
-        if raw is not None:
-            yield Given(flag, ",".join(raw) if isinstance(raw, list) else raw, flag.option, True)
-            continue
-        for name in (*flag.platform_env, flag.env):
-            if name and environ.get(name, "") != "":
-                yield Given(flag, environ[name], name, False)
-                break
+        for name in flag.names:
+            if (raw := typed.get(name)) is not None:
+                raw = ",".join(raw) if isinstance(raw, list) else raw
+                yield from _members(Given(flag, raw, f"--{name}", 0))
+    for flag in flags:
+        own = next((name for name in (*flag.platform_env, flag.env) if name and environ.get(name)), None)
+        for name in (own, *(name.upper().replace("-", "_") for name in flag.also)):
+            if name and environ.get(name):
+                yield from _members(Given(flag, environ[name], name, 1))
+    for flag in flags:
+        for name in flag.names:
+            if name in written:
+                yield from _members(Given(flag, written[name], f"{name} in {file}", 2))
+
+
+def _members(given: Given) -> Iterable[Given]:
+    """The option itself, or what its NAME=VALUEs set. Raises UsageError for a name it does not have."""
+    members = {member.name: member for member in given.flag.members}
+    if not members:
+        yield given
+        return
+    for item in filter(None, (part.strip() for part in given.raw.split(","))):
+        name, _, value = item.partition("=")
+        if name not in members:
+            guess = did_you_mean(name, members) or ": " + ", ".join(members)
+            raise UsageError(f"{given.origin} {item}: there is no such {given.flag.name}{guess}")
+        yield Given(members[name], value, f"{given.origin} {name}", given.rank)
 
 
 def _store(options: Options, target: str, value: Any) -> None:
@@ -226,9 +286,9 @@ def _number(given: Given, raw: str) -> float:
     noun = "a number" if fractional else "a whole number"
     low, high = flag.at_least, flag.at_most
     if low is not None and high is not None:
-        noun += f" from {low:g} to {high:g}"
+        noun += f" from {low} to {high}"
     elif low is not None:
-        noun += f" of at least {low:g}"
+        noun += f" of at least {low}"
     try:
         value = float(raw) if fractional else int(raw.replace("_", ""))
     except ValueError:

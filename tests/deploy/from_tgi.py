@@ -15,11 +15,14 @@ def of_tgi(flag: Flag) -> bool:
     return flag.name == "env" or flag.env == flag.name.upper().replace("-", "_")
 
 
-def working() -> list[Flag]:
-    """TGI's options that have their effect here, in the order of the help."""
-    return [
-        flag for flag in (*flags.MODEL, *flags.LIMITS, *flags.DEVICE, *flags.HTTP, *flags.RUN) if of_tgi(flag)
-    ]
+def working() -> list[tuple[str, str]]:
+    """TGI's options that have their effect here, in the order of the help, and which."""
+    rows: list[tuple[str, str]] = []
+    for flag in (*flags.MODEL, *flags.LIMITS, *flags.DEVICE, *flags.HTTP, *flags.RUN):
+        if of_tgi(flag):
+            rows.append((flag.option, effect(flag)))
+        rows += [(f"--{name}", f"The same as `{flag.option}`.") for name in flag.also]
+    return rows
 
 
 def effect(flag: Flag) -> str:
@@ -41,7 +44,7 @@ def tables() -> str:
     return "\n".join(
         [
             "## What works\n",
-            table(("Option", "What it does here"), ((flag.option, effect(flag)) for flag in working())),
+            table(("Option", "What it does here"), working()),
             "## What is taken and has no meaning here\n\nA note in the log says so.\n",
             table(("Option", "Why"), ((flag.option, flag.why) for flag in flags.NO_MEANING)),
             table(("Variable", "Why"), flags.ENV_WITHOUT_MEANING.items()),

@@ -13,8 +13,9 @@ import pytest
 from xlane.engine import EngineConfig, EngineLost, PlanError
 from xlane.models.errors import HubError
 from xlane.server import cli, flags
+from xlane.server.bounds import BOUNDS
 from xlane.server.cli import COMMANDS, Settings, choose, settle
-from xlane.server.config import BOUNDS, ServerConfig
+from xlane.server.config import ServerConfig
 from xlane.server.options import UsageError
 
 ALL = [flag for command in COMMANDS for group in command.groups.values() for flag in group]
@@ -71,8 +72,14 @@ def test_every_option_tgi_has_is_known():
         disable-grammar-support env max-client-batch-size lora-adapters usage-stats payload-limit
         enable-prefill-logprobs graceful-termination-timeout""".split()  # noqa: SIM905
     serve = {flag.name: flag for group in COMMANDS[0].groups.values() for flag in group}
-    assert [name for name in listed if name not in serve] == []
-    assert [n for n in listed if n != "env" and serve[n].env != n.upper().replace("-", "_")] == []
+    others = {name for flag in serve.values() for name in flag.also}
+    assert [name for name in listed if name not in {*serve, *others}] == []
+    own = set(listed) - others - {"env"}
+    assert [name for name in own if serve[name].env != name.upper().replace("-", "_")] == []
+
+
+def test_the_help_of_serve_can_be_read():
+    assert sum(flag.listed for group in COMMANDS[0].groups.values() for flag in group) <= 60
 
 
 def test_a_tgi_command_line_works():
@@ -171,9 +178,17 @@ def test_a_model_may_be_a_bare_word():
             "--limit hedder_limit=9: there is no such limit: did you mean header_limit",
         ),
         ("serve --limit x", "there is no such limit: url_limit, header_limit"),
+        ("serve --limit max_grammar_bytes=1048577", "expected a whole number from 1 to 1048576"),
+        (
+            "serve --limit max_best_of=3 --max-best-of 4",
+            "give --limit max_best_of or --max-best-of, not both",
+        ),
         ("serve --limit url_limit=0", "--limit url_limit=0: expected a whole number of at least 1"),
         ("serve --limit url_limit=1.5", "--limit url_limit=1.5: expected a whole number of at least 1"),
-        ("serve --limit body_timeout_s=inf", "--limit body_timeout_s=inf: expected a number above 0"),
+        (
+            "serve --limit body_timeout_s=inf",
+            "--limit body_timeout_s=inf: expected a number of at least 0.001",
+        ),
         ("serve --lora-adapters a", "--lora-adapters=a is not supported"),
         ("serve --rope-scaling linear", "--rope-scaling=linear is not supported"),
     ],
@@ -183,12 +198,12 @@ def test_what_is_wrong_is_told_in_one_line(line: str, words: str):
 
 
 def test_every_bound_without_a_flag_can_be_moved():
-    reachable = {flag.to for flag in ALL} | {f"server.{name}" for name in BOUNDS}
+    reachable = {flag.to for flag in (*ALL, *BOUNDS)}
     numbers = [f.name for f in dataclasses.fields(ServerConfig) if f.type in (int, float, "int", "float")]
     assert [name for name in numbers if f"server.{name}" not in reachable] == []
-    given = ",".join(f"{name}=7" for name in BOUNDS)
-    server = read(f"serve --limit {given}").server
-    assert {getattr(server, name) for name in BOUNDS} == {7}
+    names = [bound.name for bound in BOUNDS]
+    server = read("serve --limit " + ",".join(f"{name}=7" for name in names)).server
+    assert {getattr(server, name) for name in names} == {7}
     assert read("serve", {"XLANE_LIMIT": "header_timeout_s=0.5"}).server.header_timeout_s == 0.5
 
 

@@ -123,7 +123,7 @@ def test_schemas_that_compose_keep_what_matches(rig: Rig, schema: Any, text: str
         ({"type": "strin"}, "strin"),
         ({"type": "string", "pattern": "(?=a)"}, "look-around"),
         ({"$ref": "http://example.com/x"}, "http://example.com/x"),
-        ({"enum": [f"value {i}" for i in range(100)] * 200}, "--max-grammar-bytes"),
+        ({"enum": [f"value {i}" for i in range(100)] * 200}, "--limit max_grammar_bytes"),
         ({"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(MAX_LINKS + 1)}}, f"at most {MAX_LINKS}"),
         ({"properties": {f"p{i}": {"type": "null"} for i in range(MAX_OPTIONAL + 1)}}, f"{MAX_OPTIONAL + 1} optional properties; at most {MAX_OPTIONAL}"),
         ("{", "JSON"),
