@@ -1,0 +1,87 @@
+"""A repository of the Hub to a model on this machine: which of its files are needed, and what an earlier call left of them.
+
+How bytes travel and fail is `hub_fetch.py`'s; what a model on this machine looks like, `hub.py`'s.
+"""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from .checkpoint import INDEX
+from .errors import HubError
+from .hub import Progress, ResolvedModel, model_at, shard_files, weights_file
+from .hub_fetch import Hub, HubFile, Unreachable
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+)
+"""What besides the weights is fetched: configuration, tokenizer, chat template."""
+
+
+def from_hub(hub: Hub, file: str | None, progress: Progress | None) -> ResolvedModel:
+    """The model of a repository, or one GGUF `file` of it, fetched unless all of it is here. Raises HubError."""
+    cached = _cached(hub, file)
+    if hub.offline:
+        if cached is None:
+            raise hub.not_cached()
+        return cached
+    try:
+        sha, files = hub.list_files(patient=cached is None)
+    except Unreachable:
+        # A server must start without the network when it started with it before.
+        if cached is None:
+            raise
+        return cached
+    wanted = [_named(file, files, hub)] if file else _wanted(files, hub, sha)
+    hub.fetch(sha, wanted, progress)
+    # Written last: offline, a revision is found through this file, so it must never name half a model.
+    ref = hub.folder / "refs" / hub.revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(sha)
+    snapshot = hub.folder / "snapshots" / sha
+    return model_at(snapshot / file if file else snapshot, sha)
+
+
+def _cached(hub: Hub, file: str | None) -> ResolvedModel | None:
+    """What an earlier call left, if it is complete."""
+    sha = hub.revision
+    if not re.fullmatch("[0-9a-f]{40}", sha):
+        ref = hub.folder / "refs" / hub.revision
+        if not ref.is_file():
+            return None
+        sha = ref.read_text().strip()
+    snapshot = hub.folder / "snapshots" / sha
+    try:
+        return model_at(snapshot / file if file else snapshot, sha)
+    except HubError:
+        return None
+
+
+def _wanted(files: Sequence[HubFile], hub: Hub, sha: str) -> list[HubFile]:
+    """The files of a repository that serving it needs."""
+    weights = weights_file([file.name for file in files], hub.repo)
+    if weights.endswith(".gguf"):
+        return [_named(weights, files, hub)]
+    names = ["config.json", weights]
+    if weights == INDEX:
+        index = hub.fetch(sha, [_named(INDEX, files, hub)], None)[0]
+        names += shard_files(index)
+    small = [file.name for file in files if any(fnmatchcase(file.name, pattern) for pattern in SMALL_FILES)]
+    flat = [name for name in small if "/" not in name or name.startswith("additional_chat_templates/")]
+    return [_named(name, files, hub) for name in dict.fromkeys([*flat, *names])]
+
+
+def _named(name: str, files: Sequence[HubFile], hub: Hub) -> HubFile:
+    for file in files:
+        if file.name == name:
+            return file
+    raise HubError(f"{hub.repo} has no file {name} at revision {hub.revision}")
