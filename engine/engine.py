@@ -245,6 +245,8 @@ class Engine:
             )
         if request.deadline_s is not None and not request.deadline_s > 0:
             raise InvalidRequest(f"deadline_s={request.deadline_s} is not above 0")
+        if request.weight < 1:
+            raise InvalidRequest(f"weight={request.weight} is not at least 1")
         top = request.prompt_logprobs
         if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
             raise InvalidRequest(f"prompt_logprobs={top} is outside 0 … {MAX_TOP_LOGPROBS}")

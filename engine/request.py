@@ -105,6 +105,10 @@ class Request:
     it free."""
     cache_salt: str = ""
     """Only requests of the same salt share what the prefix cache holds."""
+    owner: str = ""
+    """For whom: requests of one priority that wait are served in turns between their owners, by tokens."""
+    weight: int = 1
+    """How many times the tokens of an owner of weight 1 this one gets while both wait, at least 1."""
     prompt_logprobs: int | None = None
     """Report the prompt's own log-probabilities with this many alternatives a token, 0 … MAX_TOP_LOGPROBS; None does not."""
 

@@ -1,9 +1,9 @@
 """Policy: who waits, who gets a lane, which chunk of which prompt comes next, who must give way. Host Python only.
 
-First come, first served within a priority. A sequence is admitted when a lane and the pages of its whole token list are
-free, with a page to spare for each running sequence to grow into; sequences of lesser priority give way to it if that
-makes the room. When a running sequence needs a page and none is left, the last in that order gives its pages back and is
-computed again later (preemption by recompute), so the first always advances.
+First come, first served within a priority, in turns between owners (`waiting`). A sequence is admitted when a lane and the
+pages of its whole token list are free, with a page to spare for each running sequence to grow into; sequences of lesser
+priority give way to it if that makes the room. When a running sequence needs a page and none is left, the last by priority and arrival
+gives its pages back and is computed again later (preemption by recompute), so the first always advances.
 A sequence with a grammar samples only when its mask is there; where its grammar forced tokens, they are one more piece of
 prompt. Where decoding lanes leave rows of a launch free, guesses at what a sequence says next are verified in them.
 A sequence that begins like an earlier one shares the pages of what they share, and computes the rest alone.
@@ -20,6 +20,7 @@ from .pages import PageAllocator, chain, pages_for
 from .request import LaneStats, StepOutput
 from .sequence import Phase, Sequence
 from .turn import NO_PAGE, Result, Row, Segment, Turn
+from .waiting import OUTPUT_TOKEN, PROMPT_TOKEN, Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Scheduler:
         self.preemptions = 0
         self.guessed = 0
         """Tokens guessed since start."""
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting = Waiting()
         self._running: list[Sequence] = []
         """In their order: by priority, then by arrival."""
         self._lanes = list(range(limits.lanes))
@@ -71,7 +72,7 @@ class Scheduler:
 
     def sequences(self) -> list[Sequence]:
         """All that are not finished, running first."""
-        return [*self._running, *(sequence for _, sequence in self._waiting)]
+        return [*self._running, *self._waiting]
 
     def guided(self) -> list[Sequence]:
         """Those with a lane that follow a grammar."""
@@ -80,7 +81,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that was preempted."""
         sequence.phase = Phase.WAITING
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        if not self._running and not self._waiting:
+            self._waiting.forget()
+        self._waiting.add(sequence)
 
     def plan(self) -> Turn:
         """Decide the next turn and book its lanes and pages."""
@@ -123,6 +126,7 @@ class Scheduler:
             sequence.computed += len(made) - 1
         self.guessed += sequence.guessed
         output = sequence.accept(made, offered)
+        self._waiting.charge(sequence, OUTPUT_TOKEN * len(output.tokens))
         self._remember(sequence)
         if output.finish_reason is not None:
             self.drop(sequence)
@@ -144,8 +148,7 @@ class Scheduler:
         keeps it harmless.
         """
         if sequence.phase is Phase.WAITING:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
+            self._waiting.drop(sequence)
         elif sequence.phase is not Phase.FINISHED:
             self._release(sequence)
         sequence.phase = Phase.FINISHED
@@ -187,10 +190,11 @@ class Scheduler:
                 return
 
     def _prompts(self) -> Iterator[Sequence]:
-        """Those with prompt left to compute, in their order: they have a lane, or are given one when their turn comes."""
-        admits = True
-        for sequence in [s for s in self._running if s.phase is Phase.PREFILL]:
-            while admits and self._waiting and self._waiting[0][0] < sequence.order:
+        """Those with prompt left to compute, in the order of those that wait: they have a lane, or are given one when their
+        turn comes."""
+        admits, rank = True, self._waiting.rank
+        for sequence in sorted((s for s in self._running if s.phase is Phase.PREFILL), key=rank):
+            while admits and (first := self._waiting.first()) is not None and rank(first) < rank(sequence):
                 admitted = self._admit()
                 admits = admitted is not None
                 if admitted is not None:
@@ -202,18 +206,19 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Give the first of the waiting a lane, if there is room. Nobody overtakes: a long request is not starved."""
-        if not self._waiting:
-            return None
-        sequence = self._waiting[0][1]
-        if sequence.in_flight > 0:
+        sequence = self._waiting.first()
+        if sequence is None or sequence.in_flight > 0:
             return None  # preempted this moment; its last tokens are still to be read
         if not self._make_room(sequence):
             return None
-        heapq.heappop(self._waiting)
+        self._waiting.take(sequence)
         found = self._known(sequence)
         self.pages.share(found)
         sequence.pages = [*found, *(self.pages.take(self._needed(sequence, found)) or [])]
+        first = sequence.cached_tokens is None
         sequence.begin(len(found) * self.limits.page_tokens)
+        if first:  # what is computed again is not its owner's doing
+            self._waiting.charge(sequence, PROMPT_TOKEN * (len(sequence.tokens) - sequence.computed))
         sequence.lane = heapq.heappop(self._lanes)
         sequence.phase = Phase.PREFILL
         # Not appended and sorted: a list is empty while it is sorted, and other threads look at this one.

@@ -35,13 +35,14 @@ from .ui import routes as ui
 
 def create_app(backend: Backend, config: ServerConfig) -> Starlette:
     """The app. It can be started before the backend is ready, and then says so. Raises UsageError."""
+    keys = Keys(config.api_key, config.api_key_file)
     front = Front(
         config=config,
         backend=backend,
-        permits=Permits(config.max_concurrent_requests),
+        permits=Permits(config.max_concurrent_requests, keys),
         metrics=Metrics(),
         workers=TextWorkers(config.validation_workers),
-        keys=Keys(config.api_key, config.api_key_file),
+        keys=keys,
         grammars=Grammars(config.max_grammar_bytes, config.grammar_timeout_s),
     )
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None

@@ -196,7 +196,7 @@ HTTP = (
     _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`.", secret=True),
     _own(
         "api-key-file", "server.api_key_file",
-        "More keys: lines NAME KEY [requests_per_min=N] [tokens_per_min=N] [concurrency=N]. Read anew when it changes."
+        "More keys: lines NAME KEY [requests_per_min=N] [tokens_per_min=N] [concurrency=N] [weight=N]. Read anew when it changes."
     ),
     _own("ssl-certfile", "server.ssl_certfile", "Speak HTTPS with this certificate (PEM). Read anew when it changes."),
     _own("ssl-keyfile", "server.ssl_keyfile", "Its key, if it lies in a file of its own."),

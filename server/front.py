@@ -1,6 +1,6 @@
 """What the routes share: configuration, backend, permits, text threads, metrics. One per app, no globals."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .backend import Backend, Serving
 from .config import ServerConfig
 from .errors import Busy
 from .grammars import Grammars
-from .keys import Keys
+from .keys import Keys, own_share
 from .metrics import Metrics
 from .reasoning import Markers
 from .text import TextWorkers
@@ -22,12 +22,18 @@ WINDOW = 64
 """Requests that the estimate of a permit's return looks back on."""
 
 
+CROWD = 8
+"""How many times the permits that are left one key may hold, where there are several: a flood of its own leaves a ninth of
+them to the others."""
+
+
 class Permits:
     """How many sequences may be in flight. Never waits: a full house is an answer, not a queue."""
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, total: int, keys: Keys | None = None) -> None:
+        self._total, self._keys = total, keys
         self._taken = 0
+        self._by_key: Counter[str] = Counter()
         self._held_s: deque[float] = deque(maxlen=WINDOW)
 
     @contextmanager
@@ -35,7 +41,11 @@ class Permits:
         """Hold `count` permits for a block. Raises Busy."""
         if self._taken + count > self._total:
             raise Busy("Model is overloaded", self.turnover_s)
+        owner, _ = own_share()
+        if self._crowds(owner, count):
+            raise Busy(f"The key {owner!r} holds its share of this server", self.turnover_s)
         self._taken += count
+        self._by_key[owner] += count
         started = monotonic()
         try:
             yield
@@ -44,6 +54,14 @@ class Permits:
             )  # what failed, or was refused, says nothing of the load
         finally:
             self._taken -= count
+            self._by_key[owner] -= count
+
+    def _crowds(self, owner: str, count: int) -> bool:
+        """Whether so many more would leave too little to the others. A key that holds none yet never does."""
+        held = self._by_key[owner]
+        if not held or self._keys is None or len(self._keys.accounts) < 2:
+            return False
+        return held + count > CROWD * (self._total - self._taken - count)
 
     @property
     def turnover_s(self) -> float:

@@ -1,6 +1,6 @@
 """Who may ask for work, and how much: keys by name, each with its limits, and what each has used.
 
-A file has one key a line, NAME KEY [LIMIT=NUMBER …], and is read again when it changes. Keys are kept as digests; neither
+A file has one key a line, NAME KEY [LIMIT=NUMBER …] [weight=NUMBER], and is read again when it changes. Keys are kept as digests; neither
 they nor anything made from them but the name is ever logged or shown. Knows no HTTP.
 """
 
@@ -23,6 +23,8 @@ from .options import UsageError
 
 MAX_KEYS = 1_000
 """Every key is compared with what was sent, and every name is a label of the metrics."""
+WEIGHT = "weight"
+MAX_WEIGHT = 1_000
 MINUTE_S = 60.0
 DEFAULT = "default"
 """The name of --api-key."""
@@ -50,12 +52,14 @@ class Key:
     limits: Limits = Limits()
     salt: str = ""
     """Keeps its cached prompts apart from other keys', whose requests cannot know it."""
+    weight: int = 1
+    """Its share beside other keys while both wait, up to MAX_WEIGHT."""
 
 
-def key_of(name: str, text: str, limits: Limits = Limits(), *, apart: bool = False) -> Key:
+def key_of(name: str, text: str, limits: Limits = Limits(), *, apart: bool = False, weight: int = 1) -> Key:
     """A key from its text. `apart`: whether there are others to be kept apart from."""
     digest = _digest(text.encode())
-    return Key(name, digest, limits, hashlib.sha256(b"cache" + digest).hexdigest() if apart else "")
+    return Key(name, digest, limits, hashlib.sha256(b"cache" + digest).hexdigest() if apart else "", weight)
 
 
 def read_keys(path: str) -> tuple[Key, ...]:
@@ -85,9 +89,9 @@ def _parse(place: str, words: Sequence[str]) -> Key:
     name, *rest = words
     if not _NAME.fullmatch(name) or not rest:
         raise UsageError(
-            f"{place}: expected NAME KEY [LIMIT=NUMBER …], the name of letters, digits, '.', '_' and '-'"
+            f"{place}: expected NAME KEY [LIMIT=NUMBER …] [weight=NUMBER], the name of letters, digits, '.', '_' and '-'"
         )
-    known = [field.name for field in fields(Limits)]
+    known = [*(field.name for field in fields(Limits)), WEIGHT]
     given: dict[str, float] = {}
     for word in rest[1:]:
         limit, _, raw = word.partition("=")
@@ -96,7 +100,10 @@ def _parse(place: str, words: Sequence[str]) -> Key:
         if not raw.isdecimal() or not int(raw):
             raise UsageError(f"{place}: {limit} has to be a whole number of at least 1")
         given[limit] = float(raw)
-    return key_of(name, rest[0], Limits(**given), apart=True)
+    weight = int(given.pop(WEIGHT, 1))
+    if weight > MAX_WEIGHT:
+        raise UsageError(f"{place}: {WEIGHT} has to be at most {MAX_WEIGHT}")
+    return key_of(name, rest[0], Limits(**given), apart=True, weight=weight)
 
 
 class Account:
@@ -214,6 +221,12 @@ def own_salt() -> str:
     """What keeps the cached prompts of the request now handled apart, if it brings no salt itself."""
     account = ACCOUNT.get()
     return "" if account is None else account.key.salt
+
+
+def own_share() -> tuple[str, int]:
+    """The owner of the request now handled, and its weight. All that come without a key are one."""
+    account = ACCOUNT.get()
+    return ("", 1) if account is None else (account.key.name, account.key.weight)
 
 
 def _digest(key: bytes) -> bytes:

@@ -14,7 +14,7 @@ from ..engine import EngineInfo, InvalidRequest, Request, SamplingParams, check_
 from .config import ServerConfig
 from .errors import Invalid
 from .forms import Form
-from .keys import own_salt
+from .keys import own_salt, own_share
 
 MAX_SEED = 2**64 - 1
 MAX_PRIORITY = 2**31 - 1
@@ -139,6 +139,7 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
         except InvalidRequest as error:
             raise Invalid(str(error), param="prompt_logprobs") from None
     base = replace(checked.sampling, max_tokens=max_tokens)
+    owner, weight = own_share()
     return [
         Request(
             # Ours, never the client's: two clients that send the same id must not meet.
@@ -149,6 +150,8 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             priority=checked.terms.priority,
             deadline_s=checked.terms.timeout_s,
             cache_salt=checked.terms.cache_salt or own_salt(),
+            owner=owner,
+            weight=weight,
             prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)

@@ -158,6 +158,8 @@ def encode_request(request: Request) -> pb.Request:
             deadline_s=request.deadline_s,
             grammar=request.grammar,
             cache_salt=request.cache_salt,
+            owner=request.owner,
+            weight=request.weight,
             prompt_logprobs=request.prompt_logprobs,
         )
     except (TypeError, ValueError) as error:
@@ -181,6 +183,8 @@ def decode_request(message: pb.Request) -> Request:
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         grammar=message.grammar if message.HasField("grammar") else None,
         cache_salt=message.cache_salt,
+        owner=message.owner,
+        weight=message.weight or 1,  # not said
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 

@@ -31,6 +31,8 @@ def sequence(
     resume=(),
     guided: int | None = None,
     late: list[FakeGuide] | None = None,
+    owner: str = "",
+    weight: int = 1,
     **sampling,
 ) -> Sequence:
     """A prompt given by its length begins like no other arrival's. `guided`: with a grammar of so many tokens, whose
@@ -43,6 +45,8 @@ def sequence(
         priority=priority,
         resume_ids=tuple(resume),
         grammar=None if guided is None else str(guided),
+        owner=owner,
+        weight=weight,
     )
     made = Sequence(asked, NoSink(), arrival, min(MOST, len(ids) + max_tokens))
     if guided is not None:

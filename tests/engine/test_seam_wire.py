@@ -72,6 +72,8 @@ REQUEST = Request(
     grammar='start: "é"',
     prompt_logprobs=0,
     cache_salt="ü",
+    owner="ö",
+    weight=3,
 )
 TOKEN = TokenOutput(7, -1.5, ((7, -1.5), (8, -2.25)))
 

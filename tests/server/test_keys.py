@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,7 +16,8 @@ from xlane.server.app import create_app, routes
 from xlane.server.auth import GUARDED
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
-from xlane.server.errors import RateLimited
+from xlane.server.errors import Busy, RateLimited
+from xlane.server.front import Permits
 from xlane.server.keys import Account, Keys, Limits, key_of, read_keys
 from xlane.server.options import UsageError
 from xlane.server.ui import routes as ui
@@ -142,7 +144,7 @@ def test_all_keys_are_compared_whichever_is_right(path: str, monkeypatch: pytest
         ("a/b s3cret", "line 1: expected NAME KEY"),
         (
             "\na s3cret speed=5",
-            "line 2: speed is no limit; there are requests_per_min, tokens_per_min, concurrency",
+            "line 2: speed is no limit; there are requests_per_min, tokens_per_min, concurrency, weight",
         ),
         ("a s3cret concurrency=0", "line 1: concurrency has to be a whole number of at least 1"),
         ("a s3cret\na other", "two keys have the same name"),
@@ -262,3 +264,40 @@ def test_one_key_alone_shares_with_nobody_anyway(engine: FakeEngine):
         assert ask(client, "k").status_code == 200
         assert 'xlane_key_requests_total{key="default"} 1.0' in client.get("/metrics").text
     assert engine.submitted[0].cache_salt == ""
+
+
+def test_a_request_says_whose_it_is_and_what_that_weighs(client: TestClient, engine: FakeEngine, path: str):
+    ask(client, "a-key")
+    Path(path).write_text(FILE.replace("a-key", "a-key  weight=3"))
+    assert [(key.name, key.weight) for key in read_keys(path)] == [("alice", 3), ("bob", 1)]
+    client.app.state.front.keys._take(read_keys(path))  # type: ignore[attr-defined]
+    ask(client, "a-key", n=2)
+    ask(client, "b-key")
+    said = [(request.owner, request.weight) for request in engine.submitted]
+    assert said == [("alice", 1), ("alice", 3), ("alice", 3), ("bob", 1)]
+    Path(path).write_text(FILE.replace("a-key", "a-key  weight=1001"))
+    with pytest.raises(UsageError, match="line 2: weight has to be at most 1000"):
+        read_keys(path)
+
+
+def test_one_keys_flood_leaves_places_to_the_others(path: str):
+    """Of 18 places a flood gets 16; who holds none yet gets one as long as there is any."""
+    several, one = Keys(None, path), Keys("only", None)
+
+    def flood(permits: Permits, account: Account | None, held: ExitStack) -> int:
+        token, got = keys.ACCOUNT.set(account), 0
+        with suppress(Busy):
+            while True:
+                held.enter_context(permits.take(1))
+                got += 1
+        keys.ACCOUNT.reset(token)
+        return got
+
+    alice, bob = several.accounts["alice"], several.accounts["bob"]
+    with ExitStack() as held:
+        permits = Permits(18, several)
+        assert [flood(permits, who, held) for who in (alice, bob, alice)] == [16, 1, 0]
+        assert [flood(Permits(18, one), who, held) for who in (one.accounts["default"], None)] == [18, 18]
+        assert flood(Permits(18, None), alice, held) == 18
+    assert permits.taken == 0
+    assert flood(permits, bob, ExitStack()) == 16
