@@ -18,40 +18,27 @@ from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
 from .errors import ServerError, error_response
-from .front import Front, Permits
-from .grammars import Grammars
+from .front import make_front
 from .keys import Keys
-from .metrics import Metrics
 from .middleware import BodyLimit, RequestIds, TidyPaths
 from .openai_chat import chat_completions
 from .openai_completions import completions
 from .openai_models import list_models, show_model
 from .responses import responses
 from .stream import ClientGone
-from .text import TextWorkers
 from .tracing import TraceRequests, Tracing
 from .ui import routes as ui
 
 
 def create_app(backend: Backend, config: ServerConfig) -> Starlette:
     """The app. It can be started before the backend is ready, and then says so. Raises UsageError."""
-    keys = Keys(config.api_key, config.api_key_file)
-    front = Front(
-        config=config,
-        backend=backend,
-        permits=Permits(config.max_concurrent_requests, keys),
-        metrics=Metrics(),
-        workers=TextWorkers(config.validation_workers),
-        keys=keys,
-        grammars=Grammars(config.max_grammar_bytes, config.grammar_timeout_s),
-    )
+    front = make_front(backend, config)
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        front.workers.close()
-        front.grammars.close()
+        front.close()
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 

@@ -100,6 +100,25 @@ class Front:
         """Where to part thinking from answer, if that is to be done."""
         return serving.markers if self.parts_thinking else None
 
+    def close(self) -> None:
+        """Let go of its threads and processes."""
+        self.workers.close()
+        self.grammars.close()
+
+
+def make_front(backend: Backend, config: ServerConfig) -> Front:
+    """All that answering takes beside the engine. Raises UsageError."""
+    keys = Keys(config.api_key, config.api_key_file)
+    return Front(
+        config=config,
+        backend=backend,
+        permits=Permits(config.max_concurrent_requests, keys),
+        metrics=Metrics(),
+        workers=TextWorkers(config.validation_workers),
+        keys=keys,
+        grammars=Grammars(config.max_grammar_bytes, config.grammar_timeout_s),
+    )
+
 
 def front_of(request: HttpRequest) -> Front:
     """The front this request came in through."""

@@ -29,11 +29,11 @@ async def completions(request: HttpRequest) -> Response:
     """`POST /v1/completions`."""
     body = await read_body(request, CompletionBody)
     front, clock = front_of(request), Clock()
-    prompts = _prompts(body.prompt, front)
+    prompts = prompts_of(body.prompt, front)
     choices = max(body.n or 1, body.best_of or 1)
     sequences = len(prompts) * max(1, min(choices, front.config.max_choices))
     if not body.stream:
-        work = complete(front, sequences, lambda: _prepare(front, body, prompts, clock))
+        work = complete(front, sequences, lambda: prepare(front, body, prompts, clock))
         finished = await unless_gone(request, work)
         if finished.job.checked.prompt_logprobs is None:
             return _answer(body, finished, clock)
@@ -42,13 +42,13 @@ async def completions(request: HttpRequest) -> Response:
     return stream(
         front,
         sequences,
-        lambda: _prepare(front, body, prompts, clock),
+        lambda: prepare(front, body, prompts, clock),
         lambda job: _chunks(body, job),
         failure,
     )
 
 
-def _prompts(prompt: str | list[str | int | list[int]], front: Front) -> list[str | list[int]]:
+def prompts_of(prompt: str | list[str | int | list[int]], front: Front) -> list[str | list[int]]:
     """The prompts of a body, each a text or ids. Raises Invalid."""
     if isinstance(prompt, str):
         return [prompt]
@@ -67,7 +67,8 @@ def _prompts(prompt: str | list[str | int | list[int]], front: Front) -> list[st
     return [*texts, *lists]
 
 
-async def _prepare(front: Front, body: CompletionBody, prompts: list[str | list[int]], clock: Clock) -> Job:
+async def prepare(front: Front, body: CompletionBody, prompts: list[str | list[int]], clock: Clock) -> Job:
+    """Check and tokenise; counts it. Raises NotReady, NoSuchModel, Invalid, Unsupported."""
     serving = front.backend.serving()
     check_model(body.model, front.model_name, serving.info)
     checked = check_completion(body, front.config, serving.info, serving.tokenizer.eos_ids)

@@ -13,7 +13,10 @@ PUBLIC = {
     },
     "xlane.models": set[str](),
     "xlane.sharding": set[str](),
-    "xlane.server": set[str](),
+    "xlane.server": {
+        "LLM", "Call", "Completion", "Delta", "Incomplete", "Invalid", "NotReady", "Sampling", "ServerError",
+        "TemplateFailed", "TextToken", "TooLong", "Unsupported", "UsageError",
+    },
     "xlane.tpu": set[str](),
 }  # fmt: skip
 

@@ -177,7 +177,7 @@ def scripted(tmp_path: Path, *changes: str) -> list[str]:
     lines = (
         "import sys, time, uvloop",
         "from xlane.engine import EngineConfig",
-        "from xlane.server import session",
+        "from xlane.server import loaded, session",
         "from xlane.server.config import ServerConfig",
         "from xlane.server.console import Console",
         "from xlane.server.flags import RunConfig",
@@ -204,7 +204,7 @@ def test_the_port_answers_why_before_the_engine_is_there(start: Start, tmp_path:
 
 
 def test_a_stop_does_not_wait_for_a_download(start: Start, tmp_path: Path):
-    server = start(command=scripted(tmp_path, "session.find_model = lambda *_: time.sleep(300)"))
+    server = start(command=scripted(tmp_path, "loaded.find_model = lambda *_: time.sleep(300)"))
     server.until("port ")
     time.sleep(0.3)
     server.process.send_signal(signal.SIGTERM)

@@ -19,14 +19,19 @@ from .fake_core import VOCAB_SIZE
 def fake_model(directory: Path) -> Path:
     """A directory that passes for a model: token n is written `wn`, and there are no weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.decoder = WordPiece(prefix="")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 4096}))
+    write_tokenizer(directory, VOCAB_SIZE)
     (directory / "config.json").write_text("{}")
     (directory / "model.safetensors").write_bytes(b"")
     return directory
+
+
+def write_tokenizer(directory: Path, vocab_size: int, **settings: object) -> None:
+    """A tokenizer whose token n is the word `wn`."""
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.decoder = WordPiece(prefix="")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 4096, **settings}))
 
 
 def main(directory: str, turn_s: str = "0.002", grace_s: str = "20") -> int:
