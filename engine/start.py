@@ -6,7 +6,7 @@ Of several processes that serve one model process 0 calls `start`, and each othe
 import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -51,9 +51,10 @@ def start(
         return guidance_tokenizer(TextTokenizer.from_path(path), opened.config.vocab_size)
 
     try:
-        built = build(config, opened.config, opened.source, progress, gather)
-        check_all_built(built)
-        engine = Engine(config, opened.config, built, model_sha, leader, guidance)
+        with _uncollected():
+            built = build(config, opened.config, opened.source, progress, gather)
+            check_all_built(built)
+            engine = Engine(config, opened.config, built, model_sha, leader, guidance)
     except BaseException:
         if leader is not None:
             leader.close()
@@ -78,6 +79,16 @@ def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] 
     blueprint, memory, _ = design(config, opened.config)
     programs, _ = compile_within(config, blueprint, memory, report)
     return write_manifest(config, programs, jax.__version__)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Much is made meanwhile and next to none of it is garbage: the collector would only look at all of it again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _prepare(config: EngineConfig) -> None:
