@@ -19,6 +19,7 @@ from ..models.decoder import DecoderGraph
 from ..models.demo import default_cache_dir
 from ..models.kernels import Kernels
 from ..models.loader import dummy_params, load_params
+from ..models.spec import Quant
 from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, imagined_placement, make_placement
 from ..sharding.processes import least_of_all
@@ -139,7 +140,8 @@ def design(
     most = _most_tokens(config, model)
     # Some rotary scalings follow from the context that is served, whatever the model was made for.
     model = replace(model, max_positions=most)
-    graph = DecoderGraph.of(model, dtype, packed=kernels.packed, quant=config.quantize)
+    quant = _asked_bits(config, model)
+    graph = DecoderGraph.of(model, dtype, packed=kernels.packed, quant=quant)
     defaults = DEFAULTS[platform]
     lanes = config.lanes or defaults.lanes
     if lanes % placement.data_size:
@@ -164,7 +166,7 @@ def design(
         placement=placement,
         shapes=one_page,
         dtype=dtype,
-        quantize=config.quantize,
+        quantize=quant or (model.stored[0].quant if model.stored else None),
         kv_dtype=kv_dtype,
         sizes=sizes,
         prefill_segments=segments,
@@ -181,6 +183,20 @@ def design(
     memory = plan_pages(config, demand, limit, platform == "cpu", lanes, most)
     blueprint = replace(blueprint, shapes=one_page._replace(pages=memory.pages))
     return blueprint, memory, note
+
+
+def _asked_bits(config: EngineConfig, model: ModelConfig) -> Quant | None:
+    """What weights are made to be; None leaves them as the checkpoint has them."""
+    asked = config.quantize
+    if asked is None or asked == "int8" or asked == "int4":
+        return asked
+    if asked != model.stored_by:
+        found = f"quantised by {model.stored_by}" if model.stored_by else "not quantised"
+        raise PlanError(
+            f"--quantize {asked}: this checkpoint is {found}; leave the option out, which keeps weights as they are stored, or "
+            "make them smaller with int8 or int4"
+        )
+    return None
 
 
 def _placement(
@@ -293,8 +309,8 @@ def slower(blueprint: Blueprint) -> str:
     platform = blueprint.placement.device.platform
     if platform == "cpu" and blueprint.quantize and not blueprint.kernels.packed:
         return (
-            f"--quantize {blueprint.quantize} saves memory and costs speed here: XLA expands the weights anew in each "
-            "step on CPUs; the native kernels do not"
+            f"weights in {blueprint.quantize} save memory and cost speed here: XLA expands them anew in each step on CPUs; the "
+            "native kernels do not"
         )
     return ""
 

@@ -17,8 +17,9 @@ class EngineConfig:
     """`auto` reads the checkpoint; `dummy` fills the weights with small random numbers, for benchmarks."""
     dtype: str | None = None
     """`float32` or `bfloat16`, for weights, activations and KV; default float32 on CPU, bfloat16 elsewhere."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Keep weights in 8 bits (a scale for each output) or 4 (one for 32 inputs of each); default in `dtype`."""
+    quantize: Literal["int8", "int4", "gptq", "awq", "compressed-tensors", "fp8"] | None = None
+    """Keep weights in 8 bits (a scale for each output) or 4 (one for 32 inputs of each); default as the checkpoint has them, which
+    may be said by the name of what quantised it."""
     kv_dtype: Literal["int8"] | None = None
     """Keep keys and values in 8 bits, with a scale for each token and head; default in `dtype`."""
 

@@ -28,6 +28,13 @@ device and over two.
 Layers of experts are computed for the experts that are chosen and no others, and the experts are split over the devices of
 the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
 
+Checkpoints of GPTQ (4 and 8 bits, both conventions of zero points, `desc_act`), AWQ (`gemm`) and compressed-tensors
+(`pack-quantized`, `int-quantized`) are served as they are stored: 4 bits in groups of a multiple of 32 inputs, with or without zero points,
+and 8 bits with one scale an output. Scales of 4 bits are rounded to bfloat16. 8 bits in groups, which the engine has no
+form for, are dequantised as they are read; so is what `desc_act` sorts in experts and in the output head. Activations are not rounded where a
+checkpoint would have them rounded: that is an approximation for speed, which no weight depends on. What is left out (`ignore`,
+`modules_to_not_convert`, `dynamic`) stays in full, and an option that is not understood is refused by name.
+
 `--quantize int8` and `int4` serve each of these in fewer bits, made while the weights are read: int8 with a scale for each
 output, int4 with a scale and a floor for 32 inputs of each output (int8 where inputs do not divide into 32). Embeddings and output head take
 8 bits with either; norms, biases, learned positions and what chooses among experts stay as they are. Logits agree to 1e-4 with

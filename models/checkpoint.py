@@ -17,9 +17,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .bit_tensors import BitTensors
 from .errors import CheckpointError
 from .fp8 import FP8, Fp8Tensors
 from .mxfp4 import Mxfp4Tensors
+from .schemes import Schemes
 from .weights import Recipe, Weights, refuse_if_any
 
 SINGLE = "model.safetensors"
@@ -36,6 +38,12 @@ DTYPES: Mapping[str, np.dtype] = {
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
 _BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_WHOLE_NUMBERS = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
 _MOST_HEADER = 100_000_000
 
 
@@ -112,6 +120,17 @@ class SafetensorsSource:
             raise CheckpointError(f"{tensor.file}: tensor {name} is {tensor.dtype}; bytes (U8) are expected")
         return self._read(name, np.dtype(np.uint8), start, stop)
 
+    def mapped(self, name: str) -> np.ndarray:
+        """The whole tensor, read-only, which lies in the file until it is looked at. Raises CheckpointError for a type that
+        NumPy has no name for."""
+        tensor = self._tensors[name]
+        dtype = DTYPES.get(tensor.dtype) or _WHOLE_NUMBERS.get(tensor.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} is {tensor.dtype}, which is not expected there"
+            )
+        return np.asarray(np.memmap(tensor.file, dtype, "r", tensor.offset, tensor.shape))
+
     def _read(self, name: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         tensor = self._tensors[name]
         out = np.empty((stop - start, *tensor.shape[1:]), dtype)
@@ -120,9 +139,18 @@ class SafetensorsSource:
         return out
 
 
-def open_checkpoint(directory: Path, table: Mapping[str, Recipe], ignored: Iterable[str] = ()) -> Weights:
+def open_checkpoint(
+    directory: Path,
+    table: Mapping[str, Recipe],
+    ignored: Iterable[str] = (),
+    schemes: Schemes = Schemes(),  # noqa: B008
+) -> Weights:
     """The weights of a model in Hugging Face's layout, by a family's table. Raises CheckpointError."""
-    return Weights(Fp8Tensors(Mxfp4Tensors(open_safetensors(directory))), table, ignored)
+    tensors = open_safetensors(directory)
+    if not schemes.rules:
+        return Weights(Fp8Tensors(Mxfp4Tensors(tensors)), table, ignored)
+    in_bits = BitTensors(tensors, schemes)
+    return Weights(Fp8Tensors(in_bits), table, (*ignored, *schemes.ignored), in_bits)
 
 
 def open_safetensors(directory: Path) -> SafetensorsSource:

@@ -4,7 +4,9 @@ Knows no checkpoint format: `families/*` read config.json or GGUF metadata into 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from .spec import Quant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,15 @@ class Experts:
     """A token takes of that one what a sigmoid of a projection of its own says."""
     layers: tuple[bool, ...] = ()
     """Per layer: experts instead of one feed-forward? Empty means every layer."""
+
+
+class StoredWeight(NamedTuple):
+    """A parameter that is kept in the bits in which the checkpoint has it."""
+
+    path: str
+    quant: Quant
+    ordered: bool
+    """Its inputs are sorted by their scale, and the map's input is first put in the same order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +199,12 @@ class ModelConfig:
     logits_scale: float = 1.0
     logits_softcap: float | None = None
     """Logits l become c tanh(l / c)."""
+
+    # Weights
+    stored_by: str = ""
+    """What quantised the checkpoint (`quant_method`); empty if nothing did."""
+    stored: tuple[StoredWeight, ...] = ()
+    """What is kept in few bits as it is stored."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

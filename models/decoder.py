@@ -16,9 +16,9 @@ from flax import nnx
 from ..sharding.axes import Constrain
 from .attention import default_scale
 from .config import ModelConfig
-from .experts import RoutedFeedForward
+from .experts import RoutedFeedForward, Stack
 from .kernels import Kernels, KvLayer, PagedBatch, Weight
-from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, gated, param, softcap
+from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, as_stored, gated, param, softcap
 from .norms import norm
 from .rope import rotate, rotation
 from .spec import ParamSpec, Quant
@@ -216,6 +216,20 @@ class Decoder(nnx.Module):
         return logits if c.logits_softcap is None else softcap(logits, c.logits_softcap)
 
 
+def _described(config: ModelConfig, style: Style) -> Decoder:
+    """A decoder in which what the checkpoint has in few bits stays in them, unless others are asked for."""
+    decoder = Decoder(config, style)
+    stored = {weight.path: weight for weight in config.stored if style.quant in (None, weight.quant)}
+    for path, module in nnx.iter_modules(decoder) if stored else ():
+        weight = stored.get(".".join(map(str, (*path, "weight"))))
+        if weight is None or not isinstance(module, Linear | Embedding | Stack):
+            continue
+        module.weight = as_stored(module.weight, weight.quant)
+        if weight.ordered and isinstance(module, Linear) and module.weight.get_metadata()["spec"].as_stored:
+            module.put_in_order()
+    return decoder
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
     """A decoder taken apart: structure here, parameters as a tuple elsewhere, in the order of `specs`."""
@@ -229,7 +243,7 @@ class DecoderGraph:
         cls, config: ModelConfig, dtype: str, *, packed: bool = False, quant: Quant | None = None
     ) -> "DecoderGraph":
         """Describe a decoder without allocating anything."""
-        abstract = nnx.eval_shape(lambda: Decoder(config, Style(dtype, packed, quant)))
+        abstract = nnx.eval_shape(lambda: _described(config, Style(dtype, packed, quant)))
         graph, state = nnx.split(abstract)
         specs = tuple(
             replace(param.get_metadata()["spec"], path=".".join(map(str, path)))

@@ -119,8 +119,11 @@ def _stored(spec: ParamSpec, source: WeightSource, index: Index) -> tuple[np.nda
     out = tuple(np.empty((*sizes, part.shape[-1]), part.dtype) for part in spec.parts)
     in_full = replace(spec, dtype="float32")
     for here, there in _blocks(index, spec.shape):
-        made = quantized(source.read(in_full, there), spec.quant)
-        for part, block in zip(out, jax.tree.leaves(made), strict=True):
+        if spec.as_stored:
+            made = source.read_parts(spec, there)
+        else:
+            made = jax.tree.leaves(quantized(source.read(in_full, there), spec.quant))
+        for part, block in zip(out, made, strict=True):
             part[here] = block
     return out
 
@@ -168,7 +171,7 @@ def _constant(spec: ParamSpec, part: int) -> float | None:
         return (
             (MOST / INT8_MOST,)[part - 1] if spec.quant == "int8" else (2 * MOST / INT4_MOST, -MOST)[part - 1]
         )
-    return 1.0 if spec.path.endswith(".scale") else None
+    return 1.0 if spec.path.endswith(".scale") else 0 if spec.dtype == "int32" else None
 
 
 def _fill(shape: tuple[int, ...], dtype: str, constant: float | None, key: jax.Array) -> jax.Array:

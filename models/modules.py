@@ -56,7 +56,18 @@ def param(
     """A parameter that carries its own description. Built under `nnx.eval_shape`, so nothing is allocated."""
     if quant == "int4" and shape[-1] % GROUP:
         quant = "int8"
-    spec = ParamSpec("", shape, dtype, axes, packed, stacked, quant)
+    return _described(ParamSpec("", shape, dtype, axes, packed, stacked, quant))
+
+
+def as_stored(weight: nnx.Param, quant: Quant) -> nnx.Param:
+    """The same parameter in the bits the checkpoint has it in; in full where its inputs do not divide into groups."""
+    spec: ParamSpec = weight.get_metadata()["spec"]
+    if quant == "int4" and spec.shape[-1] % GROUP:
+        return weight
+    return _described(replace(spec, quant=quant, as_stored=True))
+
+
+def _described(spec: ParamSpec) -> nnx.Param:
     return nnx.Param(
         spec.joined([jnp.zeros(part.stored_shape, part.dtype) for part in spec.parts]), spec=spec
     )
@@ -71,9 +82,17 @@ class Linear(nnx.Module):
         self.outputs = math.prod(shape[:-1])
         self.weight = param(shape, axes, style.dtype, style.packed, quant=style.quant)
         self.bias = param(shape[:-1], axes[:-1], style.dtype) if bias else None
+        self.order: nnx.Param | None = None
+
+    def put_in_order(self) -> None:
+        """The weight's inputs are in another order than they come in."""
+        spec: ParamSpec = self.weight.get_metadata()["spec"]
+        self.order = nnx.data(param(spec.shape[-1:], (None,), "int32"))
 
     def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D] -> [T, outputs]."""
+        if self.order is not None:
+            x = x[:, self.order[...]]
         y = kernels.linear(x, self.weight.get_value(), self.outputs)
         return y if self.bias is None else y + self.bias[...].reshape(1, -1)
 

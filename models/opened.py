@@ -12,6 +12,7 @@ from .gguf import GgufTensors
 from .gguf_config import config_from_gguf
 from .gguf_file import GgufFile
 from .registry import config_from_hf, family_for, read_config, read_json
+from .schemes import read_schemes
 from .weights import Weights, WeightSource
 
 
@@ -31,9 +32,12 @@ def open_model(path: Path, *, weights: bool = True) -> OpenedModel:
     """
     if path.is_dir():
         config = read_config(path)
-        family = family_for(read_json(path / "config.json"))
+        if not weights:
+            return OpenedModel(config, None)
+        said = read_json(path / "config.json")
+        family = family_for(said)
         return OpenedModel(
-            config, open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS) if weights else None
+            config, open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS, read_schemes(said))
         )
     file = GgufFile(path)
     hf_config = config_from_gguf(file)

@@ -3,7 +3,7 @@ are, nor files.
 
 int8 has one float32 scale an output, the largest magnitude over 127: weight = value * scale. int4 has a bfloat16 scale and floor
 for GROUP inputs of an output, weight = value * scale + floor, from the smallest of them to the largest: a checkpoint that was
-stored so (llama.cpp's Q4_0, Q4_1 and Q4_K) loses next to nothing. Two values share a byte, that of input i of a group and that of
+stored so (llama.cpp's Q4_0, Q4_1 and Q4_K) loses next to nothing, and one of GPTQ or AWQ is kept as it is (`bit_tensors.py`). Two values share a byte, that of input i of a group and that of
 input i + GROUP / 2, so that taking them apart is no shuffle.
 """
 

@@ -43,6 +43,7 @@ from .families import (
     starcoder2,
 )
 from .families.hf import eos_ids
+from .schemes import read_schemes
 from .weights import Recipe
 
 
@@ -112,8 +113,16 @@ def family_for(config: Mapping[str, Any]) -> Family:
 
 def config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Translate config.json and, when there is one, the end-of-text ids of generation_config.json."""
-    result = family_for(config).config_from_hf(config)
-    return dataclasses.replace(result, eos_ids=eos_ids(config, generation))
+    family, schemes = family_for(config), read_schemes(config)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    result = family.config_from_hf(plain)
+    experts = result.experts.count if result.experts else 0
+    return dataclasses.replace(
+        result,
+        eos_ids=eos_ids(config, generation),
+        stored_by=schemes.method,
+        stored=tuple(schemes.weights(family.WEIGHTS, result.layers, experts)),
+    )
 
 
 def read_config(directory: Path) -> ModelConfig:

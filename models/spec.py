@@ -12,6 +12,7 @@ The paths and logical shapes of a decoder (letters as in the room's docstring, G
     layers.{i}.qkv.bias          [K, G+2, H]
     layers.{i}.q_norm.scale      [H]              (and k_norm; [K, G, H] for one a head, [N*H] over all heads)
     layers.{i}.sinks             [K, G]
+    layers.{i}.….order           int32[D]         of a weight kept as it is stored, where its inputs are in another order
     layers.{i}.out.weight        [D, N*H]         (out.bias [D])
     layers.{i}.mlp_norm.scale    [D]              (and mlp_post_norm)
     layers.{i}.gate_up.weight    [2, F, D]        gate, then up (gate_up.bias [2, F])
@@ -74,6 +75,8 @@ class ParamSpec:
     """The first axis counts weights that are packed each for itself."""
     quant: Quant | None = None
     """Stored as a `Quantized`, made while it is read."""
+    as_stored: bool = False
+    """These bits are the checkpoint's own."""
 
     @property
     def parts(self) -> tuple["ParamSpec", ...]:
@@ -113,7 +116,7 @@ class ParamSpec:
 
 def parameters(specs: Iterable[ParamSpec]) -> int:
     """Numbers in all, however they are stored."""
-    return sum(math.prod(spec.shape) for spec in specs)
+    return sum(math.prod(spec.shape) for spec in specs if spec.dtype != "int32")
 
 
 def pack(weight: np.ndarray, stacked: bool = False) -> np.ndarray:
@@ -127,3 +130,9 @@ def pack(weight: np.ndarray, stacked: bool = False) -> np.ndarray:
     if panels * PANEL != outputs:
         flat = np.concatenate([flat, np.zeros((panels * PANEL - outputs, inputs), flat.dtype)])
     return np.ascontiguousarray(flat.reshape(panels, PANEL, inputs).swapaxes(1, 2))
+
+
+def paired(steps: np.ndarray) -> np.ndarray:
+    """uint8[..., D] of 4 bits each -> uint8[..., D/2], as two of them share a byte."""
+    groups = steps.reshape(*steps.shape[:-1], -1, 2, GROUP // 2)
+    return (groups[..., 0, :] | groups[..., 1, :] << 4).reshape(*steps.shape[:-1], -1)

@@ -13,16 +13,31 @@ from typing import Literal, Protocol
 import numpy as np
 
 from .errors import CheckpointError
-from .spec import ParamSpec
+from .spec import ParamSpec, Quant
 
 MOST_REPORTED = 10
 """Problems listed in one error; the rest are counted."""
+
+ORDER = ".order"
+"""What the path of a parameter ends with that says in which order the inputs of a weight are."""
 
 Index = tuple[slice, ...]
 """One slice a dimension, step 1, as `jax.make_array_from_callback` hands out."""
 
 
-class TensorSource(Protocol):
+class Rows(Protocol):
+    """Named arrays that are read by rows."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Row-major, outputs first (GGUF lists its dimensions the other way round)."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries start … stop-1 of the first axis, touching only their bytes. The caller may keep the array."""
+        ...
+
+
+class TensorSource(Rows, Protocol):
     """Named arrays of one checkpoint, in the layout of the table's names. Safe to read from several threads."""
 
     def names(self) -> Iterable[str]:
@@ -33,10 +48,6 @@ class TensorSource(Protocol):
         """The file a tensor lies in, for messages."""
         ...
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Row-major, outputs first (GGUF lists its dimensions the other way round)."""
-        ...
-
     def dtype(self, name: str) -> np.dtype:
         """What `read_rows` returns; for a quantised tensor what it is dequantised to.
 
@@ -44,8 +55,24 @@ class TensorSource(Protocol):
         """
         ...
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Entries start … stop-1 of the first axis, touching only their bytes. The caller may keep the array."""
+
+class LeafSource(Protocol):
+    """Linear maps that a checkpoint has in few bits, as the engine keeps them."""
+
+    def holds(self, name: str, quant: Quant) -> bool:
+        """Whether a tensor is one of these and this leaf holds it."""
+        ...
+
+    def leaf(self, quant: Quant, part: int) -> Rows:
+        """One of the arrays of `spec.Quantized`, of every such tensor; its rows are the outputs."""
+        ...
+
+    def order(self, name: str) -> np.ndarray:
+        """int32[D]: the order in which the leaf has the inputs."""
+        ...
+
+    def is_nothing(self, name: str) -> bool:
+        """A tensor that is there for nothing."""
         ...
 
 
@@ -58,6 +85,10 @@ class WeightSource(Protocol):
 
     def read(self, spec: ParamSpec, index: Index) -> np.ndarray:
         """A slice of the logical array (`spec.shape`) in `spec.dtype`. Safe to call from several threads."""
+        ...
+
+    def read_parts(self, spec: ParamSpec, index: Index) -> list[np.ndarray]:
+        """Rows of each array of a weight that is kept `as_stored`; the last slice of `index` is the whole. Safe as `read`."""
         ...
 
 
@@ -151,7 +182,11 @@ class Weights:
     """A `WeightSource` out of named tensors and a table of recipes."""
 
     def __init__(
-        self, tensors: TensorSource, table: Mapping[str, Recipe], ignored: Iterable[str] = ()
+        self,
+        tensors: TensorSource,
+        table: Mapping[str, Recipe],
+        ignored: Iterable[str] = (),
+        leaves: LeafSource | None = None,
     ) -> None:
         """Join a format's tensors with a family's table.
 
@@ -159,8 +194,9 @@ class Weights:
             tensors: the files.
             table: parameter path, with `{i}` for the layer, to recipe.
             ignored: regular expressions (whole name) of tensors that need not be used.
+            leaves: those of `tensors` that the checkpoint has in few bits.
         """
-        self._tensors = tensors
+        self._tensors, self._leaves = tensors, leaves
         self._present = frozenset(tensors.names())
         self._table = table
         self._missing_prefix = _missing_prefix(self._present, table)
@@ -175,10 +211,14 @@ class Weights:
             if recipe is None:
                 problems.append(f"parameter {spec.path} has no entry in the weight table")
                 continue
+            if spec.path.endswith(ORDER):
+                continue
             used.update(name for name, _ in recipe.sources(spec.shape))
             problems += self._misfits(spec, recipe)
         for name in sorted(self._present - used):
             whole = self._missing_prefix + name
+            if self._leaves is not None and self._leaves.is_nothing(name):
+                continue
             if not any(p.fullmatch(name) or p.fullmatch(whole) for p in self._ignored):
                 problems.append(
                     f"{self._tensors.where(name)}: tensor {name} is used by no parameter of this model"
@@ -187,12 +227,41 @@ class Weights:
 
     def read(self, spec: ParamSpec, index: Index) -> np.ndarray:
         """A slice of the logical array in `spec.dtype`. Call `check` first."""
+        recipe = self._entry(spec)
+        if self._leaves is not None and spec.path.endswith(ORDER):
+            return self._order(recipe, self._leaves)[index]
+        return assemble(recipe, self._tensors, spec, index)
+
+    def read_parts(self, spec: ParamSpec, index: Index) -> list[np.ndarray]:
+        """The arrays of a weight that is kept as it is stored. Call `check` first."""
+        recipe = self._entry(spec)
+        if self._leaves is None or spec.quant is None:
+            raise CheckpointError(f"parameter {spec.path} is not stored in few bits")
+        whole = (*index[:-1], slice(None))
+        return [
+            assemble(recipe, self._leaves.leaf(spec.quant, number), part, whole)
+            for number, part in enumerate(spec.parts)
+        ]
+
+    def _order(self, recipe: Recipe, leaves: LeafSource) -> np.ndarray:
+        """Of the inputs, the same for all that are fused in one parameter."""
+        first, *others = ((name, leaves.order(name)) for name in recipe.names)
+        for name, order in others:
+            if (order != first[1]).any():
+                raise CheckpointError(
+                    f"{self._tensors.where(name)}: {name} and {first[0]}, which are multiplied at once, have their inputs in "
+                    "different orders, which is not supported"
+                )
+        return first[1]
+
+    def _entry(self, spec: ParamSpec) -> Recipe:
         recipe = self._find(spec.path)
         if recipe is None:
             raise CheckpointError(f"parameter {spec.path} has no entry in the weight table")
-        return assemble(recipe, self._tensors, spec, index)
+        return recipe
 
     def _find(self, path: str) -> Recipe | None:
+        path = path.removesuffix(ORDER) + ".weight" if path.endswith(ORDER) else path
         match = re.match(r"layers\.(\d+)\.", path)
         recipe = self._table.get("layers.{i}." + path[match.end() :] if match else path)
         if recipe is None:
@@ -219,6 +288,11 @@ class Weights:
                 problems.append(
                     f"{where}: tensor {name} has shape {found}, the configuration asks for {expected}"
                 )
+            kept = spec.quant if spec.as_stored else None
+            if kept and (self._leaves is None or not self._leaves.holds(name, kept)):
+                problems.append(
+                    f"{where}: tensor {name} is not in the few bits that config.json's quantization_config says it is in"
+                )
             try:
                 self._tensors.dtype(name)
             except CheckpointError as error:
@@ -235,7 +309,7 @@ def _missing_prefix(present: frozenset[str], table: Mapping[str, Recipe]) -> str
     return first + "." if rest in present else ""
 
 
-def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Index) -> np.ndarray:
+def assemble(recipe: Recipe, tensors: Rows, spec: ParamSpec, index: Index) -> np.ndarray:
     """Read a slice of one parameter from its sources, in `spec.dtype`."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)]
     dtype = np.dtype(spec.dtype)
@@ -273,9 +347,7 @@ def assemble(recipe: Recipe, tensors: TensorSource, spec: ParamSpec, index: Inde
     return out
 
 
-def _rows_of(
-    recipe: Recipe, tensors: TensorSource, shape: tuple[int, ...]
-) -> Callable[[int, int, int], np.ndarray]:
+def _rows_of(recipe: Recipe, tensors: Rows, shape: tuple[int, ...]) -> Callable[[int, int, int], np.ndarray]:
     """What reads rows start … stop-1 of a part, wherever it lies."""
     sizes = [part[0] for part in recipe.parts(shape)]
     joined = len(sizes) > len(recipe.names)

@@ -45,16 +45,12 @@ PLATFORM_ENV = {
 """Option -> variables by which SageMaker (HF_MODEL_…, SM_…) and Vertex AI (AIP_…) set it."""
 
 
-_READ_OTHERWISE = "its checkpoints are not read; serve the unquantized one with int8 or int4, or a GGUF file"
 NO_SUCH_QUANTIZATION = {
-    **dict.fromkeys(("awq", "gptq", "marlin", "exl2"), _READ_OTHERWISE),
+    "marlin": "GPTQ and AWQ checkpoints are read without it; leave it out",
+    "exl2": "its checkpoints are not read; serve a GPTQ, AWQ or GGUF one, or the unquantized one with int8 or int4",
     **dict.fromkeys(("bitsandbytes", "eetq"), "take int8, which is made while the weights are read, too"),
     **dict.fromkeys(
         ("bitsandbytes-nf4", "bitsandbytes-fp4"), "take int4, which is made while the weights are read, too"
-    ),
-    **dict.fromkeys(
-        ("fp8", "compressed-tensors"),
-        "FP8 checkpoints are read without it; to make another smaller take int8",
     ),
 }
 """TGI's other kinds of `--quantize` -> what to use instead."""
@@ -91,8 +87,9 @@ MODEL = (
     ),
     _tgi(
         "quantize", "engine.quantize",
-        "Keep weights in 8 bits (a scale for each output) or 4 (a scale for 32 inputs of each), made while they are read.",
-        choices=("int8", "int4"), refused=NO_SUCH_QUANTIZATION
+        "Keep weights in 8 bits (a scale for each output) or 4 (a scale for 32 inputs of each), made while they are read. A "
+        "quantized checkpoint is kept as it is without; the others say how it must be.",
+        choices=("int8", "int4", "gptq", "awq", "compressed-tensors", "fp8"), refused=NO_SUCH_QUANTIZATION
     ),
     _tgi(
         "kv-cache-dtype", "engine.kv_dtype", "Keep keys and values in 8 bits, with a scale for each token and head.",

@@ -36,21 +36,26 @@ class Fields:
         """A positive whole number; required unless the family has a default."""
         value = self._take(key, default)
         if type(value) is not int or value < 1:
-            raise self._refusal(key, value, "a positive whole number is expected")
+            raise self.refusal(key, value, "a positive whole number is expected")
         return value
 
     def whole(self, key: str, default: int) -> int:
         """A whole number, zero included."""
         value = self._take(key, default)
         if type(value) is not int or value < 0:
-            raise self._refusal(key, value, "a whole number is expected")
+            raise self.refusal(key, value, "a whole number is expected")
         return value
+
+    def size_or_all(self, key: str, default: int) -> int:
+        """A positive whole number; 0 where -1 stands for all there is."""
+        value = self._take(key, default)
+        return 0 if value == -1 else self.integer(key, default)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number; required unless the family has a default."""
         value = self._take(key, default)
         if type(value) not in (int, float) or not value > 0:
-            raise self._refusal(key, value, "a positive number is expected")
+            raise self.refusal(key, value, "a positive number is expected")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -65,7 +70,7 @@ class Fields:
             or len(value) != count
             or not all(type(x) in (int, float) and x > 0 for x in value)
         ):
-            raise self._refusal(key, value, f"a list of {count} positive numbers is expected")
+            raise self.refusal(key, value, f"a list of {count} positive numbers is expected")
         return tuple(float(x) for x in value)
 
     def activation(self, *keys: str, default: str) -> Activation:
@@ -73,14 +78,14 @@ class Fields:
         name = self.text(*keys, default=default)
         if name not in ACTIVATION_NAMES:
             known = ", ".join(ACTIVATION_NAMES)
-            raise self._refusal(keys[0], name, f"this activation is not supported (supported: {known})")
+            raise self.refusal(keys[0], name, f"this activation is not supported (supported: {known})")
         return ACTIVATION_NAMES[name]
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._take(key, default)
         if type(value) is not bool:
-            raise self._refusal(key, value, "true or false is expected")
+            raise self.refusal(key, value, "true or false is expected")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -92,7 +97,7 @@ class Fields:
         value = self._take(key, ())
         ids = value if isinstance(value, list | tuple) else [value]
         if any(type(i) is not int or i < 0 for i in ids):
-            raise self._refusal(key, value, "a token id or a list of them is expected")
+            raise self.refusal(key, value, "a token id or a list of them is expected")
         return tuple(ids)
 
     def per_layer(self, key: str, layers: int) -> tuple[Any, ...] | None:
@@ -101,7 +106,7 @@ class Fields:
             return None
         value = self._take(key, None)
         if not isinstance(value, list) or len(value) != layers:
-            raise self._refusal(
+            raise self.refusal(
                 key, value, f"a list with one entry for each of the {layers} layers is expected"
             )
         return tuple(value)
@@ -112,7 +117,7 @@ class Fields:
             return None
         value = self._take(key, None)
         if not isinstance(value, dict):
-            raise self._refusal(key, value, "an object is expected")
+            raise self.refusal(key, value, "an object is expected")
         return Fields(value, f"{self._where}: {key}")
 
     def text(self, *keys: str, default: str) -> str:
@@ -120,8 +125,29 @@ class Fields:
         given = {key: value for key in keys if (value := self._take(key, None)) is not None}
         for key, value in given.items():
             if not isinstance(value, str) or value != next(iter(given.values())):
-                raise self._refusal(key, value, f"one name is expected, found {given}")
+                raise self.refusal(key, value, f"one name is expected, found {given}")
         return next(iter(given.values()), default)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of strings, or of lists of them, in one; empty when absent or null."""
+        value = self._take(key, [])
+        flat = (
+            [name for one in value for name in (one if isinstance(one, list) else [one])]
+            if (isinstance(value, list))
+            else [value]
+        )
+        if not all(isinstance(name, str) for name in flat):
+            raise self.refusal(key, value, "a list of names is expected")
+        return tuple(flat)
+
+    def table(self, key: str) -> Mapping[str, Any]:
+        """An object inside as it is; empty when absent or null."""
+        return {} if self.mapping(key) is None else self._config[key]
+
+    def one_of(self, key: str, value: Any, *supported: Any) -> None:
+        """Refuse a value, already read, that is none of these."""
+        if value not in supported:
+            raise self.refusal(key, value, f"supported: {', '.join(map(str, supported))}")
 
     def skip(self, *keys: str) -> None:
         """These keys have no effect on this model, for a reason the caller knows."""
@@ -132,35 +158,24 @@ class Fields:
         for key, value in self._config.items():
             if key in self._taken or key in IGNORABLE or value is None:
                 continue
-            if key == "quantization_config" and _by_tensor(value):
-                continue
             if key in HARMLESS and value == HARMLESS[key]:
                 continue
-            raise self._refusal(key, value, _advice(key))
+            raise self.refusal(key, value, _advice(key))
 
     def _take(self, key: str, default: Any) -> Any:
         self._taken.add(key)
         value = self._config.get(key)
         return default if value is None else value
 
-    def _refusal(self, key: str, value: Any, why: str) -> UnsupportedModel:
+    def refusal(self, key: str, value: Any, why: str) -> UnsupportedModel:
+        """The error that says which value of which key is not supported, and why."""
         if value is None:
             return UnsupportedModel(f"{self._where}: {key} is missing; {why}")
         shown = repr(value)
         return UnsupportedModel(f"{self._where}: {key} = {shown[:200]}: {why}")
 
 
-def _by_tensor(quantization: Any) -> bool:
-    """The tensors say themselves how they are quantised."""
-    if not isinstance(quantization, dict):
-        return False
-    method, form = quantization.get("quant_method"), quantization.get("format")
-    return method in ("fp8", "mxfp4") or (method == "compressed-tensors" and form == "float-quantized")
-
-
 def _advice(key: str) -> str:
-    if key == "quantization_config":
-        return "weights quantised this way are not supported; use the original weights, FP8 or a GGUF file"
     if key == "auto_map":
         return "the model brings its own code, which is never run here"
     return "this option is not understood, and leaving it out could change the model's answers"

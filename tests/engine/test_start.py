@@ -284,7 +284,7 @@ def test_describe_counts_weights_in_few_bits(model: Path) -> None:
 def test_a_start_warns_of_options_that_cost_speed(model: Path) -> None:
     opened = open_model(model, weights=False)
     blueprint = design(config(None, quantize="int4"), opened.config)[0]
-    assert "--quantize int4" in slower(blueprint)
+    assert "weights in int4" in slower(blueprint)
     assert slower(design(config(None), opened.config)[0]) == ""
 
 

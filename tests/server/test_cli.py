@@ -171,7 +171,7 @@ def test_a_model_may_be_a_bare_word():
         ("serve --max-input-tokens 8 --max-total-tokens 8", "--max-input-tokens 8 must be less than"),
         ("serve --max-input-tokens 8 --max-input-length 8", "not both"),
         ("serve --sharded false --num-shard 2", "contradicts --num-shard 2"),
-        ("serve --quantize awq", "--quantize=awq is not supported"),
+        ("serve --quantize exl2", "--quantize=exl2 is not supported"),
         ("serve --speculate 17", "--speculate=17: expected a whole number from 0 to 16"),
         (
             "serve --limit hedder_limit=9",
@@ -209,7 +209,7 @@ def test_every_bound_without_a_flag_can_be_moved():
 
 def test_a_wrong_variable_is_named():
     assert "MAX_TOTAL_TOKENS=lots: expected a whole number" in refused("serve", {"MAX_TOTAL_TOKENS": "lots"})
-    assert "QUANTIZE=awq is not supported" in refused("serve", {"QUANTIZE": "awq"})
+    assert "QUANTIZE=exl2 is not supported" in refused("serve", {"QUANTIZE": "exl2"})
 
 
 def test_a_refused_option_that_asks_for_nothing_is_fine():

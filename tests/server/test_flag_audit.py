@@ -69,8 +69,7 @@ REFUSED = {
 
 REFUSED_VALUES = {
     "kv-cache-dtype": ["fp8_e4m3fn", "fp8_e5m2"],
-    "quantize": """awq compressed-tensors eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4
-        fp8""".split(),  # noqa: SIM905
+    "quantize": "eetq exl2 marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4".split(),  # noqa: SIM905
 }
 """TGI's values of a flag that has others here."""
 
