@@ -1,4 +1,4 @@
-"""One streaming request over HTTP/1.1, with the moment each piece of the answer arrived. Written to cost little.
+"""One request over HTTP/1.1, with the moment each piece of the answer arrived. Written to cost little.
 
 The load generator shares the machine with the server it measures, so this knows just enough of HTTP and server-sent
 events: one connection a request, a C parser, and no JSON but in the last event. Knows nothing of load or statistics.
@@ -36,6 +36,8 @@ class Answer:
     """How many were asked for; for whoever sent the request to fill in."""
     body: bytearray = field(default_factory=bytearray)
     """What came, if it was no event stream."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """By names in lower case."""
     error: str = ""
 
 
@@ -103,6 +105,7 @@ class _Exchange(asyncio.Protocol):
         self._end(f"connection lost: {exc}" if exc else "connection closed before the answer was complete")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self.answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
         if name.lower() == b"content-type":
             self._events = b"event-stream" in value
 

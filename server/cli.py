@@ -114,6 +114,12 @@ def _chat(settings: Settings) -> int:
     return chat(settings.options.of(""))
 
 
+def _batch(settings: Settings) -> int:
+    from .batch import batch
+
+    return batch(settings.engine, settings.server, settings.run, settings.options)
+
+
 def _print_schema(settings: Settings) -> int:
     from .commands import print_schema
 
@@ -132,6 +138,11 @@ def _all(groups: Mapping[str, Sequence[Flag]]) -> list[Flag]:
 
 
 _SIZES = {"Model": flags.MODEL, "Limits": flags.LIMITS, "Device": flags.DEVICE}
+_TEXT = tuple(
+    flag
+    for flag in flags.HTTP
+    if flag.name in ("tokenizer-config-path", "served-model-name", "reasoning-parser")
+)
 _SERVE = _SIZES | {"HTTP": flags.HTTP, "Process": flags.RUN, "From TGI": flags.FOREIGN}
 
 COMMANDS = (
@@ -143,6 +154,7 @@ COMMANDS = (
     Command("train-draft", "Train draft heads for --draft-model.", {"Model": flags.MODEL, "Device": flags.DEVICE, "Training": flags.TRAIN}, _train_draft),
     Command("bench", "Measure the engine on this device.", _SIZES | {"Load": flags.BENCH}, _bench),
     Command("bench serve", "Measure a server over HTTP.", {"Load": flags.BENCH_SERVE}, _bench_serve, takes_model=False),
+    Command("batch", "Answer a file of requests.", _SIZES | {"Text": _TEXT, "Batch": flags.BATCH}, _batch),
     Command("top", "Watch a server's lanes, live.", {"Server": flags.TOP}, _top, takes_model=False),
     Command("chat", "Talk to a server.", {"Server": flags.CHAT}, _chat, takes_model=False),
     Command("config show", "Print every option of a server, as a file for --config.", _SERVE | {"Output": flags.SHOW}, _config_show),

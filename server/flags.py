@@ -353,6 +353,16 @@ TOP = (
     Flag("interval", "interval", "Seconds between two looks.", "float", default=0.5, at_least=0.05),
     Flag("once", "once", "Print one look and leave.", "bool"),
 )
+BATCH = (
+    *LOG,
+    Flag("input", "input", "Requests, as OpenAI's batches have them: a line of JSON each.", short="i"),
+    Flag("output", "output", "Where answers go, a line each; those it has are not asked for again.", short="o"),
+    Flag("url", "url", "Ask this server; default the model is loaded for the batch."),
+    Flag("api-key", "api_key", "Its bearer key.", env="API_KEY"),
+    Flag(
+        "concurrency", "concurrency", "Requests at once; default twice the lanes, or 64 with --url.", "int", at_least=1
+    ),
+)  # fmt: skip
 CHAT = (*SERVER, Flag("system", "system", "What the model is told before the conversation."))
 
 _NO_MEANING = {

@@ -30,6 +30,7 @@ from .openai_run import Job, answer_of
 from .options import UsageError, did_you_mean
 from .reader import openai_finish, whole
 from .sampling import ChatOptions, Completion, Delta, Sampling, chat_body, completion_body, completion_of
+from .together import together
 from .tool_parser import Piece
 
 Prompt = str | Sequence[int]
@@ -227,13 +228,7 @@ class LLM:
                 raise
         # As many as run, and as many again that wait in the engine for their lanes.
         gate = asyncio.Semaphore(self.info.lanes + min(self.info.lanes, self.info.max_queued))
-        tasks = [asyncio.ensure_future(self._finish_one(job, gate)) for job in jobs]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await together(self._finish_one(job, gate) for job in jobs)
 
     async def _finish_one(self, job: Job, gate: asyncio.Semaphore) -> Completion:
         async with gate:
