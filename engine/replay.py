@@ -31,7 +31,7 @@ SUSPECT_LOSSES = 2
 """Engines lost in a row, without a token in between, from which a request is a suspect."""
 POLL_S = 0.05
 """First pause between two looks at an engine that is away; doubles up to MAX_POLL_S."""
-MAX_POLL_S = 1.0
+MAX_POLL_S = 0.25
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,7 @@ from .chat import ChatTemplates
 from .detokenize import ByteStream, TextStream, WindowStream, token_table
 from .errors import TokenizerError
 from .tokenizer_files import TokenizerFiles, read_directory, read_gguf, with_config
+from .typed import BREAK, TypedText
 
 __all__ = ["TextStream", "TextTokenizer", "TokenSpan", "TokenizerFiles"]
 
@@ -39,6 +40,7 @@ class TextTokenizer:
         """How answers are to be read (transformers' `response_template`), as the model's files declare it, unchecked."""
         added = files.tokenizer.get_added_tokens_decoder()
         self._special = frozenset(number for number, token in added.items() if token.special)
+        self._typed = TypedText(files.tokenizer)
         self._table = token_table(files.tokenizer)
         self.max_context = files.max_context
         """Tokens the tokenizer's files say the model was made for, if they do."""
@@ -97,6 +99,12 @@ class TextTokenizer:
         batch = self._tokenizer.encode_batch_fast([_valid(text)], add_special_tokens=add_special_tokens)
         return batch[0].ids
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of what `apply_chat` made: the template's control tokens are tokens, those that people typed are text."""
+        pieces = [_valid(piece) for piece in text.split(BREAK)]
+        batch = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return [number for encoding in batch for number in encoding.ids]
+
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
         """Ids of a text, each with the bytes of the text it stands for (whole characters)."""
         batch = self._tokenizer.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)
@@ -137,14 +145,17 @@ class TextTokenizer:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """A conversation as text, special tokens included: encode it without adding them again.
+        """A conversation as text, the template's special tokens included, for `encode_chat`.
+
+        A message that the model is to continue is taken as it is: whoever begins it may begin it with what the model writes.
 
         Raises:
             TokenizerError: there is no template, or it refused the messages, with its own words.
         """
+        begun = list(messages[-1:]) if continue_final_message else []
         return self._chat.render(
-            messages,
-            tools,
+            [*self._typed.broken(messages[: len(messages) - len(begun)]), *begun],
+            self._typed.broken(tools),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             **kwargs,

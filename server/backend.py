@@ -42,7 +42,7 @@ class Backend:
     def __init__(self) -> None:
         self._serving: Serving | None = None
         self._reason = "starting"
-        self._draining = False
+        self._leaving = self._draining = False
         self.restarts = 0
         """Engines that came after one that died."""
 
@@ -66,6 +66,10 @@ class Backend:
         self._serving = None
         self._reason = reason
 
+    def leave(self) -> None:
+        """From now on /health says that no requests are wanted, while they are still served."""
+        self._leaving = True
+
     def drain(self) -> None:
         """From now on new requests are refused for good; running ones end normally."""
         self._draining = True
@@ -79,8 +83,8 @@ class Backend:
 
     @property
     def reason(self) -> str | None:
-        """Why requests are refused now, or None if they are served."""
-        if self._draining:
+        """Why requests are refused now, or will be in a moment; None if they are welcome."""
+        if self._leaving or self._draining:
             return "shutting down"
         return None if self._serving is not None else self._reason
 

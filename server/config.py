@@ -89,6 +89,8 @@ class ServerConfig:
     """Seconds of silence after which a stream gets a comment, so that proxies keep it."""
     write_timeout_s: float = 60.0
     """Seconds a client may leave its answer unread, once buffers are full, before it is cut off and its lane freed."""
+    drain_delay_s: float = 0.0
+    """Seconds between a stop's asking, from when on /health says no, and the refusal of new requests."""
     graceful_termination_timeout_s: float = 90.0
     """Seconds running requests have to finish after a stop is asked for."""
     otlp_endpoint: str | None = None

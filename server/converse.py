@@ -9,7 +9,7 @@ from .guide import grammar_of
 from .headers import Clock
 from .openai_run import Job, Prompt, plan
 from .parting import Parting
-from .prompts import openai_ids
+from .prompts import chat_ids
 from .validate import Checked, room_left
 from .validate_openai import check_length
 
@@ -17,8 +17,7 @@ from .validate_openai import check_length
 async def conversation_ids(front: Front, serving: Serving, conversation: Conversation) -> Prompt:
     """The prompt of a conversation, without tokens to generate. Raises Invalid, TooLong, TemplateFailed."""
     rendered = await render(front, serving, conversation)
-    # The template has written the special tokens itself.
-    ids = await openai_ids(front, serving, rendered.text, conversation.place, add_special_tokens=False)
+    ids = await chat_ids(front, serving, rendered.text, conversation.place)
     return Prompt(rendered.text, ids, 0, rendered.thinking)
 
 

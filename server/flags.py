@@ -236,6 +236,11 @@ HTTP = (
         "Seconds that running requests have to finish after a stop is asked for.", "float", short="g", at_least=0
     ),
     _own(
+        "drain-delay", "server.drain_delay_s",
+        "Seconds for which requests are still taken after a stop is asked for, while /health says no already: as long as a load "
+        "balancer needs to see it.", "float", at_least=0
+    ),
+    _own(
         "limit", "limit",
         f"NAME=VALUE: move a bound that few need to. {', '.join(bound.name for bound in BOUNDS)}.", "list", members=BOUNDS
     ),

@@ -59,7 +59,8 @@ async def serve_http(
 ) -> None:
     """Serve until `stop` is set; then refuse new requests, let the running ones end, and return.
 
-    Running requests have `graceful_termination_timeout_s`, after which they end with an error that says so.
+    For `drain_delay_s` before that requests are served as ever, but /health says no: whoever sends them here has that time to see
+    it. Running requests have `graceful_termination_timeout_s`, after which they end with an error that says so.
 
     Args:
         app: what `create_app` made.
@@ -81,6 +82,9 @@ async def serve_http(
     renewing = [asyncio.create_task(renew(tls, config))] if tls is not None else []
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if config.drain_delay_s and backend.latest is not None:
+            backend.leave()
+            await asyncio.wait({serving}, timeout=config.drain_delay_s)
         backend.drain()
         server.should_exit = True
         if not (await asyncio.wait({serving}, timeout=config.graceful_termination_timeout_s))[0]:

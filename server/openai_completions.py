@@ -83,7 +83,7 @@ async def _prompt(
     echo: str | None = None
     if isinstance(prompt, str):
         text = echo = prompt
-        ids = await openai_ids(front, serving, prompt, "prompt", add_special_tokens=True)
+        ids = await openai_ids(front, serving, prompt)
     else:
         text, ids = "", given_ids(serving, prompt)
     granted = check_length(len(ids), max_tokens, serving.info, "prompt")

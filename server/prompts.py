@@ -1,6 +1,6 @@
 """Texts → token ids within the limits, off the event loop. The last stop before a request is the engine's business."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..models.errors import TokenizerError
 from .backend import Serving
@@ -17,7 +17,7 @@ async def native_ids(front: Front, serving: Serving, inputs: str, truncate: int 
     check_inputs(inputs, truncate, info)
     if truncate is None and surely_longer(inputs, info.max_input_tokens, front.config):
         raise too_long(info, len(inputs) // front.config.max_token_bytes, at_least=True)
-    ids = await _encode(front, serving, inputs, add_special_tokens=True)
+    ids = await _encode(front, serving.tokenizer.encode, inputs)
     if truncate is None or len(ids) <= truncate:
         return ids
     if truncate > 1 and serving.tokenizer.is_special(ids[0]):
@@ -26,13 +26,22 @@ async def native_ids(front: Front, serving: Serving, inputs: str, truncate: int 
     return ids[len(ids) - truncate :]
 
 
-async def openai_ids(
-    front: Front, serving: Serving, text: str, param: str, *, add_special_tokens: bool
+async def openai_ids(front: Front, serving: Serving, text: str) -> list[int]:
+    """The ids of a prompt text. Raises Invalid, TooLong."""
+    return await _ids(front, serving, text, "prompt", serving.tokenizer.encode)
+
+
+async def chat_ids(front: Front, serving: Serving, rendered: str, place: str) -> list[int]:
+    """The ids of a rendered conversation, which its sender calls `place`. Raises Invalid, TooLong."""
+    return await _ids(front, serving, rendered, place, serving.tokenizer.encode_chat)
+
+
+async def _ids(
+    front: Front, serving: Serving, text: str, param: str, encode: Callable[[str], list[int]]
 ) -> list[int]:
-    """The ids of a prompt text, or of a rendered conversation. Raises Invalid, TooLong."""
     if surely_longer(text, serving.info.max_input_tokens, front.config):
         raise too_long_unread(serving.info, len(text), param)
-    ids = await _encode(front, serving, text, add_special_tokens=add_special_tokens)
+    ids = await _encode(front, encode, text)
     if not text or not ids:
         raise Invalid(f"`{param}` must not be empty", param=param)
     return ids
@@ -47,8 +56,8 @@ def given_ids(serving: Serving, ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-async def _encode(front: Front, serving: Serving, text: str, *, add_special_tokens: bool) -> list[int]:
+async def _encode(front: Front, encode: Callable[[str], list[int]], text: str) -> list[int]:
     try:
-        return await front.workers.run(serving.tokenizer.encode, text, add_special_tokens)
+        return await front.workers.run(encode, text)
     except TokenizerError as error:
         raise Invalid(f"tokenizer error {error}") from error

@@ -52,6 +52,10 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of what `apply_chat` made, in which people's words are no control tokens."""
+        ...
+
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Sequence[tuple[int, int, int]]:
         """(id, start, end) of every token; offsets in UTF-8 bytes, 0 and 0 for a token that is not in the text."""
         ...

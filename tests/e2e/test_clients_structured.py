@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from .conftest import Served
+from ..support.whole_server import Served
 
 pytestmark = [
     pytest.mark.clients,

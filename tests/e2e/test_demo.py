@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import re
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +12,8 @@ import pytest
 
 from xlane.models.demo import default_cache_dir, demo_model
 
-from .conftest import Served
+from ..bench.kills import kill_under_load
+from ..support.whole_server import Served
 from .make_demo_greedy import PATH, TOKENS, greedy, reference_model
 
 CASES = json.loads(PATH.read_text())
@@ -71,22 +70,12 @@ def test_the_kept_answers_are_what_transformers_says_today() -> None:
         assert greedy(model, case["prompt"], 16) == case["output"][:16]
 
 
-def test_a_killed_engine_loses_and_repeats_no_token(demo: Served, expected: list[str]) -> None:
-    """Greedy and seeded streams go on over the death of the engine as if nothing had happened."""
-    cases = CASES[:6]
-    sampled = {"temperature": 0.8, "seed": 11, "ignore_eos": True}
-    quiet = asyncio.run(all_at_once(demo, cases, **sampled))
-
-    async def kill_in_the_middle() -> tuple[list[str], list[str]]:
-        greedy_streams = asyncio.create_task(all_at_once(demo, cases, ignore_eos=True))
-        seeded_streams = asyncio.create_task(all_at_once(demo, cases, **sampled))
-        await asyncio.sleep(1.0)
-        os.kill(demo.engine_pid(), signal.SIGKILL)
-        return await greedy_streams, await seeded_streams
-
-    greedy_texts, seeded_texts = asyncio.run(kill_in_the_middle())
-    assert greedy_texts == expected[:6]
-    assert seeded_texts == quiet
+def test_killed_engines_lose_and_repeat_no_token_of_any_kind_of_stream(demo: Served) -> None:
+    """Guided, with tools, seeded or greedy: all go on over two deaths of the engine as if nothing had happened."""
+    tallies, killing = asyncio.run(kill_under_load(demo, times=2))
+    assert killing.count == 2
+    assert {name: tally.wrong for name, tally in tallies.items()} == {name: [] for name in tallies}
+    assert all(tally.killed for tally in tallies.values())
 
 
 def test_a_dropped_connection_frees_its_lane(demo: Served) -> None:

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from ..support.schemas import SCHEMAS
-from .conftest import Served
+from ..support.whole_server import Served
 
 MAX_TOKENS = 120
 AT_ONCE = 32

@@ -15,7 +15,7 @@ from xlane.models.demo import default_cache_dir, demo_model
 from xlane.models.tokenizer import TextTokenizer
 
 from ..support.reference import penalized, top_k
-from .conftest import Served
+from ..support.whole_server import Served
 from .make_demo_greedy import reference_model
 
 TOLERANCE = 1e-4

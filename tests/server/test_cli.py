@@ -121,6 +121,7 @@ def test_a_list_of_numbers():
 
 def test_own_variables_have_a_prefix():
     assert read("serve", {"XLANE_MAX_QUEUED": "3", "MAX_QUEUED": "9"}).engine.max_queued == 3
+    assert read("serve --drain-delay 7.5").server.drain_delay_s == 7.5
 
 
 def test_the_launcher_listens_to_all_as_tgi_does():

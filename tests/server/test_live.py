@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -122,6 +122,20 @@ def test_the_end_waits_for_running_requests_and_takes_no_new_ones(live: Live):
     assert not live.server.thread.is_alive()
     with pytest.raises(httpx.ConnectError):
         httpx.get(live.url + "/health")
+
+
+def test_before_the_end_balancers_see_it_while_requests_are_still_served():
+    engine, backend = FakeEngine(), Backend()
+    backend.ready(engine, ByteTokenizer(), engine.info_value)
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 2}}
+    with live_server(backend, replace(CONFIG, drain_delay_s=1.0)) as server, httpx.Client() as client:
+        asked = time.monotonic()
+        server.stop()
+        eventually(lambda: client.get(server.url + "/health").status_code == 503)
+        assert client.post(server.url + "/generate", json=body).json()["generated_text"] == "bc"
+        assert "xlane_ready 0.0" in client.get(server.url + "/metrics").text
+        eventually(lambda: client.post(server.url + "/generate", json=body).status_code == 503)
+        assert time.monotonic() - asked >= 1.0
 
 
 def raw(live: Live, data: bytes, wait_s: float = 3.0) -> bytes:

@@ -4,17 +4,20 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from ..support.canaries import eventually
 from ..support.fake_session import fake_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,9 +27,10 @@ PATIENCE_S = 60.0
 class RunningServer:
     """The process and all it says."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], files: int | None = None) -> None:
+        limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            [*limited, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
         self.said: list[str] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -83,10 +87,15 @@ Start = Callable[..., RunningServer]
 def start(tmp_path: Path) -> Iterator[Start]:
     running: list[RunningServer] = []
 
-    def begin(turn_s: float = 0.002, command: list[str] | None = None, grace_s: float = 20) -> RunningServer:
+    def begin(
+        turn_s: float = 0.002,
+        command: list[str] | None = None,
+        grace_s: float = 20,
+        files: int | None = None,
+    ) -> RunningServer:
         model = str(fake_model(tmp_path / "model"))
         fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s), str(grace_s)]
-        running.append(RunningServer(command or fake))
+        running.append(RunningServer(command or fake, files))
         return running[-1]
 
     yield begin
@@ -169,6 +178,33 @@ def test_a_second_signal_does_not_wait(start: Start):
     reader.join(PATIENCE_S)
 
 
+@pytest.mark.parametrize(("files", "served", "told"), [(64, 8, "503"), (30, 1, "")], ids=["few", "none left"])
+def test_more_connections_than_files_are_refused_and_then_all_is_well(
+    start: Start, files: int, served: int, told: str
+):
+    """Where there are too few even for the server's own needs, connections are closed without a word."""
+    server = start(files=files).ready()
+    port = int(server.url.rsplit(":", 1)[1])
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(60)]
+        answers = [status_of(one) for one in crowd]
+        print(answers)
+        assert answers[:served] == ["200"] * served
+        assert set(answers[20:]) == {told}
+    health = f"{server.url}/health"
+    eventually(lambda: getattr(try_get(health), "status_code", 0) == 200, "it has noticed that they left")
+    assert len(server.stream(5).split("w")) == 1 + 5
+
+
+def status_of(one: socket.socket) -> str:
+    """Of what is answered to a request; empty if it was closed instead."""
+    try:
+        one.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        return one.recv(100)[9:12].decode()
+    except ConnectionError:
+        return ""
+
+
 def scripted(tmp_path: Path, *changes: str) -> list[str]:
     """A command that runs a session whose engine never gets ready, with some lines run before; it prints its port."""
     stub = tmp_path / "slow.py"
@@ -223,7 +259,7 @@ def test_a_broken_tokenizer_is_told_of_before_the_engine_is_ready(start: Start, 
 def try_get(url: str) -> httpx.Response | None:
     try:
         return httpx.get(url)
-    except httpx.ConnectError:
+    except httpx.TransportError:
         time.sleep(0.02)
         return None
 

@@ -1,0 +1,166 @@
+"""`kill -9` of the engine, again and again, under streams of every kind: each must say what it says undisturbed.
+
+    python -m tests.bench.kills [--times 100] [--model demo] [--streams 2]
+
+Serves the model with guesses on (`--speculate 4`), listens to each kind of stream undisturbed, then keeps `--streams` of each
+going while the engine is killed: up to 1.5 s after somebody heard of it, or before it is ready. (An engine that dies three times without a
+word for the one request it serves is taken to die of that, see `engine/replay.py`.) One JSON line last; exit code 1 if a stream
+was lost, or said anything else.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support.traffic import KINDS, Heard, Kind, heard
+from tests.support.whole_server import Served, whole_server
+
+EARLY = 0.1
+"""Share of the kills that hit an engine before it is ready. (Five of those in a row end the server, rightly.)"""
+
+
+@dataclass
+class Tally:
+    """What became of the streams of one kind."""
+
+    whole: int = 0
+    """Ended, and said what they say undisturbed."""
+    killed: int = 0
+    """Of those, how many lived through a kill or more."""
+    tokens: int = 0
+    most_kills: int = 0
+    wrong: list[Any] = field(default_factory=list)
+
+
+class Killing:
+    """Kills an engine so many times, and tells how often it has."""
+
+    def __init__(self, served: Served, times: int) -> None:
+        self._served, self._times, self._chance = served, times, random.Random(0)
+        self.count = 0
+        self.news = asyncio.Event()
+        """Somebody has heard something."""
+        self.pointless = False
+        """Whether a stream went wrong."""
+        self.stood_still_s = 0.0
+        """Longest time this process was not run: what the machine does to it, it does to the server."""
+        self.back_s: list[float] = []
+        """From a kill to the next engine's health."""
+
+    @property
+    def done(self) -> bool:
+        return self.count == self._times or self.pointless
+
+    async def watch(self) -> None:
+        """Notice when time passes without us."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.5)
+            self.stood_still_s = max(self.stood_still_s, time.monotonic() - before - 0.5)
+
+    async def run(self) -> None:
+        """Return when the last killed engine is replaced."""
+        while not self.done:
+            await self.news.wait()
+            await asyncio.sleep(self._chance.uniform(0.0, 1.5))
+            self._kill()
+            began = time.monotonic()
+            if self.done or self._chance.random() > EARLY:
+                while not await asyncio.to_thread(self._served.healthy):
+                    await asyncio.sleep(0.1)
+                self.back_s.append(time.monotonic() - began)
+                self.news.clear()  # what came late from the one before
+
+    def _kill(self) -> None:
+        pid = self._served.engine_pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            self.count += 1
+            if self.count % 10 == 0:
+                print(f"{self.count} kills", file=sys.stderr)
+
+
+async def keep_asking(
+    client: httpx.AsyncClient, kind: Kind, as_before: Heard, killing: Killing, tally: Tally
+) -> None:
+    """One stream after another until the killing is over."""
+    while not killing.done:
+        before = killing.count
+        try:
+            now = await heard(client, kind, killing.news.set)
+            assert now.like(as_before), (as_before, now)
+        except (AssertionError, httpx.HTTPError) as error:
+            tally.wrong.append(repr(error))
+            killing.pointless = True
+            killing.news.set()
+            return
+        tally.whole += 1
+        tally.killed += killing.count > before
+        tally.most_kills = max(tally.most_kills, killing.count - before)
+        tally.tokens += now.tokens
+
+
+async def kill_under_load(served: Served, times: int, streams: int = 1) -> tuple[dict[str, Tally], Killing]:
+    """Kill the engine so many times under `streams` of each kind."""
+    async with httpx.AsyncClient(base_url=served.url, timeout=300, limits=httpx.Limits()) as client:
+        undisturbed = await asyncio.gather(*(heard(client, kind) for kind in KINDS.values()))
+        tallies, killing = {name: Tally() for name in KINDS}, Killing(served, times)
+        asking = [
+            keep_asking(client, KINDS[name], before, killing, tally)
+            for (name, tally), before in zip(tallies.items(), undisturbed, strict=True)
+            for _ in range(streams)
+        ]
+        watching = asyncio.create_task(killing.watch())
+        await asyncio.gather(killing.run(), *asking)
+        watching.cancel()
+    return tallies, killing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--streams", type=int, default=2)
+    args = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        options = (
+            *("--model-id", args.model, "--speculate", "4", "--kv-bytes", str(2**29)),
+            *("--limit", "template_timeout_s=600"),  # whatever else the machine is busy with
+        )
+        with whole_server(Path(folder, "log"), *options) as served:
+            tallies, killing = asyncio.run(kill_under_load(served, args.times, args.streams))
+    for name, tally in tallies.items():
+        print(
+            f"{name:>18}: {tally.whole:5} streams whole, {tally.killed:5} of them over kills (up to "
+            f"{tally.most_kills} each), {tally.tokens:7,} tokens, {len(tally.wrong)} wrong"
+        )
+        for wrong in tally.wrong:
+            print(f"{'':>18}  {wrong}")
+    back = sorted(killing.back_s)
+    summary = {
+        "kills": killing.count,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "stood_still_s": round(killing.stood_still_s, 1),
+        "back_s": {"median": round(back[len(back) // 2], 2), "most": round(back[-1], 2)},
+        **{name: {"whole": t.whole, "over_kills": t.killed, "tokens": t.tokens, "wrong": len(t.wrong)} for name, t in tallies.items()},
+    }  # fmt: skip
+    print(json.dumps(summary))
+    return int(any(tally.wrong for tally in tallies.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
