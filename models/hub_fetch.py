@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import get_session  # pyright: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import HubError
@@ -68,6 +69,12 @@ class Hub:
         return HubError(
             f"{self.repo} (revision {self.revision}) is not completely in {self.folder}, and HF_HUB_OFFLINE forbids "
             "fetching it: unset HF_HUB_OFFLINE, or download the model where there is a network and keep its cache"
+        )
+
+    def silent(self) -> Unreachable:
+        """The Hub does not answer, and the files are not here."""
+        return Unreachable(
+            f"{self.repo} is not completely in {self.folder}, and {constants.ENDPOINT} does not answer"
         )
 
     def list_files(self, patient: bool) -> tuple[str, list[HubFile]]:
@@ -127,7 +134,7 @@ class Hub:
 
     def _unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(
-            f"{self.repo} could not be fetched from {constants.ENDPOINT}: {_first_line(error)}. Check the network, proxy "
+            f"{self.repo} could not be fetched from {constants.ENDPOINT}: {_first_line(_root(error))}. Check the network, proxy "
             "and HF_ENDPOINT; what has arrived is kept, and the next start goes on from there"
         )
 
@@ -230,6 +237,31 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return (httpx.TransportError,)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def sign_of_life(timeout_s: float) -> str:
+    """Why the endpoint does not answer within `timeout_s`; empty if it does, whatever it answers."""
+    failed = [f"nothing came within {timeout_s:g} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=timeout_s)
+            failed[0] = ""
+        except Exception as error:
+            failed[0] = _first_line(_root(error))
+
+    # A name may be looked up for longer than any timeout of a connection.
+    asking = threading.Thread(target=ask, name="hub-sign-of-life", daemon=True)
+    asking.start()
+    asking.join(timeout_s)
+    return failed[0]
+
+
+def _root(error: BaseException) -> BaseException:
+    """What began it: the words of the layers above say where it came through."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return error

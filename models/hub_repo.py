@@ -27,12 +27,19 @@ SMALL_FILES = (
 """What besides the weights is fetched: configuration, tokenizer, chat template."""
 
 
-def from_hub(hub: Hub, file: str | None, progress: Progress | None) -> ResolvedModel:
-    """The model of a repository, or one GGUF `file` of it, fetched unless all of it is here. Raises HubError."""
+def from_hub(
+    hub: Hub, file: str | None, progress: Progress | None, *, weights: bool = True, ask: bool = True
+) -> ResolvedModel:
+    """The model of a repository, or one GGUF `file` of it, fetched unless all of it is here: of safetensors only what
+    describes them, without `weights`. The Hub is asked only if it is to be. Raises HubError."""
     cached = _cached(hub, file)
     if hub.offline:
         if cached is None:
             raise hub.not_cached()
+        return cached
+    if not ask:
+        if cached is None:
+            raise hub.silent()
         return cached
     try:
         sha, files = hub.list_files(patient=cached is None)
@@ -41,8 +48,10 @@ def from_hub(hub: Hub, file: str | None, progress: Progress | None) -> ResolvedM
         if cached is None:
             raise
         return cached
-    wanted = [_named(file, files, hub)] if file else _wanted(files, hub, sha)
+    wanted = [_named(file, files, hub)] if file else _wanted(files, hub, sha, weights)
     hub.fetch(sha, wanted, progress)
+    if not weights and not wanted[-1].name.endswith(".gguf"):
+        return ResolvedModel(hub.folder / "snapshots" / sha, sha, "safetensors")
     # Written last: offline, a revision is found through this file, so it must never name half a model.
     ref = hub.folder / "refs" / hub.revision
     ref.parent.mkdir(parents=True, exist_ok=True)
@@ -66,13 +75,13 @@ def _cached(hub: Hub, file: str | None) -> ResolvedModel | None:
         return None
 
 
-def _wanted(files: Sequence[HubFile], hub: Hub, sha: str) -> list[HubFile]:
-    """The files of a repository that serving it needs."""
-    weights = weights_file([file.name for file in files], hub.repo)
-    if weights.endswith(".gguf"):
-        return [_named(weights, files, hub)]
-    names = ["config.json", weights]
-    if weights == INDEX:
+def _wanted(files: Sequence[HubFile], hub: Hub, sha: str, weights: bool) -> list[HubFile]:
+    """The files of a repository that serving it needs; a GGUF file has its description in it."""
+    start = weights_file([file.name for file in files], hub.repo)
+    if start.endswith(".gguf"):
+        return [_named(start, files, hub)]
+    names = ["config.json", start] if weights else ["config.json"]
+    if weights and start == INDEX:
         index = hub.fetch(sha, [_named(INDEX, files, hub)], None)[0]
         names += shard_files(index)
     small = [file.name for file in files if any(fnmatchcase(file.name, pattern) for pattern in SMALL_FILES)]

@@ -33,6 +33,13 @@ class Settings:
     run: RunConfig
     options: Options
     """Options of one command only, notes, and where values came from."""
+    environ: Mapping[str, str]
+    """What it was read from."""
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """By the names that options' targets begin with."""
+        return {"engine": self.engine, "server": self.server, "run": self.run}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +55,22 @@ class Command:
 
 
 def _serve(settings: Settings) -> int:
-    from .hosts import is_loopback
-    from .serve import serve
+    from .hosts import open_to_all
 
     server = settings.server
-    if not (server.keyed or server.insecure or is_loopback(server.host)):
+    if open_to_all(server):
         raise UsageError(
             f"{server.host} is reached from other machines, and no key is asked for: set API_KEY (or --api-key-file) to ask "
             "for one, --hostname 127.0.0.1 to stay on this machine, or --insecure to let everybody in"
         )
-    return serve(settings.engine, settings.server, settings.run)
+    if settings.options.plain("dry_run"):
+        from .commands import dry_run
+
+        given = config_file.given(_all(_SERVE), settings.configs, settings.options)
+        return dry_run(settings.engine, server, settings.run, given)
+    from .serve import serve
+
+    return serve(settings.engine, server, settings.run)
 
 
 def _engine(settings: Settings) -> int:
@@ -126,10 +139,16 @@ def _print_schema(settings: Settings) -> int:
     return print_schema(settings.server)
 
 
+def _doctor(settings: Settings) -> int:
+    from .doctor import doctor
+
+    as_json = bool(settings.options.plain("json"))
+    return doctor(settings.engine, settings.server, settings.run, settings.environ, as_json=as_json)
+
+
 def _config_show(settings: Settings) -> int:
-    configs = {"engine": settings.engine, "server": settings.server, "run": settings.run}
     origin = bool(settings.options.plain("origin"))
-    print("\n".join(config_file.write(_all(_SERVE), configs, settings.options, origin=origin)))
+    print("\n".join(config_file.write(_all(_SERVE), settings.configs, settings.options, origin=origin)))
     return OK
 
 
@@ -146,7 +165,8 @@ _TEXT = tuple(
 _SERVE = _SIZES | {"HTTP": flags.HTTP, "Process": flags.RUN, "From TGI": flags.FOREIGN}
 
 COMMANDS = (
-    Command("serve", "Serve a model over HTTP.", _SERVE, _serve),
+    Command("serve", "Serve a model over HTTP.", _SERVE | {"Process": (*flags.RUN, flags.DRY_RUN)}, _serve),
+    Command("doctor", "Say whether a server could start here, and what to do if not.", _SERVE | {"Output": flags.JSON}, _doctor),
     Command("engine", "Run an engine alone, over gRPC.", _SIZES | {"Process": flags.ENGINE}, _engine),
     Command("download", "Fetch a model from the Hub.", {"Model": flags.MODEL, "Process": flags.LOG}, _download),
     Command("plan", "Say what fits and how fast it can be, here or on a chip not here.", _SIZES | {"Output": flags.PLAN}, _plan),
@@ -193,7 +213,9 @@ def settle(
     options.notes[:0] = notes
     _agree(options)
     engine = EngineConfig(**{"model_id": "demo", **options.of("engine")})
-    return Settings(engine, ServerConfig(**options.of("server")), RunConfig(**options.of("run")), options)
+    return Settings(
+        engine, ServerConfig(**options.of("server")), RunConfig(**options.of("run")), options, environ
+    )
 
 
 def _file(

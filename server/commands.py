@@ -6,7 +6,7 @@ jax comes in with `engine.start`, which each command imports when it runs.
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from . import logs
 from .config import ServerConfig
 from .console import Console, bytes_text
 from .flags import RunConfig
+from .keys import read_keys
 from .model import find_model
 from .options import Options, UsageError
+from .tls import tls_context
 
 OK, CANNOT = 0, 3
+Rows = Sequence[tuple[str, str]]
 
 
 def console_of(run: RunConfig) -> Console:
@@ -132,6 +135,23 @@ def _shown(name: str, facts: Mapping[str, Any]) -> str:
     if "bytes" in name:
         return bytes_text(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def dry_run(engine: EngineConfig, server: ServerConfig, run: RunConfig, given: Rows) -> int:
+    """Print what was `given` and what `serve` would make of it. Of a model on the Hub only its description is fetched."""
+    tls_context(server)
+    if server.api_key_file is not None:
+        read_keys(server.api_key_file)
+    console = console_of(run)
+    path = find(replace(engine, load_format="dummy"), run, console)
+    from ..engine.plan import describe
+
+    facts = describe(engine, path)
+    console.settle()
+    shown = Console(sys.stdout, json_output=run.json_output)
+    shown.table("set (all others: xlane config show)", given)
+    shown.table("would serve", [(_without_unit(name), _shown(name, facts)) for name in facts])
+    return OK
 
 
 def warmup(config: EngineConfig, run: RunConfig) -> int:

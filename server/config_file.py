@@ -12,6 +12,8 @@ from typing import Any
 from .options import LISTS, Flag, Options, UsageError, did_you_mean
 
 DEFAULT = "default"
+Configs = Mapping[str, Any]
+"""By the name before the dot of an option's target."""
 
 
 def read(path: str, flags: Iterable[Flag]) -> dict[str, str]:
@@ -47,16 +49,14 @@ def _raw(flag: Flag, value: Any, origin: str) -> str:
     raise UsageError(f"{origin}: expected {'a list' if flag.kind in LISTS else expected}")
 
 
-def write(flags: Sequence[Flag], configs: Mapping[str, Any], options: Options, *, origin: bool) -> list[str]:
-    """The lines of a file that sets each option to what it is in `configs` (by the name before a target's dot).
+def write(flags: Sequence[Flag], configs: Configs, options: Options, *, origin: bool) -> list[str]:
+    """The lines of a file that sets each option to what it is. With `origin` each says where its value is from.
 
-    With `origin` each says where its value is from. What the start decides is a comment, and so is a key."""
+    What the start decides is a comment, and so is a key."""
     bounds = [member for flag in flags for member in flag.members]
-    moved = {bound.to for bound in bounds}
-    plain = [flag for flag in flags if "." in flag.to and flag.to not in moved]
 
     def lines(some: Sequence[Flag]) -> list[str]:
-        found = [_line(flag, configs) for flag in some]
+        found = [_line(flag, value(flag, configs)) for flag in some]
         if not origin:
             return found
         width = max(map(len, found), default=0)
@@ -64,18 +64,39 @@ def write(flags: Sequence[Flag], configs: Mapping[str, Any], options: Options, *
             f"{line:<{width}}  # {options.origins.get(flag.to, DEFAULT)}" for flag, line in zip(some, found)
         ]
 
+    plain = [flag for flag in _settable(flags) if flag not in bounds]
     return [*lines(plain), *(["", "[limit]", *lines(bounds)] if bounds else [])]
 
 
-def _line(flag: Flag, configs: Mapping[str, Any]) -> str:
+def given(flags: Sequence[Flag], configs: Configs, options: Options) -> list[tuple[str, str]]:
+    """(name, value and where it is from) of all that was not left to its default."""
+    rows = ((flag, options.origins.get(flag.to)) for flag in _settable(flags))
+    shown = (
+        (flag, "not shown" if flag.secret else value(flag, configs), origin)
+        for flag, origin in rows
+        if origin
+    )
+    return [(flag.name, f"{text}, from {origin}") for flag, text, origin in shown]
+
+
+def _settable(flags: Sequence[Flag]) -> list[Flag]:
+    """Each option once, by the name it has here: of a bound that is the one in the table of limits."""
+    bounds = {member.to: member for flag in flags for member in flag.members}
+    return [*(flag for flag in flags if "." in flag.to and flag.to not in bounds), *bounds.values()]
+
+
+def value(flag: Flag, configs: Configs) -> str | None:
+    """What an option is, as TOML; None if that is left to the start."""
     config, _, field = flag.to.partition(".")
-    value = getattr(configs[config], field)
-    if field == "cache_dir" and value is None:
-        value = "none"
-    if value is None:
+    found = getattr(configs[config], field)
+    if field == "cache_dir" and found is None:
+        found = "none"
+    return (
+        None if found is None else json.dumps(found, ensure_ascii=False)
+    )  # Of these values both have one form.
+
+
+def _line(flag: Flag, text: str | None) -> str:
+    if text is None:
         return f"# {flag.name} is not set"
-    if flag.secret:
-        return f"# {flag.name} is set, and not shown"
-    if isinstance(value, tuple):
-        return f"{flag.name} = [{', '.join(json.dumps(item, ensure_ascii=False) for item in value)}]"
-    return f"{flag.name} = {json.dumps(value, ensure_ascii=False)}"
+    return f"# {flag.name} is set, and not shown" if flag.secret else f"{flag.name} = {text}"

@@ -111,12 +111,14 @@ class Console:
             self.line(f"  {name:<{width}}  {value}")
 
     def ready(self, url: str, seconds: float, model: str, *, key: bool = False) -> None:
-        """The last word of a start: where it is, and a line to paste."""
+        """The last word of a start: where it is, a page to open and a line to paste."""
         self.settle()
         facts = {"url": url, "seconds": round(seconds, 3), "model": model}
         self.say(f"ready in {seconds:.1f} s: {url}", fields=facts)
         if not self._json:
-            self.line(f"\n  {curl(url, model, key=key)}\n")
+            self.line(
+                f"\n  {url}/ui  to chat there, and to watch the lanes\n\n  {curl(url, model, key=key)}\n"
+            )
 
 
 class _Phase:

@@ -253,6 +253,10 @@ HTTP = (
     _tgi("otlp-service-name", "server.otlp_service_name", "Who the traces are from."),
 )  # fmt: skip
 
+DRY_RUN = Flag(
+    "dry-run", "dry_run", "Say what would be done, and why; load nothing, listen to nobody.", "bool"
+)
+
 SHOW = (Flag("origin", "origin", "Also say where each value is from.", "bool"),)
 
 LOG = (
@@ -267,6 +271,8 @@ RUN = (
     _tgi("shard-uds-path", "run.uds_path", "Unix socket between front and engine; default a private one."),
     Flag("env", "run.show_env", "Also say which versions and devices are here.", "bool", short="e"),
 )
+
+JSON = (Flag("json", "json", "Print one JSON object.", "bool"),)
 
 ENGINE = (
     *LOG,
@@ -291,7 +297,7 @@ PLAN = (
     *LOG,
     Flag("topology", "topology", "Plan for these chips (v6e-8, v5e-4, h200, h100-8, ...), which need not be here."),
     Flag("compile", "compile", "Compile the largest programs and check what the compiler made of them: minutes.", "bool"),
-    Flag("json", "json", "Print one JSON object.", "bool"),
+    *JSON,
 )  # fmt: skip
 
 TRAIN = (

@@ -19,6 +19,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def open_to_all(config: ServerConfig) -> bool:
+    """Whether strangers could come in, and nobody said that they may."""
+    return not (config.keyed or config.insecure or is_loopback(config.host))
+
+
 class Hosts:
     """Who is called by a stranger's name. Only a server on loopback that asks for no key has to ask that: elsewhere a
     browser has no key to send, or the network decides who comes in."""

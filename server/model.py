@@ -10,11 +10,13 @@ DEMO = "demo"
 
 
 def find_model(
-    config: EngineConfig, hub_cache: str | None, progress: Progress | None = None
+    config: EngineConfig, hub_cache: str | None, progress: Progress | None = None, *, ask: bool = True
 ) -> ResolvedModel:
-    """The model on this machine, downloaded if need be. Raises HubError."""
+    """The model on this machine, downloaded if need be, and if the Hub is to be asked. Raises HubError."""
     if config.model_id == DEMO:
         kept = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         return ResolvedModel(demo_model(kept, progress), None, "gguf")
     weights = config.load_format != "dummy"
-    return resolve(config.model_id, config.revision, cache_dir=hub_cache, progress=progress, weights=weights)
+    return resolve(
+        config.model_id, config.revision, cache_dir=hub_cache, progress=progress, weights=weights, ask=ask
+    )

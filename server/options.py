@@ -114,8 +114,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all of `argv` or raise UsageError."""
-        namespace, rest = self.parse_known_args(list(argv))
+        """Parse all of `argv` or raise UsageError. A word after a switch is its value only if it says yes or no."""
+        switches = {name for action in self._actions if action.nargs == "?" for name in action.option_strings}
+        words = [
+            f"{word}=true" if word in switches and after.lower() not in (*TRUE, *FALSE) else word
+            for word, after in zip(argv, [*argv[1:], ""])
+        ]
+        namespace, rest = self.parse_known_args(words)
         if rest:
             word = rest[0].split("=")[0]
             known = [option for action in self._actions for option in action.option_strings]

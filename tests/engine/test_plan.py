@@ -114,4 +114,4 @@ def test_the_device_at_hand_is_measured_and_its_programs_checked(model: Path):
     assert told["temporaries bytes"] > 0
     assert told["memory GB/s of a device"] > 0.1
     assert told["TFLOP/s of a device"] > 0.0005
-    assert describe(config, model, "h200")["programs"] == "not compiled (--compile)"
+    assert describe(config, model, "h200")["programs"].startswith("4, not compiled (--compile): decode[1], ")

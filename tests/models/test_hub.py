@@ -117,6 +117,18 @@ def test_only_what_serving_needs_is_fetched_once_and_found_again_offline(hub: St
     assert gone["path"] == found["path"], "a server that started before starts without the network"
 
 
+def test_a_plan_needs_no_weights(hub: StubHub, tmp_path: Path):
+    planned = fetch(hub.url, tmp_path, "org/plain", weights=False)
+    assert files(planned["path"]) == set(NEEDED) - {"model.safetensors"}
+    assert "does not answer" in fetch(hub.url, tmp_path, "org/plain", ask=False)["error"], (
+        "half a model is none"
+    )
+    assert files(fetch(hub.url, tmp_path, "org/plain")["path"]) == set(NEEDED)
+    hub.requests.clear()
+    assert fetch(hub.url, tmp_path, "org/plain", ask=False)["sha"] == SHA
+    assert hub.requests == []
+
+
 def test_a_cut_connection_is_resumed(hub: StubHub, tmp_path: Path):
     # Large enough that whole pieces of huggingface_hub's 10 MB have arrived when it breaks.
     content = BIG * 24

@@ -147,6 +147,9 @@ def test_tgis_log_levels(value: str, level: str):
 
 def test_a_model_may_be_a_bare_word():
     assert read("serve org/model --port 1").engine.model_id == "org/model"
+    settings = read("serve --insecure org/model --json-output false -e")
+    assert (settings.engine.model_id, settings.server.insecure) == ("org/model", True)
+    assert (settings.run.json_output, settings.run.show_env) == (False, True)
     assert "two models" in refused("serve org/a --model-id org/b")
 
 
@@ -167,7 +170,7 @@ def test_a_model_may_be_a_bare_word():
         ("serve --memory-fraction nan", "--memory-fraction=nan: expected a number from 0.01 to 1"),
         ("bench --concurrency 1,two", "--concurrency=two: expected a whole number of at least 1"),
         ("bench serve --concurrency 0", "--concurrency=0: expected a whole number of at least 1"),
-        ("serve --json-output maybe", "--json-output=maybe: expected true or false"),
+        ("serve --json-output=maybe", "--json-output=maybe: expected true or false"),
         ("serve --port", "expected one argument"),
         ("serve --max-input-tokens 8 --max-total-tokens 8", "--max-input-tokens 8 must be less than"),
         ("serve --max-input-tokens 8 --max-input-length 8", "not both"),

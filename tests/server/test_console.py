@@ -49,7 +49,8 @@ def test_a_pipe_gets_few_plain_lines():
     assert lines[3:5] == ["in between", "programs: 0/2"]
     assert lines[6:9] == ["plan", "  lanes     8", "  kv pages  100"]
     assert lines[9] == "ready in 1.2 s: http://h:1"
-    assert lines[11].strip() == curl("http://h:1", "demo", key=True)
+    assert lines[11].split()[0] == "http://h:1/ui"
+    assert lines[13].strip() == curl("http://h:1", "demo", key=True)
     assert "\x1b" not in out.getvalue()
 
 

@@ -82,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         if self.hub.failures:
             self._send(self.hub.failures.pop(0))
+        elif path == "/":
+            self._send(200)
         elif path.startswith("/api/models/"):
             owner, name, *rest = path.removeprefix("/api/models/").split("/", 3)
             self._info(f"{owner}/{name}", rest[1].replace("%2F", "/") if rest else "main")

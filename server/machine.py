@@ -1,0 +1,96 @@
+"""The devices, who computes on them, and whether a model fits: findings of `xlane doctor`.
+
+Asked in a process of its own, because a broken driver hangs or kills whoever asks it. Knows no jax: what is asked is
+`engine/look.py`'s.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ..engine.config import EngineConfig
+from ..engine.errors import EngineError
+from ..models.errors import ModelError
+from .console import bytes_text
+from .findings import Finding
+
+LOOK_TIMEOUT_S = 120.0
+"""Between two things the device's process tells; its kernels may have to be compiled first."""
+
+_ACCELERATORS = (("/dev/nvidia0", "NVIDIA GPU", "cuda"), ("/dev/accel0", "TPU", "tpu"), ("/dev/vfio/0", "TPU", "tpu"))  # fmt: skip
+
+
+def machine(
+    engine: EngineConfig, model: Path | None, look: Callable[..., None] | None = None
+) -> Iterator[Finding]:
+    """The devices, who computes on them, and whether the model fits. `look` runs in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=look or _look, args=(theirs, engine, model), daemon=True)
+    process.start()
+    theirs.close()
+    last = "devices"
+    try:
+        while ours.poll(LOOK_TIMEOUT_S):
+            what, facts = ours.recv()
+            if what == "end":
+                return
+            if what == "error":
+                yield Finding("fit" if last == "plan" else last, "fail", facts, "see the message")
+                return
+            yield judged(what, facts)
+            last = "plan" if model is not None else what
+        yield Finding(
+            last,
+            "fail",
+            f"no answer within {LOOK_TIMEOUT_S:.0f} s",
+            "see whether another process holds the device, and its driver",
+        )
+    except EOFError:
+        process.join()
+        yield Finding(
+            last,
+            "fail",
+            f"who looked at the device died (exit code {process.exitcode})",
+            "see the driver's log",
+        )
+    finally:
+        process.kill()
+        process.join()
+
+
+def _look(told: Connection, engine: EngineConfig, model: Path | None) -> None:
+    try:
+        from ..engine.look import look
+
+        for piece in look(engine, model):
+            told.send(piece)
+        told.send(("end", None))
+    except (EngineError, ModelError, RuntimeError, OSError) as error:
+        told.send(("error", str(error).splitlines()[0]))
+
+
+def judged(what: str, facts: Mapping[str, Any]) -> Finding:
+    """What to think of a piece that was told."""
+    if what == "devices":
+        text = f"{facts['count']} x {facts['kind']} ({facts['platform']})"
+        for file, name, extra in _ACCELERATORS:
+            if facts["platform"] == "cpu" and Path(file).exists():
+                return Finding(
+                    "devices",
+                    "warn",
+                    f"{text}, though there is a {name}",
+                    f"pip install 'xlane[{extra}]', and unset JAX_PLATFORMS",
+                )
+        return Finding("devices", "ok", text)
+    if what == "kernels":
+        if facts["name"]:
+            return Finding("kernels", "ok", facts["name"])
+        return Finding(
+            "kernels", "warn", f"XLA's own, several times slower: {facts['why']}", "install g++ or clang++"
+        )
+    return Finding("fit", "ok",
+        f"weights {bytes_text(facts['weights bytes'])} and {bytes_text(facts['KV cache bytes'])} of KV cache in "
+        f"{bytes_text(facts['memory bytes'])}: {facts['lanes']} lanes, {facts['KV cache tokens']:,} tokens")  # fmt: skip
