@@ -4,8 +4,9 @@ Knows token ids and an engine; neither what a chat looks like as text nor what i
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .local import EngineCore, LocalClient
 from .request import Request, SamplingParams
@@ -28,11 +29,19 @@ class Dialogue:
     """End a question, and an answer."""
 
 
+class Text(NamedTuple):
+    """Token ids to learn from."""
+
+    tokens: Sequence[int]
+    given: int
+    """How many of them, in front, the model was given: what it says after those is to be guessed."""
+
+
 async def write_texts(
     engine: EngineCore, dialogue: Dialogue, tokens: int, progress: Callable[[int, int], None]
-) -> list[list[int]]:
-    """Texts of about so many tokens in all, questions and answers counted. `progress(done, total)` counts them."""
-    client, lanes, texts, done = LocalClient(engine), engine.info.lanes, list[list[int]](), 0
+) -> list[Text]:
+    """Texts with about so many tokens of answers in all. `progress(done, total)` counts them."""
+    client, lanes, texts, done = LocalClient(engine), engine.info.lanes, list[Text](), 0
 
     async def say(name: str, prompt: tuple[int, ...], most: int, temperature: float, seed: int) -> list[int]:
         sampling = SamplingParams(
@@ -53,8 +62,8 @@ async def write_texts(
                 prompt += (*asked, *dialogue.turn)
                 temperature = TEMPERATURES[number // lanes % len(TEMPERATURES)]
             answer = await say(f"answer-{number}", prompt, ANSWER_TOKENS, temperature, number)
-            texts.append([*prompt, *answer])
-            done += len(texts[-1]) - len(dialogue.opening) - len(dialogue.turn)
+            texts.append(Text([*prompt, *answer], len(prompt)))
+            done += len(answer)
             progress(min(done, tokens), tokens)
             number += lanes
 

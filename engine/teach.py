@@ -15,7 +15,7 @@ from .build import build, design, load_weights
 from .config import EngineConfig, programs_folder
 from .engine import Engine
 from .heads import fingerprint
-from .own_text import Dialogue, write_texts
+from .own_text import Dialogue, Text, write_texts
 from .step import Blueprint, Params
 from .train_draft import READ_TOKENS, Course, Judged, Trainer, read_texts
 
@@ -45,7 +45,7 @@ def teach(
         params = load_weights(
             config, blueprint, opened.source, lambda phase, done, total: progress(phase, done, total, "")
         )
-        learnt = [texts[start : start + READ_TOKENS] for start in range(0, len(texts), READ_TOKENS)]
+        learnt = [Text(texts[start : start + READ_TOKENS], 1) for start in range(0, len(texts), READ_TOKENS)]
     thoughts = read_texts(blueprint, params, learnt, lambda done, total: progress("reading", done, total, ""))
     trainer = Trainer(blueprint, params, thoughts, course)
     judged = _train(trainer, progress)
@@ -55,7 +55,7 @@ def teach(
 
 def _own(
     config: EngineConfig, opened: OpenedModel, dialogue: Dialogue, tokens: int, progress: Progress
-) -> tuple[Blueprint, Params, list[list[int]]]:
+) -> tuple[Blueprint, Params, list[Text]]:
     """What the model writes, by way of a whole engine."""
     built = build(
         config, opened.config, opened.source, lambda phase, done, total: progress(phase, done, total, "")
@@ -73,7 +73,11 @@ def _own(
         )
     finally:
         engine.stop()
-    return built.programs.blueprint, built.params, [text[:READ_TOKENS] for text in texts]
+    return (
+        built.programs.blueprint,
+        built.params,
+        [Text(text.tokens[:READ_TOKENS], text.given) for text in texts],
+    )
 
 
 def _train(trainer: Trainer, progress: Progress) -> Judged:

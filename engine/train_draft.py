@@ -18,6 +18,7 @@ from ..models.attention import XlaKernels
 from ..models.draft_heads import INNER, Head, Heads
 from ..models.kernels import PagedBatch
 from .errors import PlanError
+from .own_text import Text
 from .pages import pages_for
 from .state import abstract_kv, zeros_like
 from .step import Blueprint, Params
@@ -55,10 +56,14 @@ class Thoughts(NamedTuple):
     """int32[N]: what it would say next."""
     text: np.ndarray
     """int32[N]: which text the token is of."""
+    own: np.ndarray
+    """bool[N]: said by the model, and not given."""
 
     def starts(self, ahead: int) -> np.ndarray:
-        """Positions that are followed by at least so many tokens of the same text."""
-        return np.flatnonzero(self.text[:-ahead] == self.text[ahead:])
+        """Positions that are followed by at least so many tokens of the same text, all of the model's own."""
+        return np.flatnonzero(
+            (self.text[:-ahead] == self.text[ahead:]) & self.own[1 : len(self.own) + 1 - ahead]
+        )
 
 
 class Judged(NamedTuple):
@@ -76,7 +81,7 @@ class Judged(NamedTuple):
 
 
 def read_texts(
-    blueprint: Blueprint, params: Params, texts: Sequence[Sequence[int]], progress: Callable[[int, int], None]
+    blueprint: Blueprint, params: Params, texts: Sequence[Text], progress: Callable[[int, int], None]
 ) -> Thoughts:
     """Run the model over texts of at most READ_TOKENS tokens each. `progress(done, total)` counts tokens."""
     b, place = blueprint, blueprint.placement
@@ -92,12 +97,14 @@ def read_texts(
 
     kv = zeros_like(abstract_kv(b.config, shapes, b.kv_dtype, place))
     parts: list[Thoughts] = []
-    total, done, number = sum(map(len, texts)), 0, 0
-    for group in _groups(texts):
+    total, done, number = sum(len(text.tokens) for text in texts), 0, 0
+    for group in _groups([text.tokens for text in texts]):
         tokens, rows, batch = _packed(group, width)
         kv, (hidden, likeliest) = think(params, kv, place.put(tokens), jax.tree.map(place.put, batch))
         count = sum(map(len, group))
-        read = (np.asarray(hidden), tokens, np.asarray(likeliest, np.int32), rows + number)
+        given = [text.given for text in texts[number : number + len(group)]]
+        own = np.asarray(batch.positions) >= np.take(given, rows)
+        read = (np.asarray(hidden), tokens, np.asarray(likeliest, np.int32), rows + number, own)
         parts.append(Thoughts(*(array[:count] for array in read)))
         number, done = number + len(group), done + count
         progress(done, total)
@@ -147,8 +154,9 @@ class Trainer:
             )
         self._judged = rng.permutation(unseen)[:JUDGED]
         self._order = np.concatenate([rng.permutation(self._learnt) for _ in range(course.epochs)])
-        counts = np.bincount(thoughts.likeliest)
-        tokens = np.sort(np.argsort(-counts)[: min(course.candidates, np.count_nonzero(counts))])
+        counts = np.bincount(thoughts.likeliest[starts], minlength=blueprint.config.vocab_size)
+        # Of those that never came, low ids first: most tokenizers number what is common before what is rare.
+        tokens = np.sort(np.argsort(-counts, kind="stable")[: course.candidates])
         occurring, self._occurs = np.unique(thoughts.token, return_inverse=True)
         decoder = blueprint.graph.merge(params[: len(blueprint.graph.specs)])
         self._tables = _Tables(

@@ -61,8 +61,15 @@ def trained(
     own = write_texts(engine_of(), DIALOGUE, 1500, lambda *state: done.append(state))
     texts = asyncio.run(own)
     assert done[-1] == (1500, 1500)
-    assert all(text[0] == 1 and (4, 5) in pairwise(text) for text in texts)
+    assert all(
+        text.tokens[0] == 1 and tuple(text.tokens[text.given - 2 : text.given]) == (4, 5) for text in texts
+    )
     thoughts = read_texts(blueprint, params, texts * 4, lambda done, total: None)
+    assert thoughts.own.tolist() == [
+        place >= text.given for text in texts * 4 for place in range(len(text.tokens))
+    ]
+    # What is given before an answer is no place to guess at, nor one from which too little follows.
+    assert len(thoughts.starts(3)) == 4 * sum(max(0, len(text.tokens) - text.given - 2) for text in texts)
     trainer = Trainer(blueprint, params, thoughts, Course(epochs=20))
     before = trainer.judge()
     steps = [step for step, _ in trainer.train()]
