@@ -49,7 +49,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
 
     Raises PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
     """
-    set_gpu_defaults(os.environ)
+    set_gpu_defaults(os.environ, config.memory_fraction)
     meet(config)
     use_compile_cache(programs_folder(config))
     opened = open_model(path, weights=config.load_format != "dummy")

@@ -92,6 +92,6 @@ def _uncollected() -> Iterator[None]:
 
 
 def _prepare(config: EngineConfig) -> None:
-    set_gpu_defaults(os.environ)
+    set_gpu_defaults(os.environ, config.memory_fraction)
     meet(config)
     use_compile_cache(programs_folder(config))

@@ -13,7 +13,7 @@ from .anthropic_input import conversation_of, shows_thinking
 from .anthropic_shapes import block, ending_of, message, usage_of, whole_call
 from .body import read_body
 from .converse import conversation_ids, converse
-from .front import Front, front_of
+from .front import Front, front_for
 from .headers import Clock
 from .openai_run import Finished, Job, complete, stream
 from .openai_shapes import answer_headers
@@ -27,7 +27,7 @@ from .validate_openai import check_model
 async def messages(request: HttpRequest) -> Response:
     """`POST /v1/messages`."""
     body = await read_body(request, MessagesBody)
-    front, clock = front_of(request), Clock()
+    front, clock = await front_for(request, body.model), Clock()
     if body.stream:
         return stream(
             front, 1, lambda: _prepare(front, body, clock), lambda job: MessageEvents(job, body), failure
@@ -40,7 +40,7 @@ async def messages(request: HttpRequest) -> Response:
 async def count_tokens(request: HttpRequest) -> Response:
     """`POST /v1/messages/count_tokens`."""
     body = await read_body(request, CountBody)
-    front = front_of(request)
+    front = await front_for(request, body.model)
     serving = front.backend.serving()
     check_model(body.model, front.model_name, serving.info)
     check_count(body)

@@ -18,9 +18,10 @@ from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
 from .errors import ServerError, error_response
-from .front import make_front
+from .front import Front, ReleaseModels, front_beside, make_front
 from .keys import Keys
 from .middleware import BodyLimit, RequestIds, TidyPaths
+from .models import Models
 from .openai_chat import chat_completions
 from .openai_completions import completions
 from .openai_models import list_models, show_model
@@ -30,8 +31,11 @@ from .tracing import TraceRequests, Tracing
 from .ui import routes as ui
 
 
-def create_app(backend: Backend, config: ServerConfig) -> Starlette:
-    """The app. It can be started before the backend is ready, and then says so. Raises UsageError."""
+def create_app(backend: Backend, config: ServerConfig, models: Models | None = None) -> Starlette:
+    """The app. It can be started before the backend is ready, and then says so. Raises UsageError.
+
+    Of several models, `backend` is the first one's.
+    """
     front = make_front(backend, config)
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
 
@@ -44,7 +48,7 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
 
     app = Starlette(
         routes=routes(config),
-        middleware=_middleware(config, front.keys, tracing),
+        middleware=_middleware(config, front.keys, tracing, models),
         exception_handlers={
             HTTPException: _on_error,
             ServerError: _on_error,
@@ -57,7 +61,19 @@ def create_app(backend: Backend, config: ServerConfig) -> Starlette:
     # TidyPaths has made one path of all spellings; a redirect would lose the body of a POST with some clients.
     app.router.redirect_slashes = False
     app.state.front = front
+    app.state.models = models
+    app.state.fronts = _fronts(front, models)
     return app
+
+
+def _fronts(front: Front, models: Models | None) -> dict[str, Front]:
+    """The front of each model, by name. One that is alone has its name from its engine, and none yet."""
+    if models is None:
+        return {"": front}
+    return {
+        name: front if model.backend is front.backend else front_beside(front, name, model.backend)
+        for name, model in models.all.items()
+    }
 
 
 def routes(config: ServerConfig) -> list[Route]:
@@ -121,7 +137,9 @@ def _kserve() -> list[Route]:
     ]
 
 
-def _middleware(config: ServerConfig, keys: Keys, tracing: Tracing | None) -> list[Middleware]:
+def _middleware(
+    config: ServerConfig, keys: Keys, tracing: Tracing | None, models: Models | None
+) -> list[Middleware]:
     """From the outside in."""
     cors: list[Middleware] = []
     if config.cors_allow_origins:
@@ -141,6 +159,7 @@ def _middleware(config: ServerConfig, keys: Keys, tracing: Tracing | None) -> li
         *cors,
         Middleware(RequireKey, keys=keys),
         Middleware(BodyLimit, limit=config.payload_limit),
+        *([Middleware(ReleaseModels, models=models)] if models is not None else []),
     ]
 
 

@@ -42,7 +42,7 @@ class Backend:
     def __init__(self) -> None:
         self._serving: Serving | None = None
         self._reason = "starting"
-        self._leaving = self._draining = False
+        self._leaving = self._draining = self._comes_back = False
         self.restarts = 0
         """Engines that came after one that died."""
 
@@ -61,10 +61,11 @@ class Backend:
         self._serving = Serving(engine, tokenizer, info, markers, form, marks, declared)
         self._reason = ""
 
-    def down(self, reason: str) -> None:
-        """From now on requests are refused, for this reason; running ones are not touched."""
+    def down(self, reason: str, *, comes_back: bool = False) -> None:
+        """From now on requests are refused, for this reason; running ones are not touched. `comes_back`: until one asks for
+        it to be loaded."""
         self._serving = None
-        self._reason = reason
+        self._reason, self._comes_back = reason, comes_back
 
     def leave(self) -> None:
         """From now on /health says that no requests are wanted, while they are still served."""
@@ -87,6 +88,11 @@ class Backend:
         if self._leaving or self._draining:
             return "shutting down"
         return None if self._serving is not None else self._reason
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether it is away until a request asks for it."""
+        return self._comes_back and not (self._leaving or self._draining)
 
     @property
     def latest(self) -> Serving | None:

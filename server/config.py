@@ -27,6 +27,13 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name shown in replies and model lists, and accepted as `model`; None shows the engine's model id."""
 
+    more_models: tuple[str, ...] = ()
+    """Other models on the same port, each an id or NAME=ID; loaded when they are asked for."""
+    loaded_models: int = 1
+    """Most of all of them in memory at once; each has its part of the engines' memory."""
+    model_wait_s: float = 60.0
+    """Seconds a request waits for its model to be loaded; then it is told to come back."""
+
     tokenizer_config_path: str | None = None
     """A tokenizer_config.json whose chat template goes before the model's own."""
     predict_route: str | None = None

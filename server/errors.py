@@ -112,7 +112,11 @@ class RateLimited(Busy):
 
 
 class NotReady(ServerError):
-    """No engine answers yet, or no longer; the message says which."""
+    """No engine answers yet, or no longer; the message says which. `retry_after_s` is when to ask again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Incomplete(ServerError):
@@ -215,7 +219,7 @@ def problem_of(error: Exception) -> Problem:
         return Problem("Internal server error", _UNEXPECTED)
     retry_after = None
     if row.retry:
-        seconds = error.retry_after_s if isinstance(error, Overloaded | Busy) else 1.0
+        seconds = error.retry_after_s if isinstance(error, Overloaded | Busy | NotReady) else 1.0
         retry_after = max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds)))
     return Problem(
         message=str(error)[:MAX_MESSAGE_CHARS],

@@ -211,6 +211,14 @@ HTTP = (
         "tokenizer-config-path", "server.tokenizer_config_path",
         "A tokenizer_config.json whose chat template goes before the model's own."
     ),
+    _own(
+        "more-models", "server.more_models",
+        "Models beside --model-id, as ID or NAME=ID: each is loaded when a request asks for it.", "list"
+    ),
+    _own(
+        "loaded-models", "server.loaded_models",
+        "Most models in memory at once; each gets its part of it, and the one not used the longest leaves.", "int", at_least=1
+    ),
     _own("served-model-name", "server.served_model_name", "Name of the model in replies; default its id."),
     _own(
         "reasoning-parser", "server.reasoning_parser",

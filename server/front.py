@@ -3,11 +3,12 @@
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from time import monotonic
 
 from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .backend import Backend, Serving
 from .config import ServerConfig
@@ -15,9 +16,12 @@ from .errors import Busy
 from .grammars import Grammars
 from .keys import Keys, own_share
 from .metrics import Metrics
+from .models import Models, ServedModel
 from .reasoning import Markers
 from .text import TextWorkers
 
+ENTERED = "xlane.entered"
+"""Where a request's scope keeps the models it uses."""
 WINDOW = 64
 """Requests that the estimate of a permit's return looks back on."""
 
@@ -120,6 +124,46 @@ def make_front(backend: Backend, config: ServerConfig) -> Front:
     )
 
 
+def front_beside(front: Front, name: str, backend: Backend) -> Front:
+    """The same for another model on the same port, with permits and metrics of its own."""
+    return replace(
+        front,
+        config=replace(front.config, served_model_name=name),
+        backend=backend,
+        permits=Permits(front.config.max_concurrent_requests, front.keys),
+        metrics=Metrics(),
+    )
+
+
 def front_of(request: HttpRequest) -> Front:
-    """The front this request came in through."""
+    """The front this request came in through: of the first model, if there are several."""
     return request.app.state.front
+
+
+async def front_for(request: HttpRequest, model: str | None = None) -> Front:
+    """The front of the model that a request asks for, loaded if need be. Raises NoSuchModel, NotReady.
+
+    With one model it is that one's, and whether it was meant is checked with the rest of the request.
+    """
+    models: Models | None = request.app.state.models
+    if models is None:
+        return front_of(request)
+    entered = await models.enter(model)
+    request.scope[ENTERED].append(entered)
+    return request.app.state.fronts[entered.name]
+
+
+class ReleaseModels:
+    """Middleware: a model that a request uses is not unloaded before the last byte of its answer."""
+
+    def __init__(self, app: ASGIApp, models: Models) -> None:
+        self._app, self._models = app, models
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        entered: list[ServedModel] = []
+        scope[ENTERED] = entered
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            for model in entered:
+                self._models.release(model)

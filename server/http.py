@@ -8,16 +8,30 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from .backend import Backend
+from .backend import Serving
 from .config import ServerConfig
 from .protocol import uvicorn_options
 from .tls import renew
 
 BACKLOG = 2048
+
+
+class Drainable(Protocol):
+    """What answers the requests: a `Backend`, or several."""
+
+    @property
+    def latest(self) -> Serving | None: ...
+
+    def leave(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    async def cut(self) -> None: ...
 
 
 class _Server(uvicorn.Server):
@@ -51,7 +65,7 @@ async def serve_http(
     app: ASGIApp,
     config: ServerConfig,
     *,
-    backend: Backend,
+    backend: Drainable,
     stop: asyncio.Event,
     listening: asyncio.Event | None = None,
     sock: socket.socket | None = None,

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from .body import read_body
 from .errors import Invalid
-from .front import front_of
+from .front import front_for, front_of
 from .headers import Clock
 from .instances import generate_all
 from .misc import why_unhealthy
@@ -27,7 +27,7 @@ async def live(request: HttpRequest) -> Response:
 
 async def ready(request: HttpRequest) -> Response:
     """`GET /v2/health/ready` and `/v2/models/{model}/ready`."""
-    reason = await why_unhealthy(front_of(request))
+    reason = await why_unhealthy(request)
     if reason is None:
         return _json({"live": True, "ready": True})
     return _json({"live": True, "ready": False, "error": reason}, 503, {"retry-after": "1"})
@@ -54,7 +54,7 @@ async def infer(request: HttpRequest) -> Response:
     names = _output_names(body)
     texts = [_texts(i, tensor) for i, tensor in enumerate(body.inputs)]
     prompts = [GenerateBody(inputs=text, parameters=_parameters(body)) for group in texts for text in group]
-    answers = iter(await unless_gone(request, generate_all(front_of(request), prompts, clock)))
+    answers = iter(await unless_gone(request, generate_all(await front_for(request), prompts, clock)))
     outputs: list[dict[str, object]] = []
     for name, tensor, group in zip(names, body.inputs, texts, strict=True):
         generated = [str(next(answers)) for _ in group]

@@ -8,7 +8,7 @@ Used from one event loop. Knows no HTTP; what the engine counts is engine_metric
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -139,11 +139,9 @@ class Metrics:
         self.inference_duration.observe(inference)
         self.mean_token_duration.observe(inference / max(1, tokens))
 
-    def text(self, stats: EngineStats | None, info: EngineInfo | None, now: Now) -> bytes:
-        """The Prometheus text, with the engine's numbers if it gave any."""
-        registry = CollectorRegistry()
-        registry.register(_Collector([*self._families(), *_now(now), *engine_families(stats, info)]))
-        return _ADDED_SUFFIX.sub(r"\1 ", generate_latest(registry).decode()).encode()
+    def families(self, stats: EngineStats | None, info: EngineInfo | None, now: Now) -> list[Metric]:
+        """All there is to tell, with the engine's numbers if it gave any."""
+        return [*self._families(), *_now(now), *engine_families(stats, info)]
 
     def _families(self) -> Iterator[Metric]:
         yield counter("tgi_request_count", "Generation requests received", {(): self._received})
@@ -156,6 +154,30 @@ class Metrics:
         for value in vars(self).values():
             if isinstance(value, Histogram | ByMethod):
                 yield value.family()
+
+
+def text_of(families: list[Metric]) -> bytes:
+    """The Prometheus text."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(families))
+    return _ADDED_SUFFIX.sub(r"\1 ", generate_latest(registry).decode()).encode()
+
+
+def by_model(families: Mapping[str, Iterable[Metric]]) -> list[Metric]:
+    """The families of several models as one each, whose samples tell the model. What keys used is not of a model, and the
+    first tells of it."""
+    found: dict[str, Metric] = {}
+    for model, told in families.items():
+        for family in told:
+            keyed = family.name.startswith("xlane_key_")
+            if keyed and family.name in found:
+                continue
+            one = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            one.samples += [
+                sample if keyed else sample._replace(labels={"model": model, **sample.labels})
+                for sample in family.samples
+            ]
+    return list(found.values())
 
 
 def _now(now: Now) -> Iterator[Metric]:

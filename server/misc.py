@@ -3,6 +3,7 @@
 import asyncio
 
 import orjson
+from prometheus_client.core import Metric
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -10,7 +11,7 @@ from ..engine import EngineError, EngineStats
 from ..engine.replay import ReplayingClient
 from .backend import Serving
 from .front import Front, front_of
-from .metrics import CONTENT_TYPE, Now
+from .metrics import CONTENT_TYPE, Now, by_model, text_of
 
 PROBE_TIMEOUT_S = 5.0
 """Longest an engine may take to say how it is before it counts as not well."""
@@ -50,30 +51,38 @@ async def info(request: HttpRequest) -> Response:
 
 async def health(request: HttpRequest) -> Response:
     """`GET /health`, `/ping`, `/v1/health`, `/`: 200 and empty when requests are served, or 503 and why not."""
-    reason = await why_unhealthy(front_of(request))
+    reason = await why_unhealthy(request)
     if reason is None:
         return Response(status_code=200)
     body = orjson.dumps({"error": reason, "error_type": "healthcheck"})
     return Response(body, 503, {"retry-after": "1"}, "application/json")
 
 
-async def why_unhealthy(front: Front) -> str | None:
-    """Why generations are not served now, or None if they are."""
-    reason = front.backend.reason
-    if reason is None and not await _well(front.backend.serving()):
-        reason = "unhealthy"
-    return reason
+async def why_unhealthy(request: HttpRequest) -> str | None:
+    """Why generations are not served now, or None if they are. One of several models may be away: it is loaded when it is
+    asked for."""
+    first = front_of(request).backend
+    if first.reason is not None and not first.comes_back:
+        return first.reason
+    fronts: dict[str, Front] = request.app.state.fronts
+    there = [front.backend.serving() for front in fronts.values() if front.backend.reason is None]
+    return None if all([await _well(serving) for serving in there]) else "unhealthy"
 
 
 async def metrics(request: HttpRequest) -> Response:
-    """`GET /metrics`. Also answers while there is no engine, with the front's own numbers."""
-    front = front_of(request)
+    """`GET /metrics`. Also answers while there is no engine, with the front's own numbers. Those of several models have its
+    name as the label `model`."""
+    fronts: dict[str, Front] = request.app.state.fronts
+    families = {name: await _families(front) for name, front in fronts.items()}
+    told = by_model(families) if len(families) > 1 else next(iter(families.values()))
+    return Response(text_of(told), headers={"content-type": CONTENT_TYPE})
+
+
+async def _families(front: Front) -> list[Metric]:
     serving = front.backend.latest
     stats = None if serving is None else await _stats(serving)
-    text = front.metrics.text(
-        stats, None if serving is None else serving.info, _now(front, answering=stats is not None)
-    )
-    return Response(text, headers={"content-type": CONTENT_TYPE})
+    now = _now(front, answering=stats is not None)
+    return front.metrics.families(stats, None if serving is None else serving.info, now)
 
 
 def _now(front: Front, *, answering: bool) -> Now:

@@ -13,7 +13,7 @@ from .backend import Serving
 from .body import read_body
 from .detokenize import Detokenizer
 from .errors import problem_of
-from .front import Front, front_of
+from .front import Front, front_for
 from .generate import Done, Progress, Run, TextToken, collect, run_one
 from .guide import grammar_of
 from .headers import Clock, full_headers, stream_headers
@@ -30,19 +30,20 @@ _NO_TOKEN = TextToken(id=0, text="", special=True, start=0, logprob=0.0, top=())
 async def generate(request: HttpRequest) -> Response:
     """`POST /generate`."""
     body = await read_body(request, GenerateBody)
-    return await unless_gone(request, _answer(front_of(request), body, Clock()))
+    return await unless_gone(request, _answer(await front_for(request), body, Clock()))
 
 
 async def generate_stream(request: HttpRequest) -> Response:
     """`POST /generate_stream`."""
-    return _stream(front_of(request), await read_body(request, GenerateBody))
+    body = await read_body(request, GenerateBody)
+    return _stream(await front_for(request), body)
 
 
 async def compat(request: HttpRequest) -> Response:
     """`POST /`: as the hub's inference API, with `stream` in the body, the answer in a list, and the prompt in the
     text unless the request says otherwise."""
     body = await read_body(request, GenerateBody)
-    front = front_of(request)
+    front = await front_for(request)
     if body.stream:
         return _stream(front, body, full_text=True)
     return await unless_gone(request, _answer(front, body, Clock(), full_text=True, listed=True))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from .body import read_body
 from .chat import conversation_of
 from .converse import converse
-from .front import Front, front_of
+from .front import Front, front_for
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, complete, stream
@@ -24,7 +24,7 @@ from .validate_openai import check_chat, check_model
 async def chat_completions(request: HttpRequest) -> Response:
     """`POST /v1/chat/completions`."""
     body = await read_body(request, ChatBody)
-    front, clock = front_of(request), Clock()
+    front, clock = await front_for(request, body.model), Clock()
     sequences = sequences_of(body, front)
     if not body.stream:
         work = complete(front, sequences, lambda: prepare(front, body, clock))

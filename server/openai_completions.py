@@ -11,7 +11,7 @@ from starlette.responses import Response
 from .backend import Serving
 from .body import read_body
 from .errors import Invalid
-from .front import Front, front_of
+from .front import Front, front_for
 from .guide import grammar_of
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
@@ -28,7 +28,7 @@ from .validate_openai import check_completion, check_length, check_model
 async def completions(request: HttpRequest) -> Response:
     """`POST /v1/completions`."""
     body = await read_body(request, CompletionBody)
-    front, clock = front_of(request), Clock()
+    front, clock = await front_for(request, body.model), Clock()
     prompts = prompts_of(body.prompt, front)
     choices = max(body.n or 1, body.best_of or 1)
     sequences = len(prompts) * max(1, min(choices, front.config.max_choices))

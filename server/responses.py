@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from .body import read_body
 from .converse import converse
-from .front import Front, front_of
+from .front import Front, front_for
 from .generate import TextToken
 from .headers import Clock
 from .openai_chunks import failure
@@ -45,7 +45,7 @@ _NOTHING: list[tuple[Kind, str] | Call] = [("message", "")]
 async def responses(request: HttpRequest) -> Response:
     """`POST /v1/responses`."""
     body = await read_body(request, ResponsesBody)
-    front, clock = front_of(request), Clock()
+    front, clock = await front_for(request, body.model), Clock()
     if body.stream:
         return stream(
             front, 1, lambda: _prepare(front, body, clock), lambda job: ResponseEvents(job, body), failure

@@ -19,6 +19,7 @@ from .flags import RunConfig
 from .http import bind, port_of, serve_http
 from .loaded import LoadedModel
 from .options import UsageError
+from .several import several
 from .tls import tls_context
 
 OK = 0
@@ -40,7 +41,8 @@ class Session:
         """`command` runs the engine; default this program's own `engine` command for the model found."""
         self._server, self._console = server, console
         self._backend = Backend()
-        self._model = LoadedModel(
+        self._models = several(engine, server, run, self._backend, console, command)
+        self._model = self._models or LoadedModel(
             engine,
             run,
             self._backend,
@@ -66,9 +68,16 @@ class Session:
                 f"cannot listen on {where}: {error.strerror}; choose --hostname and --port"
             ) from error
         self._url = _url(self._server.host, port_of(sock), secure=tls is not None)
-        app = create_app(self._backend, self._server)
+        app = create_app(self._backend, self._server, self._models)
         http = asyncio.create_task(
-            serve_http(app, self._server, backend=self._backend, stop=self._stop, sock=sock, tls=tls),
+            serve_http(
+                app,
+                self._server,
+                backend=self._models or self._backend,
+                stop=self._stop,
+                sock=sock,
+                tls=tls,
+            ),
             name="http",
         )
         try:
@@ -110,6 +119,9 @@ class Session:
         self._console.table("serving", plan(info, self._server))
         if info.warning:
             self._console.say(info.warning, "WARNING")
+        if self._models is not None:
+            _, *others = self._models.all
+            self._console.say(f"loaded when they are asked for: {', '.join(others)}")
         # Scripts made for TGI wait for this word.
         self._console.say(f"Connected: listening on {self._url}", fields={"url": self._url})
         name = self._server.served_model_name or info.model_id

@@ -11,7 +11,7 @@ from .backend import Serving
 from .body import read_body
 from .chat import conversation_of, render
 from .errors import Invalid, WrongShape
-from .front import Front, front_of
+from .front import Front, front_for
 from .schema_openai import ChatBody
 from .schema_tgi import DetokenizeBody, TokenizeBody
 
@@ -19,7 +19,7 @@ from .schema_tgi import DetokenizeBody, TokenizeBody
 async def tokenize(request: HttpRequest) -> Response:
     """`POST /tokenize`: the tokens of `inputs`, with byte offsets, or of `prompt`, as a list of ids."""
     body = await read_body(request, TokenizeBody)
-    front = front_of(request)
+    front = await front_for(request)
     serving = front.backend.serving()
     special = body.add_special_tokens is not False
     if body.inputs is not None:
@@ -35,7 +35,7 @@ async def tokenize(request: HttpRequest) -> Response:
 async def detokenize(request: HttpRequest) -> Response:
     """`POST /detokenize`: the text of `tokens` (or `ids`), special ones shown unless they are to be left out."""
     body = await read_body(request, DetokenizeBody)
-    front = front_of(request)
+    front = await front_for(request)
     serving = front.backend.serving()
     name, ids = ("ids", body.ids) if body.tokens is None else ("tokens", body.tokens)
     if ids is None:
@@ -49,7 +49,7 @@ async def detokenize(request: HttpRequest) -> Response:
 async def chat_tokenize(request: HttpRequest) -> Response:
     """`POST /chat_tokenize`: a conversation as the model sees it, as text and as tokens."""
     body = await read_body(request, ChatBody)
-    front = front_of(request)
+    front = await front_for(request, body.model)
     serving = front.backend.serving()
     text = (await render(front, serving, conversation_of(body))).text
     tokens = await _told(front, serving, text, add_special_tokens=False)

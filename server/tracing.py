@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Request, Timing
+from .front import ENTERED
 from .options import UsageError
 from .watch import WATCH
 
@@ -167,6 +168,8 @@ class RequestTrace:
 
     def _model(self) -> str:
         front = self._scope["app"].state.front
+        if entered := self._scope.get(ENTERED):
+            return entered[0].name
         serving = front.backend.latest
         return front.config.served_model_name or ("" if serving is None else serving.info.model_id)
 

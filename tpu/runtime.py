@@ -8,7 +8,7 @@ import jax
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
-def set_gpu_defaults(environ: MutableMapping[str, str]) -> None:
+def set_gpu_defaults(environ: MutableMapping[str, str], memory_fraction: float = 1.0) -> None:
     """Before the first device is looked at: how XLA is to use a GPU, where the user has not said it. Without one it means
     nothing.
 
@@ -20,6 +20,8 @@ def set_gpu_defaults(environ: MutableMapping[str, str]) -> None:
         environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer={_GRAPHS}".strip()
     # XLA takes so much of the device at once; what the engine may use of it is its own plan's business.
     environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if memory_fraction <= 0.5:  # Others are to have the rest, so it is taken as it is needed.
+        environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def use_compile_cache(directory: Path | None) -> None:

@@ -16,6 +16,15 @@ def test_conditions_become_part_of_the_graph():
     assert environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.95"
 
 
+def test_who_is_to_use_half_of_a_gpu_at_most_does_not_take_all_of_it_at_once():
+    told = {}
+    for fraction in (0.9, 0.45):
+        environ: dict[str, str] = {}
+        set_gpu_defaults(environ, fraction)
+        told[fraction] = environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
+    assert told == {0.9: None, 0.45: "false"}
+
+
 def test_the_users_own_settings_stay():
     own = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
     environ = dict(own)

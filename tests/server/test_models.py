@@ -1,0 +1,303 @@
+"""Several models on one port, over engines of hand arithmetic: who answers, who leaves, who waits, what fails alone."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from xlane.engine import EngineConfig, EngineInfo, EngineLost, PlanError
+from xlane.server import NotReady, UsageError, models
+from xlane.server.app import create_app
+from xlane.server.backend import Backend
+from xlane.server.config import ServerConfig
+from xlane.server.console import Console
+from xlane.server.errors import NoSuchModel
+from xlane.server.flags import RunConfig
+from xlane.server.models import Models, ServedModel
+from xlane.server.several import several
+
+from ..support.byte_tokenizer import ByteTokenizer
+from ..support.fake_engine import FakeEngine, fake_info
+
+
+@dataclass
+class Loaded:
+    """In the place of a `LoadedModel`."""
+
+    stand: "Stand"
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def load(self) -> EngineInfo:
+        self.stand.events.append("load")
+        await self.stand.gate.wait()
+        if self.stand.fails is not None:
+            raise self.stand.fails
+        info = self.stand.engine.info_value
+        self.stand.backend.ready(self.stand.engine, ByteTokenizer(), info)
+        return info
+
+    async def wait(self) -> None:
+        await self.lost.wait()
+        raise EngineLost("it died 5 times in a row")
+
+    async def unload(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+        self.stand.events.append("unload")
+
+
+class Stand:
+    """One model of the tests, and what is done with it."""
+
+    def __init__(self, name: str) -> None:
+        self.backend, self.gate = Backend(), asyncio.Event()
+        self.engine = FakeEngine(replace(fake_info(), model_id=name))
+        self.fails: Exception | None = None
+        self.events: list[str] = []
+        self.held: Loaded | None = None
+        self.gate.set()
+        self.served = ServedModel(name, self.backend, self._make)
+
+    def _make(self) -> Loaded:
+        self.held = Loaded(self)
+        return self.held
+
+
+@dataclass
+class Several:
+    """A front over three models, `a` loaded."""
+
+    client: TestClient
+    models: Models
+    stands: dict[str, Stand]
+
+    def ask(self, model: str | None, **fields: Any) -> Any:
+        body = {"prompt": "a", "max_tokens": 3, "temperature": 0, "model": model, **fields}
+        return self.client.post("/v1/completions", json=body)
+
+    def states(self) -> list[str]:
+        return [model["state"] for model in self.client.get("/v1/models").json()["data"]]
+
+
+def made(most: int = 1, wait_s: float = 5.0) -> tuple[Models, dict[str, Stand]]:
+    stands = {name: Stand(name) for name in "abc"}
+    served = [stand.served for stand in stands.values()]
+    for model in served[1:]:
+        model.backend.down("not loaded", comes_back=True)
+    return Models(served, most_loaded=most, wait_s=wait_s), stands
+
+
+@pytest.fixture
+def front(request: pytest.FixtureRequest) -> Iterator[Several]:
+    models, stands = made(*getattr(request, "param", ()))
+    app = create_app(stands["a"].backend, ServerConfig(), models)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        client.portal.call(models.load)  # type: ignore[union-attr]
+        yield Several(client, models, stands)
+        client.portal.call(models.unload, 0.0)  # type: ignore[union-attr]
+
+
+def test_the_model_of_a_request_answers_it(front: Several):
+    for name in ("b", "a", "c", "a"):
+        answer = front.ask(name)
+        assert (answer.json()["choices"][0]["text"], answer.json()["model"]) == ("bcd", name)
+    assert [len(stand.engine.submitted) for stand in front.stands.values()] == [2, 1, 1]
+    chat = {"model": "b", "messages": [{"role": "user", "content": "q"}], "max_tokens": 2}
+    assert front.client.post("/v1/chat/completions", json=chat).json()["model"] == "b"
+    message = front.client.post("/v1/messages", json=chat).json()
+    response = {"model": "b", "input": "q", "max_output_tokens": 2}
+    assert (message["model"], front.client.post("/v1/responses", json=response).json()["model"]) == ("b", "b")
+    assert len(front.stands["b"].engine.submitted) == 4
+
+
+def test_who_names_none_asks_the_first_as_tgis_routes_do(front: Several):
+    front.ask("b")
+    assert front.ask(None).json()["model"] == "a"
+    front.ask("b")
+    assert front.client.post(
+        "/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 2}}
+    ).json() == {"generated_text": "yz"}
+    assert len(front.stands["a"].engine.submitted) == 2
+
+
+def test_an_unknown_model_is_404_and_moves_nobody(front: Several):
+    answer = front.ask("gpt-4")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert "this server has 'a', 'b', 'c'" in answer.json()["error"]["message"]
+    assert front.client.get("/v1/models/gpt-4").status_code == 404
+    assert front.states() == ["loaded", "not loaded", "not loaded"]
+
+
+@pytest.mark.parametrize("front", [(2,)], indirect=True)
+def test_the_one_not_used_the_longest_leaves(front: Several):
+    front.ask("b")
+    front.ask("a")
+    assert front.states() == ["loaded", "loaded", "not loaded"]
+    front.ask("c")
+    assert front.states() == ["loaded", "not loaded", "loaded"]
+    assert front.stands["b"].events == ["load", "unload"]
+    shown = front.client.get("/v1/models/b").json()
+    assert (shown["id"], shown["state"], shown["max_model_len"]) == ("b", "not loaded", None)
+    assert front.client.get("/v1/models/c").json()["max_model_len"] == fake_info().max_total_tokens
+
+
+def test_a_stream_uses_its_model_to_its_last_byte(front: Several):
+    seen: list[int] = []
+    a = front.stands["a"]
+    with front.client.stream(
+        "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 5, "stream": True}
+    ) as answer:
+        for _ in answer.iter_lines():
+            seen.append(a.served.requests)
+    assert front.ask("b").status_code == 200
+    assert a.served.requests == 0
+    assert a.events == ["load", "unload"]
+
+
+def test_one_of_several_that_is_away_is_well(front: Several):
+    front.ask("b")
+    assert front.client.get("/health").status_code == 200
+    front.stands["b"].engine.healthy = False
+    assert front.client.get("/health").json()["error"] == "unhealthy"
+    front.models.drain()
+    assert front.client.get("/health").json()["error"] == "shutting down"
+    assert front.ask("a").status_code == 503
+
+
+@pytest.mark.parametrize("front", [(2,)], indirect=True)
+def test_metrics_tell_the_model(front: Several):
+    front.ask("b")
+    front.ask("b")
+    text = front.client.get("/metrics").text
+    count = dict(re.findall(r'^tgi_request_count\{model="(.)"\} (\S+)$', text, re.MULTILINE))
+    assert count == {"a": "0.0", "b": "2.0", "c": "0.0"}
+    assert dict(re.findall(r'^xlane_ready\{model="(.)"\} (\S+)$', text, re.MULTILINE)) == {
+        "a": "1.0",
+        "b": "1.0",
+        "c": "0.0",
+    }
+    assert text.count("# TYPE tgi_request_duration histogram") == 1
+    assert re.search(r'tgi_request_failure\{err="overloaded",model="c"\} 0.0', text)
+
+
+@pytest.mark.parametrize("front", [(1, 0.02)], indirect=True)
+def test_who_waits_too_long_is_told_to_come_back(front: Several):
+    b = front.stands["b"]
+    front.client.portal.call(_do, b.gate.clear)  # type: ignore[union-attr]
+    answer = front.ask("b")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "'b' is not loaded yet" in answer.json()["error"]["message"]
+    assert front.states() == ["not loaded", "loading", "not loaded"]
+    front.client.portal.call(_do, b.gate.set)  # type: ignore[union-attr]
+    assert front.ask("b").status_code == 200
+    assert b.events == ["load"], "what one waiter began serves the next"
+
+
+def test_a_model_that_cannot_be_loaded_says_why_and_others_go_on(
+    front: Several, monkeypatch: pytest.MonkeyPatch
+):
+    b = front.stands["b"]
+    b.fails = PlanError("weights need 5 GB of 1 GB")
+    for _ in range(2):
+        answer = front.ask("b")
+        assert answer.status_code == 503
+        assert 55 <= int(answer.headers["retry-after"]) <= 60
+        assert "'b' cannot be loaded: weights need 5 GB of 1 GB" in answer.json()["error"]["message"]
+    assert b.events == ["load", "unload"], "it is not tried for every request"
+    assert front.ask("a").status_code == 200
+    assert front.states() == ["loaded", "failed", "not loaded"]
+    monkeypatch.setattr(models, "FAILURE_S", 0.0)
+    b.fails = None
+    assert front.ask("b").status_code == 200
+
+
+@pytest.mark.parametrize("front", [(2,)], indirect=True)
+def test_an_engine_that_is_lost_for_good_is_one_of_several(front: Several):
+    front.ask("b")
+    held = front.stands["b"].held
+    assert held is not None
+    front.client.portal.call(_do, held.lost.set)  # type: ignore[union-attr]
+    assert "it died 5 times in a row" in front.ask("b").json()["error"]["message"]
+    assert front.ask("a").status_code == 200
+    assert front.client.get("/health").status_code == 200
+
+
+async def _do(work: Callable[[], None]) -> None:
+    work()
+    await asyncio.sleep(0)
+
+
+def alone(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), 10))  # type: ignore[arg-type]
+
+    run.__name__ = test.__name__
+    return run
+
+
+@alone
+async def test_a_model_in_use_is_not_unloaded_and_who_wants_its_place_waits() -> None:
+    models, stands = made()
+    await models.load()
+    using = await models.enter("a")
+    waiting = asyncio.create_task(models.enter("b"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    assert stands["b"].backend.reason == "waits until another model is idle"
+    assert stands["a"].events == ["load"]
+    models.release(using)
+    assert (await waiting).name == "b"
+    assert stands["a"].events == ["load", "unload"]
+    assert models.all["a"].state == "not loaded"
+
+
+@alone
+async def test_models_are_loaded_one_after_another_in_the_order_in_which_they_are_asked_for() -> None:
+    models, stands = made()
+    await models.load()
+    order: list[str] = []
+
+    async def use(name: str) -> None:
+        order.append((await models.enter(name)).name)
+        models.release(models.all[name])
+
+    await asyncio.gather(*(use(name) for name in ("b", "b", "c", "a", "b")))
+    assert order == ["a", "b", "b", "b", "c"], "a is there until its place is needed"
+    assert stands["b"].events == ["load", "unload"]
+    with pytest.raises(NoSuchModel):
+        await models.enter("d")
+    await models.unload(0.0)
+    assert [stands[name].events for name in "ac"] == [["load", "unload"]] * 2
+
+
+@alone
+async def test_a_stop_while_a_model_is_loading_ends_its_engine() -> None:
+    models, stands = made(wait_s=0.01)
+    await models.load()
+    stands["b"].gate.clear()
+    with pytest.raises(NotReady):
+        await models.enter("b")
+    await models.unload(0.0)
+    assert stands["b"].events == ["load", "unload"]
+
+
+def options(**server: Any) -> Models | None:
+    config = ServerConfig(**server)
+    return several(EngineConfig(model_id="o/first"), config, RunConfig(), Backend(), Console())
+
+
+def test_models_are_named_by_the_option():
+    assert options() is None
+    found = options(more_models=("o/second", "small=./folder"), loaded_models=5)
+    assert found is not None
+    assert list(found.all) == ["o/first", "o/second", "small"]
+    configs = [model.make.args[0] for model in found.all.values()]  # type: ignore[attr-defined]
+    assert [config.model_id for config in configs] == ["o/first", "o/second", "./folder"]
+    assert [config.memory_fraction for config in configs] == [pytest.approx(0.9 / 3)] * 3
+    with pytest.raises(UsageError, match="there are two models o/first"):
+        options(more_models=("o/first",))
+    with pytest.raises(UsageError, match="--tokenizer-config-path=x is of one model"):
+        options(more_models=("b",), tokenizer_config_path="x")
