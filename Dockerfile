@@ -14,7 +14,8 @@ COPY server server
 COPY sharding sharding
 COPY tpu tpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/xlane/bin/pip install ".[otel${EXTRA:+,$EXTRA}]"
+    /opt/xlane/bin/pip install --require-hashes --requirement "tpu/requirements-${EXTRA:-cpu}.lock" && \
+    /opt/xlane/bin/pip install --no-deps --no-build-isolation .
 
 FROM python:${PYTHON}-slim-bookworm
 # The group is root's, as on platforms that choose the user: whoever it is may write to the volume.

@@ -95,10 +95,13 @@ install_package() {
   "$python" -m venv "$PREFIX"
   if [[ "$package" == gs://* ]]; then
     gcloud storage cp "$package" "$STATE/"
-    "$PREFIX/bin/pip" install --quiet "xlane[tpu] @ file://$STATE/$(basename "$package")"
+    "$PREFIX/bin/pip" install --quiet --no-deps "$STATE/$(basename "$package")"
   else
-    "$PREFIX/bin/pip" install --quiet "xlane[tpu]==${version:-$VERSION}"
+    "$PREFIX/bin/pip" install --quiet --no-deps "xlane==${version:-$VERSION}"
   fi
+  # It brings the list of what it was tested with.
+  "$PREFIX/bin/pip" install --quiet --require-hashes \
+    --requirement "$PREFIX"/lib/python3*/site-packages/xlane/tpu/requirements-tpu.lock
   echo "$wanted" >"$PREFIX/.installed"
   changed=yes
 }

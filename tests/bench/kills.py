@@ -3,7 +3,7 @@
     python -m tests.bench.kills [--times 100] [--model demo] [--streams 2]
 
 Serves the model with guesses on (`--speculate 4`), listens to each kind of stream undisturbed, then keeps `--streams` of each
-going while the engine is killed: up to 1.5 s after somebody heard of it, or before it is ready. (An engine that dies three times without a
+going while the engine is killed: up to 3 s after somebody heard of it, or before it is ready. (An engine that dies three times without a
 word for the one request it serves is taken to die of that, see `engine/replay.py`.) One JSON line last; exit code 1 if a stream
 was lost, or said anything else.
 """
@@ -73,7 +73,7 @@ class Killing:
         """Return when the last killed engine is replaced."""
         while not self.done:
             await self.news.wait()
-            await asyncio.sleep(self._chance.uniform(0.0, 1.5))
+            await asyncio.sleep(self._chance.uniform(0.0, 3.0))
             self._kill()
             began = time.monotonic()
             if self.done or self._chance.random() > EARLY:

@@ -37,7 +37,7 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": []}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 10**9}),
     ("/v1/chat/completions", [1, 2]),
-    ("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 10**6}}),
+    ("/generate", {"inputs": "a", "parameters": {"temperature": -1}}),
     ("/generate", {"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": "("}}}),
     ("/nowhere", {}),
 ]
