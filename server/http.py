@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from .backend import Serving
 from .config import ServerConfig
 from .protocol import uvicorn_options
+from .sockets import bind
 from .tls import renew
 
 BACKLOG = 2048
@@ -40,25 +41,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
         yield
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """Take the address before anything slow is started, so that a busy port is known at once. Raises OSError."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((config.host, config.port))
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def port_of(sock: socket.socket) -> int:
-    """The port a socket is bound to; not the configured one if that was 0."""
-    return sock.getsockname()[1]
 
 
 async def serve_http(

@@ -60,9 +60,6 @@ class LoadedModel:
         """Return when requests are served. Raises EngineError, ModelError; `unload` must be called in any case."""
         self._backend.say("looking for the model")
         model = await _detached(self._find)
-        tokenizer = asyncio.create_task(
-            asyncio.to_thread(TextTokenizer.from_path, model.path, _kind(model), self._tokenizer_config_path)
-        )
         self._supervisor = Supervisor(
             self._command or engine_command(self._engine, model, self._run),
             socket=None if self._run.uds_path is None else Path(self._run.uds_path),
@@ -70,10 +67,14 @@ class LoadedModel:
             on_event=self._on_event,
             on_stderr=lambda line: self._console.line(line.rstrip("\n")),
         )
+        starting = asyncio.create_task(self._supervisor.start())  # first: it takes longest
+        tokenizer = asyncio.create_task(
+            asyncio.to_thread(TextTokenizer.from_path, model.path, _kind(model), self._tokenizer_config_path)
+        )
         try:
             self._backend.say("the engine starts")
             # Together, so that a tokenizer that cannot be read is told of before the weights are loaded.
-            _, text = await asyncio.gather(self._supervisor.start(), tokenizer)
+            _, text = await asyncio.gather(starting, tokenizer)
             self._client = client = ReplayingClient(RpcClient(self._supervisor.address))
             info = await client.info()
         finally:

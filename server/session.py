@@ -11,18 +11,19 @@ from collections.abc import Sequence
 
 from ..engine.config import EngineConfig
 from ..engine.request import EngineInfo
-from .app import create_app
 from .backend import Backend
 from .config import ServerConfig
 from .console import Console, bytes_text
 from .flags import RunConfig
-from .http import bind, port_of, serve_http
 from .loaded import LoadedModel
 from .options import UsageError
 from .several import several
+from .sockets import bind, port_of
 from .tls import tls_context
 
 OK = 0
+HEAD_START_S = 0.1
+"""Time in which the engine of a model that is here is on its way."""
 ENGINE_STOP_S = 10.0
 """Time the engine has to end, after its requests have ended."""
 
@@ -68,6 +69,12 @@ class Session:
                 f"cannot listen on {where}: {error.strerror}; choose --hostname and --port"
             ) from error
         self._url = _url(self._server.host, port_of(sock), secure=tls is not None)
+        engine = asyncio.create_task(self._start_and_watch(), name="engine")
+        await asyncio.wait({engine}, timeout=HEAD_START_S)
+        # Slow to import: meanwhile the engine's process begins.
+        from .app import create_app
+        from .http import serve_http
+
         app = create_app(self._backend, self._server, self._models)
         http = asyncio.create_task(
             serve_http(
@@ -81,7 +88,7 @@ class Session:
             name="http",
         )
         try:
-            await self._first_of(http, asyncio.create_task(self._start_and_watch(), name="engine"))
+            await self._first_of(http, engine)
         finally:
             self._stop.set()
             await self._end(http)

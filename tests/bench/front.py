@@ -35,7 +35,8 @@ from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.bench_client import Endpoint, exchange
 from xlane.server.config import ServerConfig
-from xlane.server.http import bind, port_of, serve_http
+from xlane.server.http import serve_http
+from xlane.server.sockets import bind, port_of
 
 from ..support.fake_core import FakeCore
 

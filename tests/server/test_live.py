@@ -13,7 +13,7 @@ import pytest
 
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
-from xlane.server.http import bind
+from xlane.server.sockets import bind
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine

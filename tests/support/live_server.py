@@ -12,7 +12,8 @@ import uvloop
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
-from xlane.server.http import bind, port_of, serve_http
+from xlane.server.http import serve_http
+from xlane.server.sockets import bind, port_of
 from xlane.server.tls import tls_context
 
 START_TIMEOUT_S = 20.0
