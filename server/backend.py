@@ -41,6 +41,7 @@ class Backend:
 
     def __init__(self) -> None:
         self._serving: Serving | None = None
+        self._info: EngineInfo | None = None
         self._reason = "starting"
         self._leaving = self._draining = self._comes_back = False
         self.restarts = 0
@@ -59,7 +60,7 @@ class Backend:
             form, markers = declared.tool_format, declared.markers
         marks = kept_ids(form, tokenizer)
         self._serving = Serving(engine, tokenizer, info, markers, form, marks, declared)
-        self._reason = ""
+        self._info, self._reason = info, ""
 
     def down(self, reason: str, *, comes_back: bool = False) -> None:
         """From now on requests are refused, for this reason; running ones are not touched. `comes_back`: until one asks for
@@ -98,6 +99,11 @@ class Backend:
     def latest(self) -> Serving | None:
         """What is there, whether or not it takes requests; for health and metrics."""
         return self._serving
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was served last, though it may be away now. Raises NotReady."""
+        return self._info or self.serving().info
 
     def serving(self) -> Serving:
         """What to serve with. Raises NotReady."""

@@ -143,14 +143,19 @@ def dry_run(engine: EngineConfig, server: ServerConfig, run: RunConfig, given: R
     if server.api_key_file is not None:
         read_keys(server.api_key_file)
     console = console_of(run)
-    path = find(replace(engine, load_format="dummy"), run, console)
+    from .several import configs_of
+
+    configs = configs_of(engine, server, run)
+    paths = {name: find(replace(one, load_format="dummy"), run, console) for name, one in configs.items()}
     from ..engine.plan import describe
 
-    facts = describe(engine, path)
+    plans = {name: describe(one, paths[name]) for name, one in configs.items()}
     console.settle()
     shown = Console(sys.stdout, json_output=run.json_output)
     shown.table("set (all others: xlane config show)", given)
-    shown.table("would serve", [(_without_unit(name), _shown(name, facts)) for name in facts])
+    for name, facts in plans.items():
+        title = "would serve" if len(plans) == 1 else f"would serve {name}"
+        shown.table(title, [(_without_unit(fact), _shown(fact, facts)) for fact in facts])
     return OK
 
 

@@ -20,7 +20,7 @@ PROBE_TIMEOUT_S = 5.0
 async def info(request: HttpRequest) -> Response:
     """`GET /info`."""
     front = front_of(request)
-    engine, config = front.backend.serving().info, front.config
+    engine, config = front.backend.info, front.config
     return _json(
         {
             "model_id": engine.model_id,

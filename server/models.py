@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from ..engine import EngineError, EngineInfo
 from .backend import Backend, Serving
-from .errors import NoSuchModel, NotReady
+from .errors import Busy, NoSuchModel, NotReady
 from .validate_openai import ANY_MODEL
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Models:
         models: Sequence[ServedModel],
         *,
         most_loaded: int,
+        most_waiting: int,
         wait_s: float,
         tell: Callable[[str], None] = logger.info,
     ) -> None:
@@ -73,12 +74,14 @@ class Models:
         Args:
             models: the first is loaded at the start, and asked by whoever names none.
             most_loaded: models in memory at once.
+            most_waiting: requests that wait for one model; more are refused at once.
             wait_s: how long a request waits for its model.
             tell: told who comes and who goes.
         """
         self.all = {model.name: model for model in models}
         self._first = models[0]
-        self._most, self._wait_s, self._tell = most_loaded, wait_s, tell
+        self._most, self._most_waiting = most_loaded, most_waiting
+        self._wait_s, self._tell = wait_s, tell
         self._turn = asyncio.Lock()
         self._idle = asyncio.Event()
         self._draining = False
@@ -95,8 +98,10 @@ class Models:
         return self.all[name]
 
     async def enter(self, name: str | None) -> ServedModel:
-        """The model of this name, loaded, which stays so until `release`. Raises NoSuchModel, NotReady."""
+        """The model of this name, loaded, which stays so until `release`. Raises NoSuchModel, NotReady, Busy."""
         model = self.find(name)
+        if model.state != "loaded" and model.requests >= self._most_waiting:
+            raise Busy(f"{model.requests} requests wait for the model {model.name!r} already", COME_BACK_S)
         model.requests += 1
         try:
             await self._loaded(model)

@@ -1,6 +1,6 @@
 """`--more-models`: which models that names, and how each is run. Knows options; who is loaded when is `models.py`'s."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -34,25 +34,36 @@ def several(
     """
     if not server.more_models:
         return None
-    _check(engine, server, run)
-    names = [(server.served_model_name or engine.model_id, engine.model_id), *_named(server.more_models)]
-    for name, _ in names:
-        if [other for other, _ in names].count(name) > 1:
-            raise UsageError(f"--more-models: there are two models {name}; NAME=ID gives one another name")
-    most = min(server.loaded_models, len(names))
-    shared = replace(engine, memory_fraction=engine.memory_fraction / most)
-
-    def make(model_id: str, behind: Backend) -> Callable[[], LoadedModel]:
-        config = replace(shared, model_id=model_id)
-        return partial(LoadedModel, config, run, behind, console, command=command)
-
     served: list[ServedModel] = []
-    for name, model_id in names:
+    for name, config in configs_of(engine, server, run).items():
         behind = Backend() if served else backend
         if served:
             behind.down("not loaded", comes_back=True)
-        served.append(ServedModel(name, behind, make(model_id, behind)))
-    return Models(served, most_loaded=most, wait_s=server.model_wait_s, tell=console.say)
+        make = partial(LoadedModel, config, run, behind, console, command=command)
+        served.append(ServedModel(name, behind, make))
+    return Models(
+        served,
+        most_loaded=server.loaded_models,
+        most_waiting=server.max_concurrent_requests,
+        wait_s=server.model_wait_s,
+        tell=console.say,
+    )
+
+
+def configs_of(engine: EngineConfig, server: ServerConfig, run: RunConfig) -> dict[str, EngineConfig]:
+    """The name of each model and how it is run, the first first. Raises UsageError."""
+    first = server.served_model_name or engine.model_id
+    if not server.more_models:
+        return {first: engine}
+    _check(engine, server, run)
+    named = [(first, engine.model_id), *_named(server.more_models)]
+    share = engine.memory_fraction / min(server.loaded_models, len(named))
+    found: dict[str, EngineConfig] = {}
+    for name, model_id in named:
+        if name in found:
+            raise UsageError(f"--more-models: there are two models {name}; NAME=ID gives one another name")
+        found[name] = replace(engine, model_id=model_id, memory_fraction=share)
+    return found
 
 
 def _named(models: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -59,6 +59,22 @@ def test_a_dry_run_decides_and_touches_nothing(model: Path, taken: int, capsys: 
     assert "hostname" not in rows
 
 
+def test_a_dry_run_decides_for_each_of_several_models(model: Path, capsys: pytest.CaptureFixture[str]):
+    line = [
+        "serve",
+        "--dry-run",
+        str(model),
+        "--more-models",
+        f"twin={model}",
+        *CHOICES,
+        "--cache-dir",
+        "none",
+    ]
+    assert cli.run(line, {}) == 0
+    titles = [row for row in capsys.readouterr().out.splitlines() if row.startswith("would serve")]
+    assert titles == [f"would serve {model}", "would serve twin"]
+
+
 def test_a_dry_run_refuses_what_a_start_would(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -67,6 +83,7 @@ def test_a_dry_run_refuses_what_a_start_would(
         (["--api-key-file", str(tmp_path / "keys")], "keys"),
         (["--ssl-certfile", "nowhere.pem"], "--ssl-certfile"),
         (["--hostname", "0.0.0.0"], "--insecure"),
+        (["--more-models", "other", "--revision", "main"], "--revision=main is of one model"),
     ):
         assert cli.run(["serve", "--dry-run", str(model), *CHOICES, *wrong], {}) == 2
         assert words in capsys.readouterr().err

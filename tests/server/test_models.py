@@ -15,7 +15,7 @@ from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.console import Console
-from xlane.server.errors import NoSuchModel
+from xlane.server.errors import Busy, NoSuchModel
 from xlane.server.flags import RunConfig
 from xlane.server.models import Models, ServedModel
 from xlane.server.several import several
@@ -81,12 +81,12 @@ class Several:
         return [model["state"] for model in self.client.get("/v1/models").json()["data"]]
 
 
-def made(most: int = 1, wait_s: float = 5.0) -> tuple[Models, dict[str, Stand]]:
+def made(most: int = 1, wait_s: float = 5.0, waiting: int = 9) -> tuple[Models, dict[str, Stand]]:
     stands = {name: Stand(name) for name in "abc"}
     served = [stand.served for stand in stands.values()]
     for model in served[1:]:
         model.backend.down("not loaded", comes_back=True)
-    return Models(served, most_loaded=most, wait_s=wait_s), stands
+    return Models(served, most_loaded=most, most_waiting=waiting, wait_s=wait_s), stands
 
 
 @pytest.fixture
@@ -120,6 +120,9 @@ def test_who_names_none_asks_the_first_as_tgis_routes_do(front: Several):
         "/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 2}}
     ).json() == {"generated_text": "yz"}
     assert len(front.stands["a"].engine.submitted) == 2
+    front.ask("b")
+    assert front.client.get("/info").json()["model_id"] == "a", "it is known, and need not be loaded for that"
+    assert front.states() == ["not loaded", "loaded", "not loaded"]
 
 
 def test_an_unknown_model_is_404_and_moves_nobody(front: Several):
@@ -271,6 +274,20 @@ async def test_models_are_loaded_one_after_another_in_the_order_in_which_they_ar
         await models.enter("d")
     await models.unload(0.0)
     assert [stands[name].events for name in "ac"] == [["load", "unload"]] * 2
+
+
+@alone
+async def test_only_so_many_wait_for_a_model() -> None:
+    models, stands = made(waiting=2)
+    await models.load()
+    stands["b"].gate.clear()
+    waiting = [asyncio.create_task(models.enter("b")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Busy, match="2 requests wait for the model 'b' already"):
+        await models.enter("b")
+    stands["b"].gate.set()
+    assert [(await task).name for task in waiting] == ["b", "b"]
+    assert (await models.enter("b")).requests == 3, "of one that is loaded the permits decide"
 
 
 @alone

@@ -206,8 +206,8 @@ def test_sagemakers_variables():
     assert settings.server.port == 8080
     assert "HF_MODEL_TRUST_REMOTE_CODE has no meaning here" in settings.options.notes[0]
     assert read({"SM_NUM_GPUS": "0"}).engine.model_parallel is None
-    with pytest.raises(UsageError, match="HF_MODEL_QUANTIZE=awq is not supported"):
-        read({"HF_MODEL_QUANTIZE": "awq"})
+    with pytest.raises(UsageError, match="HF_MODEL_QUANTIZE=exl2 is not supported"):
+        read({"HF_MODEL_QUANTIZE": "exl2"})
 
 
 def test_vertexs_variables():
