@@ -35,7 +35,7 @@ BOUNDS = (
         "max_grammar_bytes", "Largest grammar of a request, the schemas of its tools included.", at_most=1 << 20
     ),
     _seconds("model_wait_s", "Seconds a request waits for its model to be loaded (--more-models)."),
-    _seconds("template_timeout_s", "Seconds the rendering of one chat template may take."),
+    _seconds("template_timeout_s", "Seconds of a processor that the rendering of one chat template may take."),
     _seconds("grammar_timeout_s", "Seconds a request waits for its grammar to be checked."),
     _seconds("sse_keep_alive_s", "Seconds of silence after which a stream gets a comment, so that proxies keep it."),
     _seconds("write_timeout_s", "Seconds a client may leave its answer unread before it is cut off."),

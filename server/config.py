@@ -89,7 +89,7 @@ class ServerConfig:
     validation_workers: int = 2
     """Threads that tokenise and render chat templates."""
     template_timeout_s: float = 5.0
-    """Seconds the rendering of one chat template may take."""
+    """Seconds of a processor that the rendering of one chat template may take."""
     grammar_timeout_s: float = 5.0
     """Seconds a request waits for its grammar to be checked, other grammars before it included."""
     sse_keep_alive_s: float = 15.0

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +27,9 @@ from .flags import RunConfig, engine_arguments
 from .model import find_model
 
 T = TypeVar("T")
+LEAST_PATIENCE_S = 120.0
+"""Time that streams wait for an engine to come back, or three times what the first one took: that of a large model takes
+minutes."""
 
 
 class LoadedModel:
@@ -67,6 +71,7 @@ class LoadedModel:
             on_event=self._on_event,
             on_stderr=lambda line: self._console.line(line.rstrip("\n")),
         )
+        began = time.monotonic()
         starting = asyncio.create_task(self._supervisor.start())  # first: it takes longest
         tokenizer = asyncio.create_task(
             asyncio.to_thread(TextTokenizer.from_path, model.path, _kind(model), self._tokenizer_config_path)
@@ -75,7 +80,10 @@ class LoadedModel:
             self._backend.say("the engine starts")
             # Together, so that a tokenizer that cannot be read is told of before the weights are loaded.
             _, text = await asyncio.gather(starting, tokenizer)
-            self._client = client = ReplayingClient(RpcClient(self._supervisor.address))
+            patience_s = max(LEAST_PATIENCE_S, 3 * (time.monotonic() - began))
+            self._client = client = ReplayingClient(
+                RpcClient(self._supervisor.address), recovery_timeout_s=patience_s
+            )
             info = await client.info()
         finally:
             tokenizer.cancel()

@@ -6,11 +6,14 @@ Tokenising a long text takes long enough to be felt by every stream of the proce
 import asyncio
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+LEAST_LOOK_S = 0.01
+"""Between two looks at work that has nearly used up its time."""
 
 
 class TokenStream(Protocol):
@@ -104,7 +107,8 @@ class TextWorkers:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     async def run_within(self, limit_s: float, work: Callable[[], T]) -> T:
-        """The same for work in Python that must not take longer than so many seconds, its turn not counted.
+        """The same for work in Python that must not take more than so many seconds of a processor: neither its turn counts, nor
+        what a busy or halted machine does instead.
 
         Raises TooSlow. The thread is free again then: the exception is raised in it, at the work's next step.
         """
@@ -112,8 +116,15 @@ class TextWorkers:
         loop = asyncio.get_running_loop()
         watching: list[asyncio.TimerHandle] = []
 
+        def look() -> None:
+            left_s = limit_s - work_.used_s()
+            if left_s <= 0:
+                work_.stop()
+            else:
+                watching[:] = [loop.call_later(max(left_s, LEAST_LOOK_S), look)]
+
         def watched() -> T:
-            loop.call_soon_threadsafe(lambda: watching.append(loop.call_later(limit_s, work_.stop)))
+            loop.call_soon_threadsafe(look)
             return work_()
 
         try:
@@ -135,6 +146,8 @@ class _Stoppable(Generic[T]):
         self._work = work
         self._lock = threading.Lock()
         self._thread = 0
+        self._began_s = 0.0
+        """On the thread's own clock, which runs while it does."""
         self._stopped = False
 
     def __call__(self) -> T:
@@ -142,12 +155,20 @@ class _Stoppable(Generic[T]):
             if self._stopped:
                 raise TooSlow
             self._thread = threading.get_ident()
+            self._began_s = _clock_s(self._thread)
         try:
             return self._work()
         finally:
             with self._lock:
                 self._thread = 0
             _step()
+
+    def used_s(self) -> float:
+        """Seconds of a processor so far; 0 before and after."""
+        with self._lock:
+            if not self._thread:
+                return 0.0
+            return _clock_s(self._thread) - self._began_s
 
     def stop(self) -> None:
         """Raise TooSlow where the work is now; nothing if it is done."""
@@ -157,6 +178,13 @@ class _Stoppable(Generic[T]):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._thread), ctypes.py_object(TooSlow)
                 )
+
+
+def _clock_s(thread: int) -> float:
+    """A thread's own clock, where the system lets others look at it; else the one on the wall."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic()
+    return time.clock_gettime(time.pthread_getcpuclockid(thread))
 
 
 def _step() -> None:

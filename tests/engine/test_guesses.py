@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -330,3 +332,59 @@ def test_preempted_and_resumed_texts_are_the_same(engine_of) -> None:
     assert guessing.stats().accepted.sum > 0
     resumed = replace(crowd[0], id="resumed", resume_ids=tuple(ids(expected[0])[:40]))
     assert ids(run(guessing, resumed)[0]) == ids(expected[0])[40:]
+
+
+OPTIONS = {
+    "max_tokens": {"max_tokens": 1},
+    "temperature": {"temperature": 1.5},
+    "top_k": {"temperature": 1.5, "top_k": 5},
+    "top_p": {"temperature": 1.5, "top_p": 0.6},
+    "min_p": {"temperature": 1.5, "min_p": 0.2},
+    "typical_p": {"temperature": 1.5, "typical_p": 0.4},
+    "repetition_penalty": {"repetition_penalty": 1.6},
+    "frequency_penalty": {"frequency_penalty": 1.2},
+    "presence_penalty": {"presence_penalty": 0.9},
+    "seed": {"temperature": 1.5, "seed": 2**64 - 1},
+    "stop_ids": {"temperature": 1.5, "stop_ids": tuple(range(32))},
+    "logprobs": {"logprobs": True},
+    "top_logprobs": {"logprobs": True, "top_logprobs": 20},
+    "logprobs_mode": {"temperature": 1.5, "logprobs": True, "logprobs_mode": LogprobsMode.PROCESSED},
+    "min_tokens": {"min_tokens": 12, "stop_ids": tuple(range(32))},
+    "logit_bias": {"logit_bias": ((17, -100.0), (30, 100.0))},
+    "watermark": {"temperature": 1.5, "watermark": True},
+}
+RULES = LLMatcher.grammar_from_regex("(ab|true|12){2,4}z")
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scored": {"sampling": {"logprobs": True, "top_logprobs": 3}},
+    "guided": {"grammar": RULES},
+    "guided and scored": {"grammar": RULES, "sampling": {"logprobs": True}},
+    "prompt scored": {"prompt_logprobs": 2},
+    "resumed": {"resume_ids": (41,)},
+    "urgent": {"priority": -1},
+}
+
+
+def test_every_option_goes_with_every_mode_and_with_guesses(engine_of) -> None:
+    """All at once, so that each meets the others in its launches; nobody fails, and nobody's text is another's matter."""
+    assert set(OPTIONS) == {field.name for field in fields(SamplingParams)}
+    whole: list[tuple[str, Request]] = []
+    for mode, extra in MODES.items():
+        for how in OPTIONS.values():
+            how = {"max_tokens": 12, **extra.get("sampling", {}), **how}
+            if "resume_ids" in extra and how["max_tokens"] == 1:
+                continue  # nothing would be left
+            rest = {name: value for name, value in extra.items() if name != "sampling"}
+            whole.append((mode, replace(asked(how), **rest)))
+    plain, guessing = engine_of(), engine_of(speculate=4)
+    requests = [one for _, one in whole]
+    texts = run(plain, *requests)
+    for one, two in zip(texts, run(guessing, *crowd_again(requests)), strict=True):
+        same(one, two)
+    for (mode, one), text in zip(whole, texts, strict=True):
+        assert 1 <= len(ids(text)) <= one.sampling.max_tokens
+        if mode.startswith("guided") and ids(text)[-1] in TEXT.eos_ids:
+            assert re.fullmatch("(ab|true|12){2,4}z", TEXT.decode(ids(text)))
+    # Alone, each says what it says in the crowd.
+    for one, text in list(zip(requests, texts, strict=True))[::9]:
+        same(run(plain, replace(one, id=f"{one.id}-alone"))[0], text)

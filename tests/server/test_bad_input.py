@@ -5,6 +5,7 @@ test_bad_http.py; what each parameter's limits are, beside the tests of each API
 """
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,11 +28,12 @@ JSON = {"content-type": "application/json"}
 
 
 class Tokenizer(ByteTokenizer):
-    """Its template goes on for ever if it is told to."""
+    """Its template goes on for ever if it is told to, or stands still for longer than it may run."""
 
     def apply_chat(self, *args: Any, **kwargs: Any) -> str:
         while kwargs.get("thinking") == "for ever":
             pass
+        time.sleep(0.3 if kwargs.get("thinking") == "later" else 0.0)
         return super().apply_chat(*args, **kwargs)
 
 
@@ -195,6 +197,12 @@ def test_a_template_that_does_not_end_frees_its_thread(birds: Canaries):
             "the chat template takes longer than 0.1 s for these messages (--limit template_timeout_s=…)"
         )
     assert httpx.post(birds.url + CHAT, json=chat()).status_code == 200
+
+
+def test_time_that_passes_without_it_is_not_the_templates(birds: Canaries):
+    """A machine that is busy with others, or stood still, makes no request a bad one."""
+    slow = chat(chat_template_kwargs={"thinking": "later"})
+    assert httpx.post(birds.url + CHAT, json=slow).status_code == 200
 
 
 def test_requests_that_share_an_id_are_two(birds: Canaries):

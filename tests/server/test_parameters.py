@@ -1,5 +1,6 @@
 """Parameter x effect: what a value in a body makes of the engine's request, and of the answer by the fake's arithmetic."""
 
+import json
 import re
 from typing import Any
 
@@ -181,3 +182,44 @@ def test_extensions_without_an_effect_are_refused_by_name(
     assert rig.post(path, **BODIES[path], **{name: neutral}).status_code == 200
     error = rig.post(path, **BODIES[path], **{name: wanted}).json()["error"]
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+TOGETHER: list[dict[str, Any]] = [
+    {"temperature": 0}, {"temperature": 1.5, "seed": 3}, {"top_p": 0.5, "seed": 1}, {"top_k": 5, "seed": 1}, {"min_p": 0.1, "seed": 2},
+    {"repetition_penalty": 1.5, "temperature": 0}, {"frequency_penalty": 1.0, "temperature": 0}, {"presence_penalty": 1.0, "temperature": 0},
+    {"stop": ["d"], "temperature": 0}, {"min_tokens": 3, "temperature": 0}, {"logit_bias": {"104": 100}, "temperature": 0},
+    {"ignore_eos": True, "temperature": 0}, {"priority": -1, "temperature": 0}, {"timeout": 60, "temperature": 0},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "boolean"}}}, "seed": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", TOGETHER, ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize("scored", [False, True])
+def test_options_go_with_streams_and_several_choices(rig: Rig, fields: dict[str, Any], scored: bool):
+    """The same text whole or streamed, with log-probabilities or without, and of one choice whether or not there are more."""
+    rig.engine.obeys = True
+    body = {
+        **BODIES["/v1/chat/completions"],
+        "max_tokens": 6,
+        **fields,
+        **({"logprobs": True, "top_logprobs": 2} if scored else {}),
+    }
+    texts: list[str] = []
+    for count in (1, 3):
+        whole = rig.post("/v1/chat/completions", **body, n=count)
+        assert whole.status_code == 200, whole.text
+        choices = sorted(whole.json()["choices"], key=lambda choice: choice["index"])
+        said = [""] * count
+        for event in events(rig.post("/v1/chat/completions", **body, n=count, stream=True)):
+            for choice in event["choices"]:
+                said[choice["index"]] += choice["delta"].get("content") or ""
+        assert said == [choice["message"]["content"] for choice in choices]
+        assert [choice["logprobs"] is not None for choice in choices] == [scored] * count
+        texts.append(said[0])
+    assert texts[0] == texts[1]
+    assert texts[0]
+
+
+def events(streamed: Any) -> list[dict[str, Any]]:
+    assert streamed.status_code == 200
+    return [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
