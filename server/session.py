@@ -8,6 +8,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..engine.config import EngineConfig
 from ..engine.request import EngineInfo
@@ -17,9 +18,11 @@ from .console import Console, bytes_text
 from .flags import RunConfig
 from .loaded import LoadedModel
 from .options import UsageError
-from .several import several
 from .sockets import bind, port_of
 from .tls import tls_context
+
+if TYPE_CHECKING:
+    from .models import Models
 
 OK = 0
 HEAD_START_S = 0.1
@@ -42,7 +45,11 @@ class Session:
         """`command` runs the engine; default this program's own `engine` command for the model found."""
         self._server, self._console = server, console
         self._backend = Backend()
-        self._models = several(engine, server, run, self._backend, console, command)
+        self._models: Models | None = None
+        if server.more_models:  # The engine of one that is alone shall not wait for what it does not need.
+            from .several import several
+
+            self._models = several(engine, server, run, self._backend, console, command)
         self._model = self._models or LoadedModel(
             engine,
             run,

@@ -21,8 +21,8 @@ def several(
     backend: Backend,
     console: Console,
     command: Sequence[str] | None = None,
-) -> Models | None:
-    """All models of this server, or None if there is one only. Raises UsageError.
+) -> Models:
+    """All models of a server of several. Raises UsageError.
 
     Args:
         engine: how the first is run; the others are run alike.
@@ -32,8 +32,6 @@ def several(
         console: shown how far each is.
         command: runs each engine; default this program's own `engine` command.
     """
-    if not server.more_models:
-        return None
     served: list[ServedModel] = []
     for name, config in configs_of(engine, server, run).items():
         behind = Backend() if served else backend

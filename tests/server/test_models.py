@@ -301,15 +301,13 @@ async def test_a_stop_while_a_model_is_loading_ends_its_engine() -> None:
     assert stands["b"].events == ["load", "unload"]
 
 
-def options(**server: Any) -> Models | None:
+def options(**server: Any) -> Models:
     config = ServerConfig(**server)
     return several(EngineConfig(model_id="o/first"), config, RunConfig(), Backend(), Console())
 
 
 def test_models_are_named_by_the_option():
-    assert options() is None
     found = options(more_models=("o/second", "small=./folder"), loaded_models=5)
-    assert found is not None
     assert list(found.all) == ["o/first", "o/second", "small"]
     configs = [model.make.args[0] for model in found.all.values()]  # type: ignore[attr-defined]
     assert [config.model_id for config in configs] == ["o/first", "o/second", "./folder"]
