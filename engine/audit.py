@@ -29,7 +29,10 @@ def faults(programs: Programs) -> list[str]:
 
 def _faults(blueprint: Blueprint, size: Size, info: ProgramInfo, text: str) -> list[str]:
     kv = abstract_kv(blueprint.config, blueprint.shapes, blueprint.kv_dtype, blueprint.placement)
-    donated = (kv, abstract_state(blueprint.shapes, blueprint.placement))
+    donated = (
+        kv,
+        abstract_state(blueprint.shapes, blueprint.placement, adapters=blueprint.config.lora is not None),
+    )
     found: list[str] = []
     arrays, wanted = aliases(text), len(jax.tree.leaves(donated))
     held = held_bytes(donated) // blueprint.placement.mesh.size

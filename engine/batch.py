@@ -78,6 +78,8 @@ class PrefillPlan(NamedTuple):
     """int32[S]: tokens before this position were recorded by an earlier launch."""
     prompt_top: jax.Array
     """int32[S]: alternatives to report with each target."""
+    adapter: jax.Array
+    """int32[S]: its number from 1 up, 0 for none."""
     sampling: SamplingRows
     table: jax.Array
     """int32[S, Pmax]"""
@@ -92,7 +94,7 @@ class PrefillPlan(NamedTuple):
 
 
 _HEADER = np.dtype(
-    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining", "recorded", "prompt_top")]
+    [(name, np.int32) for name in ("lane", "first", "last", "end", "length", "prompt_tokens", "remaining", "recorded", "prompt_top", "adapter")]
     + [("stop", np.int32, (MAX_STOP_IDS,)), ("seed", np.uint32, (2,))]
     + [(name, np.int32) for name in ("stop_from", "watermark", "top_k", "logprobs", "top_n")]
     + [(name, np.float32) for name in ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")]
@@ -140,6 +142,7 @@ def _write_header(header: np.void, segment: Segment, end: int) -> None:
     header["remaining"] = segment.remaining
     header["recorded"] = segment.recorded
     header["prompt_top"] = segment.prompt_top
+    header["adapter"] = segment.adapter
     header["stop"] = -1
     header["stop"][: len(s.stop_ids)] = s.stop_ids
     header["stop_from"] = min(segment.prompt_tokens + s.min_tokens, 2**31 - 1)

@@ -176,7 +176,7 @@ def design(
     demand = Demand(
         weights_bytes=held_bytes(abstract_weights(blueprint)),
         page_bytes=held_bytes(abstract_kv(model, one_page, kv_dtype, placement)),
-        state_bytes=held_bytes(abstract_state(one_page, placement)),
+        state_bytes=held_bytes(abstract_state(one_page, placement, adapters=model.lora is not None)),
         temp_bytes=temp_bytes * placement.mesh.size,
     )
     limit = _limit(config, placement, platform, topology)

@@ -56,6 +56,8 @@ class EngineConfig:
     them. The smallest piece of a prompt is computed in any case."""
     speculate: int = 0
     """Most tokens guessed at a time for a sequence, and verified in the step that samples its next one; 0 guesses none."""
+    lora_adapters: tuple[str, ...] = ()
+    """Adapters (PEFT) that requests may ask for, each NAME=FOLDER."""
     draft_model: str | None = None
     """File of draft heads made for this model, which guess where the text so far gives no hint."""
     max_queued: int = 128
@@ -74,6 +76,12 @@ class EngineConfig:
     """Most bytes of pages in that file; what was used last is kept."""
     cache_dir: str | None = None
     """Where compiled programs are kept between starts; None keeps none."""
+
+    @property
+    def adapters(self) -> tuple[tuple[str, str], ...]:
+        """Name and folder of each adapter; what is not named has its folder as its name."""
+        parted = [adapter.partition("=") for adapter in self.lora_adapters]
+        return tuple((name, folder or name) for name, _, folder in parted)
 
 
 def programs_folder(config: EngineConfig) -> Path | None:

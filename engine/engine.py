@@ -63,6 +63,7 @@ class Engine:
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
+        self._adapter_digests = () if model.lora is None else model.lora.digests
         self._guesses, self._heads = config.speculate, blueprint.heads is not None
         self._pages = PageAllocator(built.memory.pages)
         limits = Limits(
@@ -107,6 +108,7 @@ class Engine:
             kv_bytes=built.memory.kv_bytes,
             temp_bytes=built.memory.temp_bytes,
             speculate=config.speculate,
+            adapters=() if model.lora is None else model.lora.names,
             programs=built.programs.infos,
             version=version("xlane"),
         )
@@ -132,7 +134,8 @@ class Engine:
         self._check(request)
         budget = request.sampling.max_tokens + len(request.prompt_ids)
         most = min(budget, self.info.max_total_tokens)
-        sequence = Sequence(request, sink, next(self._arrivals), most)
+        number, digest = self._adapter(request.adapter)
+        sequence = Sequence(request, sink, next(self._arrivals), most, number, digest)
         if self._guesses and not sequence.counts:  # penalties look at tokens, which must be known
             sequence.drafter = Drafter(sequence.tokens, self._guesses, self._heads)
         most_live = self.info.lanes + self._max_queued
@@ -142,6 +145,18 @@ class Engine:
             self._guide(sequence, request.grammar)
         if not self._loop.submit(sequence, most_live):
             raise self._full()
+
+    def _adapter(self, name: str) -> tuple[int, str]:
+        """Its number from 1 up, and its digest. Raises InvalidRequest if there is none of this name."""
+        if not name:
+            return 0, ""
+        names = self.info.adapters
+        if name not in names:
+            raise InvalidRequest(
+                f"there is no adapter {name!r} here (--lora-adapters): {', '.join(names) or 'none'}"
+            )
+        number = names.index(name)
+        return number + 1, self._adapter_digests[number]
 
     def _guide(self, sequence: Sequence, grammar: str) -> None:
         """Make the sequence keep to a grammar. Raises InvalidRequest."""

@@ -52,7 +52,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     set_gpu_defaults(os.environ, config.memory_fraction)
     meet(config)
     use_compile_cache(programs_folder(config))
-    opened = open_model(path, weights=config.load_format != "dummy")
+    opened = open_model(path, weights=config.load_format != "dummy", adapters=config.adapters)
     follower = Follower(group_address(config), config.process_id, end_process)
 
     def join(blueprint: Blueprint) -> None:

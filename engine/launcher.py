@@ -35,7 +35,7 @@ class Launcher:
         self._programs = programs
         self._placement = b.placement
         self.kv = zeros_like(abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement))
-        self._state = zeros_like(abstract_state(b.shapes, b.placement))
+        self._state = zeros_like(abstract_state(b.shapes, b.placement, adapters=b.config.lora is not None))
         self._decode_plan: tuple[bytes, jax.Array] | None = None
         self._mask_width = mask_width(b.shapes.vocab)
         self._result_rows = {size: size.rows + b.segments(size) for size in b.sizes}

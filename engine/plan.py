@@ -38,7 +38,7 @@ def describe(
     Names say the unit. `progress(done, total)` counts programs. `compiled` compiles the largest programs, takes the compiler's figures for the estimates, and
     refuses if it did something else than was meant. Raises PlanError, ModelError.
     """
-    model = open_model(path, weights=False).config
+    model = open_model(path, weights=False, adapters=config.adapters).config
     try:
         topology = None if topology_name is None else find_topology(topology_name)
         devices = compile_only_devices(topology) if topology is not None and compiled else ()

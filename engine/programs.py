@@ -78,7 +78,7 @@ def _lower(blueprint: Blueprint, size: Size, kept: TracedTexts | None) -> Any:
     b, segments = blueprint, blueprint.segments(size)
     params = abstract_weights(b)
     kv = abstract_kv(b.config, b.shapes, b.kv_dtype, b.placement)
-    state = abstract_state(b.shapes, b.placement)
+    state = abstract_state(b.shapes, b.placement, adapters=b.config.lora is not None)
     plan_shape = (plan_size(size, segments, b.shapes.table_width),)
     mask_shape = (size.rows + segments, mask_width(b.shapes.vocab))
     plan, mask = (described(shape, jnp.int32, b.placement.replicated) for shape in (plan_shape, mask_shape))

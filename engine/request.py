@@ -109,6 +109,8 @@ class Request:
     """For whom: requests of one priority that wait are served in turns between their owners, by tokens."""
     weight: int = 1
     """How many times the tokens of an owner of weight 1 this one gets while both wait, at least 1."""
+    adapter: str = ""
+    """Name of the adapter to compute with, one of `EngineInfo.adapters`; empty for the model as it is."""
     prompt_logprobs: int | None = None
     """Report the prompt's own log-probabilities with this many alternatives a token, 0 … MAX_TOP_LOGPROBS; None does not."""
 
@@ -201,6 +203,8 @@ class EngineInfo:
     """The largest program's temporaries."""
     speculate: int = 0
     """Most tokens guessed at a time for a sequence."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters a request may ask for."""
     programs: tuple[ProgramInfo, ...] = field(default=())
     version: str = ""
 

@@ -284,6 +284,7 @@ class Scheduler:
                 recorded=sequence.recorded,
                 targets=sequence.take_targets(start, start + len(tokens)),
                 prompt_top=sequence.request.prompt_logprobs or 0,
+                adapter=sequence.adapter,
             )
         )
         turn.prefilled.append(sequence)

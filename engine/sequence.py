@@ -36,6 +36,10 @@ class Sequence:
     """Rank of arrival: older sequences are served first and preempted last."""
     most_tokens: int
     """Length at which it must end: prompt and output."""
+    adapter: int = 0
+    """Its number from 1 up, 0 for none."""
+    adapter_digest: str = ""
+    """What the adapter's numbers are known by."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and all output known so far."""
     phase: Phase = Phase.WAITING
@@ -141,8 +145,11 @@ class Sequence:
 
     @property
     def salt(self) -> bytes:
-        """Only requests of the same salt share pages."""
-        return hashlib.blake2b(self.request.cache_salt.encode(), digest_size=16).digest()
+        """Only requests of the same salt share pages; an adapter makes other pages of the same tokens."""
+        salt = self.request.cache_salt
+        if self.adapter:
+            salt = f"{self.adapter_digest}\0{salt}"
+        return hashlib.blake2b(salt.encode(), digest_size=16).digest()
 
     @property
     def counts(self) -> bool:

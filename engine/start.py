@@ -38,7 +38,7 @@ def start(
             f"process {config.process_id} does not take requests: process 0 does, the others follow it"
         )
     _prepare(config)
-    opened = open_model(path, weights=config.load_format != "dummy")
+    opened = open_model(path, weights=config.load_format != "dummy", adapters=config.adapters)
     leader = None
     if config.processes > 1:
         leader = Leader(group_address(config, bind=True), config.processes, end_process)
@@ -70,7 +70,7 @@ def start(
 def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] | None = None) -> Path | None:
     """Compile every program into the cache and write the manifest; weights are not read."""
     _prepare(config)
-    opened = open_model(path, weights=False)
+    opened = open_model(path, weights=False, adapters=config.adapters)
 
     def report(phase: str, done: int, total: int) -> None:
         if progress is not None:

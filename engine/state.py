@@ -38,6 +38,8 @@ class LaneState(NamedTuple):
     seen: jax.Array
     """int32[B, V]: what occurred, see `sampler.IN_PROMPT`."""
     sampling: SamplingRows
+    adapter: jax.Array | None = None
+    """int32[B]: the lane's adapter, from 1 up, 0 for none; None where there are no adapters."""
 
 
 class Shapes(NamedTuple):
@@ -67,7 +69,7 @@ def described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Shardin
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
+def abstract_state(shapes: Shapes, placement: Placement, *, adapters: bool = False) -> LaneState:
     """Shapes, types and placement of the lane state: a whole copy on every device, but `seen` split over vocabulary."""
     b = shapes.lanes
 
@@ -101,6 +103,7 @@ def abstract_state(shapes: Shapes, placement: Placement) -> LaneState:
             stop_from=leaf(i32),
             watermark=leaf(i32),
         ),
+        adapter=leaf(i32) if adapters else None,
     )
 
 

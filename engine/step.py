@@ -84,6 +84,8 @@ class _Part(NamedTuple):
     remaining: jax.Array
     """int32[r]: tokens the lane may still generate, this one included."""
     sampling: SamplingRows
+    adapter: jax.Array | None
+    """int32[n]: of each token; None where there are no adapters."""
 
 
 def step(
@@ -115,7 +117,13 @@ def step(
     whole = _join(parts)
     decoder = b.graph.merge(params[: len(b.graph.specs)])
     hidden, kv = decoder(
-        whole.tokens, whole.batch, kv, b.kernels, b.placement.constrain, one_token_rows=size.rows
+        whole.tokens,
+        whole.batch,
+        kv,
+        b.kernels,
+        b.placement.constrain,
+        one_token_rows=size.rows,
+        adapters=whole.adapter,
     )
     # A decode alone samples after every token it has.
     read = hidden if prompts is None else hidden[whole.end]
@@ -183,6 +191,7 @@ def _decoding(b: Blueprint, plan: DecodePlan, state: LaneState) -> tuple[LaneSta
         length=position + 1,
         remaining=rows(state.remaining) - plan.ahead,
         sampling=SamplingRows(*map(rows, state.sampling)),
+        adapter=None if state.adapter is None else rows(state.adapter),
     )
 
 
@@ -197,6 +206,7 @@ def _prompting(b: Blueprint, plan: PrefillPlan, state: LaneState) -> _Part:
         length=plan.length,
         remaining=plan.remaining,
         sampling=jax.tree.map(lambda new, x: new.astype(x.dtype), plan.sampling, state.sampling),
+        adapter=None if state.adapter is None else plan.adapter[plan.rows],
     )
 
 
@@ -221,6 +231,7 @@ def _take_in(state: LaneState, plan: PrefillPlan) -> LaneState:
             state.sampling,
             plan.sampling,
         ),
+        adapter=None if state.adapter is None else state.adapter.at[plan.lane].set(plan.adapter, mode="drop"),
     )
 
 

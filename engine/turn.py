@@ -55,6 +55,8 @@ class Segment(NamedTuple):
     """Alternatives to report with each target."""
     recorded: int = 0
     """Tokens before this position were counted for penalties by an earlier launch."""
+    adapter: int = 0
+    """Its number from 1 up, 0 for none."""
 
 
 class Row(NamedTuple):

@@ -41,6 +41,11 @@ output, int4 with a scale and a floor for 32 inputs of each output (int8 where i
 those of transformers given the same rounded weights. `--kv-cache-dtype int8` keeps keys and values in 8 bits, with a scale for
 each token and head. What both cost and bring: performance.md.
 
+`--lora-adapters` takes LoRA adapters in PEFT's form (safetensors) for the projections of attention and feed-forward of every
+family, experts excepted, over quantised weights too. A request names one or none, those of one batch are computed in
+one launch, and each answers as the model with its adapter merged does. DoRA, biases, modules that were trained whole and ranks by pattern are refused
+by name. What adapters cost grows with the ranks of all that are named: each reads and multiplies them all.
+
 | family | `architectures` | what it is |
 |---|---|---|
 """

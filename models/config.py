@@ -98,6 +98,19 @@ class StoredWeight(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Adapters that tokens may be computed with, one or none each."""
+
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+    """What each one's numbers are known by."""
+    rank: int
+    """The largest; smaller ones are filled up with zeros."""
+    maps: tuple[tuple[str, int], ...]
+    """Path of each linear map that any of them changes, and how many tensors are fused in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One decoder-only network. Letters as in the room's docstring."""
 
@@ -205,6 +218,7 @@ class ModelConfig:
     """What quantised the checkpoint (`quant_method`); empty if nothing did."""
     stored: tuple[StoredWeight, ...] = ()
     """What is kept in few bits as it is stored."""
+    lora: Lora | None = None
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

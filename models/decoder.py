@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..sharding.axes import Constrain
 from .attention import default_scale
-from .config import ModelConfig
+from .config import Lora, ModelConfig
 from .experts import RoutedFeedForward, Stack
 from .kernels import Kernels, KvLayer, PagedBatch, Weight
 from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, as_stored, gated, param, softcap
@@ -63,7 +63,7 @@ class Layer(nnx.Module):
         """x [T, D] -> the same, with this layer's keys and values written."""
         read = _through(self.attn_norm, x)
         attended, kv = self._attention(read, kv, step)
-        attended = self._added(_through(self.attn_post_norm, self.out(attended, step.kernels)))
+        attended = self._added(_through(self.attn_post_norm, self.out(attended, step.kernels, step.adapters)))
         if not self.config.parallel:
             x = x + attended
         if not self.config.shared_norm:
@@ -78,7 +78,7 @@ class Layer(nnx.Module):
     def _attention(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         c, tokens = self.config, x.shape[0]
         group = c.heads // c.kv_heads
-        qkv = self.qkv(x, step.kernels).reshape(tokens, c.kv_heads, group + 2, c.head_dim)
+        qkv = self.qkv(x, step.kernels, step.adapters).reshape(tokens, c.kv_heads, group + 2, c.head_dim)
         if c.qkv_clip is not None:
             qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
         if self.q_norm is not None and self.k_norm is not None:
@@ -109,9 +109,11 @@ class Layer(nnx.Module):
             return self.experts(x, step.batch.positions >= 0, step.kernels)
         if not self.config.gated:
             activate = ACTIVATIONS[self.config.activation]
-            return self.down(activate(self.up(x, step.kernels)), step.kernels)
-        gate_up = self.gate_up(x, step.kernels).reshape(x.shape[0], 2, self.config.ffn_size)
-        return self.down(gated(self.config, gate_up[:, 0], gate_up[:, 1]), step.kernels)
+            up = self.up(x, step.kernels, step.adapters)
+            return self.down(activate(up), step.kernels, step.adapters)
+        gate_up = self.gate_up(x, step.kernels, step.adapters).reshape(x.shape[0], 2, self.config.ffn_size)
+        hidden = gated(self.config, gate_up[:, 0], gate_up[:, 1])
+        return self.down(hidden, step.kernels, step.adapters)
 
 
 def _head_norm(c: ModelConfig, style: Style, members: int) -> Any:
@@ -131,7 +133,7 @@ def _through(layer_norm: Any, x: jax.Array) -> jax.Array:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["batch", "rotation", "local_rotation"],
+    data_fields=["batch", "rotation", "local_rotation", "adapters"],
     meta_fields=["kernels", "one_token_rows"],
 )
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ class _Step:
     rotation: tuple[jax.Array, ...]
     local_rotation: tuple[jax.Array, ...]
     """Empty where no layer needs it."""
+    adapters: jax.Array | None
+    """float[T, S]: 1 where a token has the adapter; None where there are none."""
     kernels: Kernels
     one_token_rows: int
 
@@ -182,13 +186,16 @@ class Decoder(nnx.Module):
         constrain: Constrain,
         *,
         one_token_rows: int,
+        adapters: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KvLayer, ...]]:
-        """tokens int32[T] at their rows and positions -> (hidden [T, D] after the last norm, the new KV)."""
+        """tokens int32[T] at their rows and positions -> (hidden [T, D] after the last norm, the new KV). `adapters` int32[T]:
+        the number of each token's adapter from 1 up, 0 for none."""
         turns = self.config.rope_theta is not None
         step = _Step(
             batch,
             rotation(self.config, batch.positions) if turns else (),
             rotation(self.config, batch.positions, local=True) if self.config.rope_local_theta else (),
+            self._chosen(adapters),
             kernels,
             one_token_rows,
         )
@@ -199,6 +206,11 @@ class Decoder(nnx.Module):
             x = constrain(x, ("tokens", None))
             new_kv.append(layer_kv)
         return self.norm(x), tuple(new_kv)
+
+    def _chosen(self, adapters: jax.Array | None) -> jax.Array | None:
+        if adapters is None or self.config.lora is None:
+            return None
+        return jax.nn.one_hot(adapters - 1, len(self.config.lora.names), dtype=jnp.float32)
 
     def _embedded(self, tokens: jax.Array, batch: PagedBatch) -> jax.Array:
         x = self.embed(tokens)
@@ -217,8 +229,10 @@ class Decoder(nnx.Module):
 
 
 def _described(config: ModelConfig, style: Style) -> Decoder:
-    """A decoder in which what the checkpoint has in few bits stays in them, unless others are asked for."""
+    """A decoder in which what the checkpoint has in few bits stays in them, unless others are asked for; with its adapters."""
     decoder = Decoder(config, style)
+    if config.lora is not None:
+        _adapt(decoder, config.lora, style)
     stored = {weight.path: weight for weight in config.stored if style.quant in (None, weight.quant)}
     for path, module in nnx.iter_modules(decoder) if stored else ():
         weight = stored.get(".".join(map(str, (*path, "weight"))))
@@ -228,6 +242,14 @@ def _described(config: ModelConfig, style: Style) -> Decoder:
         if weight.ordered and isinstance(module, Linear) and module.weight.get_metadata()["spec"].as_stored:
             module.put_in_order()
     return decoder
+
+
+def _adapt(decoder: Decoder, lora: Lora, style: Style) -> None:
+    maps = dict(lora.maps)
+    for path, module in nnx.iter_modules(decoder):
+        parts = maps.get(".".join(map(str, path)))
+        if parts and isinstance(module, Linear):
+            module.adapt(style.dtype, len(lora.names) * parts * lora.rank)
 
 
 @dataclass(frozen=True, slots=True)

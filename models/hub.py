@@ -15,6 +15,7 @@ from .errors import CheckpointError, HubError
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,24 @@ def hub_state(timeout_s: float) -> HubState:
     offline = constants.HF_HUB_OFFLINE
     error = "" if offline else sign_of_life(timeout_s)
     return HubState(constants.ENDPOINT, constants.HF_HUB_CACHE, offline, error)
+
+
+def resolve_adapter(adapter: str, cache_dir: str | Path | None = None, retry_wait_s: float = 1.0) -> Path:
+    """The folder of an adapter: a directory, or a Hub repository `owner/name` or `owner/name@revision`, fetched if need be.
+
+    Raises HubError.
+    """
+    local = Path(adapter).expanduser()
+    if local.is_dir():
+        return local.absolute()
+    repo, _, revision = adapter.partition("@")
+    if local.is_absolute() or repo.startswith((".", "~")) or repo.count("/") != 1:
+        raise HubError(f"{adapter}: no such directory, and no Hub repository (those are named owner/name)")
+    from .hub_fetch import Hub
+    from .hub_repo import adapter_from_hub
+
+    kept = Path(cache_dir) if cache_dir else None
+    return adapter_from_hub(Hub(repo, revision or "main", None, kept, retry_wait_s))
 
 
 def _split_gguf(model_id: str) -> tuple[str, str | None]:

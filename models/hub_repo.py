@@ -6,10 +6,11 @@ How bytes travel and fail is `hub_fetch.py`'s; what a model on this machine look
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from .checkpoint import INDEX
 from .errors import HubError
-from .hub import Progress, ResolvedModel, model_at, shard_files, weights_file
+from .hub import ADAPTER_FILES, Progress, ResolvedModel, model_at, shard_files, weights_file
 from .hub_fetch import Hub, HubFile, Unreachable
 
 SMALL_FILES = (
@@ -52,25 +53,56 @@ def from_hub(
     hub.fetch(sha, wanted, progress)
     if not weights and not wanted[-1].name.endswith(".gguf"):
         return ResolvedModel(hub.folder / "snapshots" / sha, sha, "safetensors")
-    # Written last: offline, a revision is found through this file, so it must never name half a model.
-    ref = hub.folder / "refs" / hub.revision
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(sha)
-    snapshot = hub.folder / "snapshots" / sha
+    snapshot = _keep(hub, sha)
     return model_at(snapshot / file if file else snapshot, sha)
 
 
-def _cached(hub: Hub, file: str | None) -> ResolvedModel | None:
-    """What an earlier call left, if it is complete."""
+def adapter_from_hub(hub: Hub) -> Path:
+    """The folder of a repository's adapter, fetched unless all of it is here. Raises HubError."""
+    kept = _snapshot(hub)
+    if kept is not None and not all((kept / name).is_file() for name in ADAPTER_FILES):
+        kept = None
+    if hub.offline:
+        if kept is None:
+            raise hub.not_cached()
+        return kept
+    try:
+        sha, files = hub.list_files(patient=kept is None)
+    except Unreachable:
+        if kept is None:
+            raise
+        return kept
+    hub.fetch(sha, [_named(name, files, hub) for name in ADAPTER_FILES], None)
+    return _keep(hub, sha)
+
+
+def _keep(hub: Hub, sha: str) -> Path:
+    """Note that a revision is here -> its folder. Last of all: offline, it is found through this file, so that it must never
+    name half a model."""
+    ref = hub.folder / "refs" / hub.revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(sha)
+    return hub.folder / "snapshots" / sha
+
+
+def _snapshot(hub: Hub) -> Path | None:
+    """The folder of a revision, if an earlier call noted that it is here."""
     sha = hub.revision
     if not re.fullmatch("[0-9a-f]{40}", sha):
         ref = hub.folder / "refs" / hub.revision
         if not ref.is_file():
             return None
         sha = ref.read_text().strip()
-    snapshot = hub.folder / "snapshots" / sha
+    return hub.folder / "snapshots" / sha
+
+
+def _cached(hub: Hub, file: str | None) -> ResolvedModel | None:
+    """What an earlier call left, if it is complete."""
+    snapshot = _snapshot(hub)
+    if snapshot is None:
+        return None
     try:
-        return model_at(snapshot / file if file else snapshot, sha)
+        return model_at(snapshot / file if file else snapshot, snapshot.name)
     except HubError:
         return None
 

@@ -83,18 +83,44 @@ class Linear(nnx.Module):
         self.weight = param(shape, axes, style.dtype, style.packed, quant=style.quant)
         self.bias = param(shape[:-1], axes[:-1], style.dtype) if bias else None
         self.order: nnx.Param | None = None
+        self.lora_a: nnx.Param | None = None
+        self.lora_b: nnx.Param | None = None
 
     def put_in_order(self) -> None:
         """The weight's inputs are in another order than they come in."""
         spec: ParamSpec = self.weight.get_metadata()["spec"]
         self.order = nnx.data(param(spec.shape[-1:], (None,), "int32"))
 
-    def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
-        """x [T, D] -> [T, outputs]."""
+    def adapt(self, dtype: str, ranks: int) -> None:
+        """Add the adapters' parts, of so many ranks in all."""
+        spec: ParamSpec = self.weight.get_metadata()["spec"]
+        *outputs, inputs = spec.shape
+        *by_output, by_input = spec.axes
+        self.lora_a = nnx.data(param((ranks, inputs), (None, by_input), dtype))
+        self.lora_b = nnx.data(param((*outputs, ranks), (*by_output, None), dtype))
+
+    def __call__(self, x: jax.Array, kernels: Kernels, adapters: jax.Array | None = None) -> jax.Array:
+        """x [T, D] -> [T, outputs]; `adapters` [T, S]: 1 where a token has the adapter."""
+        y = self._mapped(x, kernels)
+        if adapters is None or self.lora_a is None or self.lora_b is None:
+            return y
+        # All adapters' ranks at once, then those of the others are struck out: they are few beside D, and a gather of each token's own
+        # would read as much and multiply worse.
+        ranks = _times(x, self.lora_a[...]) * jnp.repeat(
+            adapters, self.lora_a.shape[0] // adapters.shape[1], axis=1
+        )
+        return y + _times(ranks.astype(x.dtype), self.lora_b[...].reshape(self.outputs, -1)).astype(y.dtype)
+
+    def _mapped(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         if self.order is not None:
             x = x[:, self.order[...]]
         y = kernels.linear(x, self.weight.get_value(), self.outputs)
         return y if self.bias is None else y + self.bias[...].reshape(1, -1)
+
+
+def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, D], weight [N, D] -> float32[T, N]."""
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 class Embedding(nnx.Module):

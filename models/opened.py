@@ -3,7 +3,8 @@
 Knows which reader belongs to which form, and nothing of what either does.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import open_checkpoint
@@ -11,7 +12,8 @@ from .config import ModelConfig
 from .gguf import GgufTensors
 from .gguf_config import config_from_gguf
 from .gguf_file import GgufFile
-from .registry import config_from_hf, family_for, read_config, read_json
+from .lora import AdaptedWeights, Adapter, lora_of
+from .registry import Family, config_from_hf, family_for, read_config, read_json
 from .schemes import read_schemes
 from .weights import Weights, WeightSource
 
@@ -25,22 +27,31 @@ class OpenedModel:
     """None if the weights were not asked for."""
 
 
-def open_model(path: Path, *, weights: bool = True) -> OpenedModel:
-    """Open a directory in Hugging Face's layout or a GGUF file. Without `weights` only the configuration is read.
+def open_model(path: Path, *, weights: bool = True, adapters: Sequence[tuple[str, str]] = ()) -> OpenedModel:
+    """Open a directory in Hugging Face's layout or a GGUF file, and adapters by name and folder. Without `weights` only the
+    configuration is read.
 
     Raises UnsupportedModel, CheckpointError.
     """
+    family, config, source = _open(path, weights)
+    opened = [Adapter.open(name, Path(folder)) for name, folder in adapters]
+    config = replace(config, lora=lora_of(opened, family.WEIGHTS, config.layers))
+    return OpenedModel(config, AdaptedWeights(source, opened) if source and opened else source)
+
+
+def _open(path: Path, weights: bool) -> tuple[Family, ModelConfig, Weights | None]:
     if path.is_dir():
-        config = read_config(path)
-        if not weights:
-            return OpenedModel(config, None)
         said = read_json(path / "config.json")
-        family = family_for(said)
-        return OpenedModel(
-            config, open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS, read_schemes(said))
+        family, config = family_for(said), read_config(path)
+        if not weights:
+            return family, config, None
+        return (
+            family,
+            config,
+            open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS, read_schemes(said)),
         )
     file = GgufFile(path)
     hf_config = config_from_gguf(file)
     family = family_for(hf_config)
     source = Weights(GgufTensors(file), family.WEIGHTS, family.IGNORED_TENSORS) if weights else None
-    return OpenedModel(config_from_hf(hf_config), source)
+    return family, config_from_hf(hf_config), source

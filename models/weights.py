@@ -243,6 +243,13 @@ class Weights:
             for number, part in enumerate(spec.parts)
         ]
 
+    def as_made(self, path: str) -> Recipe:
+        """What a parameter is made of, all tensors outputs first."""
+        recipe = self._find(path)
+        if recipe is None:
+            raise CheckpointError(f"parameter {path} has no entry in the weight table")
+        return replace(recipe, transposed=False)
+
     def _order(self, recipe: Recipe, leaves: LeafSource) -> np.ndarray:
         """Of the inputs, the same for all that are fused in one parameter."""
         first, *others = ((name, leaves.order(name)) for name in recipe.names)

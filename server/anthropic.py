@@ -20,6 +20,7 @@ from .openai_shapes import answer_headers
 from .reader import Call
 from .schema_anthropic import CountBody, MessagesBody
 from .stream import unless_gone
+from .validate import with_adapter
 from .validate_anthropic import check_count, check_messages
 from .validate_openai import check_model
 
@@ -50,8 +51,10 @@ async def count_tokens(request: HttpRequest) -> Response:
 
 async def _prepare(front: Front, body: MessagesBody, clock: Clock) -> Job:
     serving = front.backend.serving()
-    check_model(body.model, front.model_name, serving.info)
-    checked = check_messages(body, front.config, serving.info, serving.tokenizer.eos_ids)
+    adapter = check_model(body.model, front.model_name, serving.info)
+    checked = with_adapter(
+        check_messages(body, front.config, serving.info, serving.tokenizer.eos_ids), adapter
+    )
     # `max_tokens` must be sent, so clients send what suits another model; as here, that one ends where its context does.
     return await converse(front, serving, conversation_of(body), checked, clock, cut=True)
 

@@ -19,7 +19,7 @@ from .config import ServerConfig
 from .console import Console, bytes_text
 from .flags import RunConfig
 from .keys import read_keys
-from .model import find_model
+from .model import find_model, with_adapters
 from .options import Options, UsageError
 from .tls import tls_context
 
@@ -66,6 +66,7 @@ def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: 
     address = None if config.process_id else _address(options)
     console = console_of(run)
     path = Path(given) if (given := options.plain("model_path")) else find(config, run, console)
+    config = with_adapters(config, run.hub_cache)
 
     def progress(phase: str, done: int, total: int) -> None:
         if link is None:
@@ -112,6 +113,7 @@ def plan(config: EngineConfig, run: RunConfig, options: Options) -> int:
     console = console_of(run)
     # The configuration is all that is read: a directory without weights can be planned, too.
     path = find(replace(config, load_format="dummy"), run, console)
+    config = with_adapters(config, run.hub_cache)
     from ..engine.plan import describe
 
     def progress(done: int, total: int) -> None:
@@ -149,7 +151,7 @@ def dry_run(engine: EngineConfig, server: ServerConfig, run: RunConfig, given: R
     paths = {name: find(replace(one, load_format="dummy"), run, console) for name, one in configs.items()}
     from ..engine.plan import describe
 
-    plans = {name: describe(one, paths[name]) for name, one in configs.items()}
+    plans = {name: describe(with_adapters(one, run.hub_cache), paths[name]) for name, one in configs.items()}
     console.settle()
     shown = Console(sys.stdout, json_output=run.json_output)
     shown.table("set (all others: xlane config show)", given)
@@ -167,6 +169,7 @@ def warmup(config: EngineConfig, run: RunConfig) -> int:
             "--cache-dir none leaves nothing to warm up: give the directory that the server will use"
         )
     path = find(config, run, console)
+    config = with_adapters(config, run.hub_cache)
     from ..engine.start import warm
 
     manifest = warm(config, path, lambda done, total: console.progress("programs", done, total))
@@ -179,6 +182,7 @@ def bench(config: EngineConfig, run: RunConfig, options: Options) -> int:
     """Measure the engine in this process."""
     console = console_of(run)
     path = find(config, run, console)
+    config = with_adapters(config, run.hub_cache)
     from ..engine.bench import main
 
     return main(config, path, options.of(""))

@@ -147,7 +147,7 @@ _TABLE: dict[type[Exception], _Row] = {
     Unsupported: _Row(422, "validation", _VALIDATION, 400, _CLIENT, "unsupported_parameter"),
     Invalid: _Row(422, "validation", _VALIDATION, 400, _CLIENT),
     TemplateFailed: _Row(422, "template_error", "Template error: ", 400, _CLIENT, "template_error"),
-    NoSuchModel: _Row(422, "validation", _VALIDATION, 404, _CLIENT, "model_not_found"),
+    NoSuchModel: _Row(404, "validation", "", 404, _CLIENT, "model_not_found"),
     Unauthorized: _Row(401, "unauthorized", "", 401, "authentication_error", "invalid_api_key"),
     NoSuchRoute: _Row(404, "not_found", "", 404, _CLIENT, "not_found"),
     WrongMethod: _Row(405, "method_not_allowed", "", 405, _CLIENT, "method_not_allowed"),

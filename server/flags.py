@@ -105,6 +105,11 @@ MODEL = (
 
 LIMITS = (
     _tgi(
+        "lora-adapters", "engine.lora_adapters",
+        "PEFT adapters that requests may ask for by name: NAME=DIRECTORY, or a Hub repository, OWNER/NAME or OWNER/NAME@REVISION.",
+        "list"
+    ),
+    _tgi(
         "max-total-tokens", "engine.max_total_tokens",
         "Most tokens of one request, prompt and output; default the model's context.", "int", at_least=2
     ),
@@ -399,7 +404,6 @@ _NO_MEANING = {
     "usage-stats": "nothing is sent anywhere",
 }
 _REFUSED = {
-    "lora-adapters": "there are no adapters yet; serve a merged checkpoint",
     "rope-scaling": "positions scale as the model's config.json says",
     "rope-factor": "positions scale as the model's config.json says",
     "weights-cache-override": "give the directory itself as --model-id",
@@ -457,6 +461,8 @@ def engine_arguments(config: EngineConfig) -> list[str]:
             value = values.pop(name)
             if name == "cache_dir" and value is None:
                 value = "none"
+            if isinstance(value, tuple):
+                value = ",".join(value) or None
             if value is not None:
                 found.append(f"{flag.option}={value}")
     return found

@@ -24,7 +24,7 @@ from ..models.tokenizer import TextTokenizer
 from .backend import Backend
 from .console import Console
 from .flags import RunConfig, engine_arguments
-from .model import find_model
+from .model import find_model, with_adapters
 
 T = TypeVar("T")
 LEAST_PATIENCE_S = 120.0
@@ -64,6 +64,7 @@ class LoadedModel:
         """Return when requests are served. Raises EngineError, ModelError; `unload` must be called in any case."""
         self._backend.say("looking for the model")
         model = await _detached(self._find)
+        self._engine = await _detached(lambda: with_adapters(self._engine, self._run.hub_cache))
         self._supervisor = Supervisor(
             self._command or engine_command(self._engine, model, self._run),
             socket=None if self._run.uds_path is None else Path(self._run.uds_path),

@@ -1,10 +1,11 @@
 """Where the model to serve lies: on this machine, on the Hub, or the demo out of its wheel. Knows no file formats."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..engine.config import EngineConfig
 from ..models.demo import default_cache_dir, demo_model
-from ..models.hub import Progress, ResolvedModel, resolve
+from ..models.hub import Progress, ResolvedModel, resolve, resolve_adapter
 
 DEMO = "demo"
 
@@ -20,3 +21,11 @@ def find_model(
     return resolve(
         config.model_id, config.revision, cache_dir=hub_cache, progress=progress, weights=weights, ask=ask
     )
+
+
+def with_adapters(config: EngineConfig, hub_cache: str | None) -> EngineConfig:
+    """The same with every adapter on this machine, downloaded if need be. Raises HubError."""
+    found = (
+        f"{name.partition('@')[0]}={resolve_adapter(place, hub_cache)}" for name, place in config.adapters
+    )
+    return replace(config, lora_adapters=tuple(found))

@@ -21,8 +21,8 @@ from .prompt_scores import prompt_tokens
 from .prompts import native_ids
 from .schema_tgi import GenerateBody, GenerateParameters
 from .stream import EventStream, event, unless_gone
-from .validate import Checked, requests_of
-from .validate_tgi import check_length, check_parameters, details_wanted
+from .validate import Checked, requests_of, with_adapter
+from .validate_tgi import check_adapter, check_length, check_parameters, details_wanted
 
 _NO_TOKEN = TextToken(id=0, text="", special=True, start=0, logprob=0.0, top=())
 
@@ -75,6 +75,7 @@ async def prepare(front: Front, body: GenerateBody, clock: Clock, *, streaming: 
     serving = front.backend.serving()
     parameters = body.parameters or GenerateParameters()
     checked = check_parameters(parameters, front.config, serving.tokenizer.eos_ids, streaming=streaming)
+    checked = with_adapter(checked, check_adapter(parameters.adapter_id, front.model_name, serving.info))
     ids = await native_ids(front, serving, body.inputs, parameters.truncate)
     max_tokens = check_length(len(ids), parameters.max_new_tokens, serving.info)
     checked = replace(checked, grammar=await grammar_of(front, serving, checked.form))

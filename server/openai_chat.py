@@ -18,6 +18,7 @@ from .openai_shapes import answer_headers, chat_logprobs, fingerprint, prompt_lo
 from .reader import openai_finish
 from .schema_openai import ChatBody
 from .stream import unless_gone
+from .validate import with_adapter
 from .validate_openai import check_chat, check_model
 
 
@@ -50,8 +51,8 @@ def sequences_of(body: ChatBody, front: Front) -> int:
 async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:
     """Check, render and tokenise; counts it. Raises NotReady, NoSuchModel, Invalid, Unsupported, TemplateFailed."""
     serving = front.backend.serving()
-    check_model(body.model, front.model_name, serving.info)
-    checked = check_chat(body, front.config, serving.info, serving.tokenizer.eos_ids)
+    adapter = check_model(body.model, front.model_name, serving.info)
+    checked = with_adapter(check_chat(body, front.config, serving.info, serving.tokenizer.eos_ids), adapter)
     return await converse(front, serving, conversation_of(body), checked, clock)
 
 

@@ -22,6 +22,7 @@ from .prompt_scores import moved, prompt_tokens
 from .prompts import given_ids, openai_ids
 from .schema_openai import CompletionBody
 from .stream import unless_gone
+from .validate import with_adapter
 from .validate_openai import check_completion, check_length, check_model
 
 
@@ -70,8 +71,10 @@ def prompts_of(prompt: str | list[str | int | list[int]], front: Front) -> list[
 async def prepare(front: Front, body: CompletionBody, prompts: list[str | list[int]], clock: Clock) -> Job:
     """Check and tokenise; counts it. Raises NotReady, NoSuchModel, Invalid, Unsupported."""
     serving = front.backend.serving()
-    check_model(body.model, front.model_name, serving.info)
-    checked = check_completion(body, front.config, serving.info, serving.tokenizer.eos_ids)
+    adapter = check_model(body.model, front.model_name, serving.info)
+    checked = with_adapter(
+        check_completion(body, front.config, serving.info, serving.tokenizer.eos_ids), adapter
+    )
     ready = [await _prompt(front, serving, body, prompt, checked.max_tokens) for prompt in prompts]
     checked = replace(checked, grammar=await grammar_of(front, serving, checked.form))
     return plan(front, Parting(serving), ready, checked, clock)

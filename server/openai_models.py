@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `/v1/models/{id}`: what is served, and of several models whether each is loaded."""
+"""`GET /v1/models` and `/v1/models/{id}`: what is served, with its adapters, and of several models whether each is loaded."""
 
 import orjson
 from starlette.requests import Request as HttpRequest
@@ -15,7 +15,9 @@ async def list_models(request: HttpRequest) -> Response:
     models: Models | None = request.app.state.models
     if models is None:
         front = front_of(request)
-        data = [_model(front.model_name, front.backend.serving().info)]
+        info = front.backend.serving().info
+        adapters = (_adapter(front.model_name, info, name) for name in info.adapters)
+        data = [_model(front.model_name, info), *adapters]
     else:
         data = [_one_of(model) for model in models.all.values()]
     return Response(orjson.dumps({"object": "list", "data": data}), media_type="application/json")
@@ -28,6 +30,9 @@ async def show_model(request: HttpRequest) -> Response:
         return Response(orjson.dumps(_one_of(models.find(asked))), media_type="application/json")
     front = front_of(request)
     info = front.backend.serving().info
+    if asked in info.adapters:
+        told = _adapter(front.model_name, info, asked)
+        return Response(orjson.dumps(told), media_type="application/json")
     if asked not in (front.model_name, info.model_id):
         raise NoSuchModel(
             f"The model {asked[:200]!r} does not exist; this server has {front.model_name!r}", param="model"
@@ -52,3 +57,8 @@ def _model(name: str, info: EngineInfo | None) -> dict[str, object]:
         "parent": None,
         "max_model_len": None if info is None else info.max_total_tokens,
     }
+
+
+def _adapter(model: str, info: EngineInfo, name: str) -> dict[str, object]:
+    """As vLLM lists one: a model whose parent is the one it adds to."""
+    return {**_model(model, info), "id": name, "root": name, "parent": model}

@@ -153,7 +153,7 @@ def plan(
         front.metrics.max_new_tokens.observe(prompt.max_tokens)
     front.metrics.validation_duration.observe(clock.submitted())
     # Not `front.model_name`: a server that is asked to stop meanwhile still answers what it has begun.
-    model = front.config.served_model_name or serving.info.model_id
+    model = checked.terms.adapter or front.config.served_model_name or serving.info.model_id
     return Job(serving, model, prompts, checked, runs, parting)
 
 

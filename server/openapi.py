@@ -147,7 +147,7 @@ def _responses(path: str, operation: Operation, kinds: _Kinds) -> dict[str, obje
     if operation.generates:
         statuses |= _READ | _GENERATION | _NO_MODEL
     if not operation.both_errors:
-        for status in (422, 424) if openai else (404,):
+        for status in (422, 424) if openai else ():
             statuses.pop(status, None)
     responses: dict[str, object] = {"200": _success(operation, kinds)}
     for status, reason in sorted(statuses.items()):

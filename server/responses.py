@@ -36,6 +36,7 @@ from .responses_shapes import (
 )
 from .schema_responses import ResponsesBody
 from .stream import unless_gone
+from .validate import with_adapter
 from .validate_openai import check_model, check_responses, scores_of
 
 _NOTHING: list[tuple[Kind, str] | Call] = [("message", "")]
@@ -57,8 +58,8 @@ async def responses(request: HttpRequest) -> Response:
 
 async def _prepare(front: Front, body: ResponsesBody, clock: Clock) -> Job:
     serving = front.backend.serving()
-    check_model(body.model, front.model_name, serving.info)
-    checked = check_responses(body, serving.info, serving.tokenizer.eos_ids)
+    adapter = check_model(body.model, front.model_name, serving.info)
+    checked = with_adapter(check_responses(body, serving.info, serving.tokenizer.eos_ids), adapter)
     return await converse(front, serving, conversation_of(body), checked, clock, wanted="max_output_tokens")
 
 

@@ -76,6 +76,7 @@ def _check(engine: EngineConfig, server: ServerConfig, run: RunConfig) -> None:
     single = {
         "--revision": engine.revision,
         "--draft-model": engine.draft_model,
+        "--lora-adapters": ",".join(engine.lora_adapters) or None,
         "--prefix-cache-path": engine.prefix_cache_path,
         "--coordinator": engine.coordinator,
         "--shard-uds-path": run.uds_path,

@@ -33,10 +33,6 @@ def _disabled(value: Any) -> bool:
     return value == "disabled"
 
 
-TGI: dict[str, Callable[[Any], bool]] = {
-    "adapter_id": _never,
-}
-
 SHARED: dict[str, Callable[[Any], bool]] = {
     # What vLLM's users may send; their neutral values are what happens anyway.
     "use_beam_search": _empty,

@@ -35,6 +35,8 @@ class Terms:
     """From submission to its last token; None waits for ever."""
     cache_salt: str = ""
     """Only requests of the same salt share what the prefix cache holds."""
+    adapter: str = ""
+    """To be computed with; empty for the model as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,11 @@ def check_terms(priority: int | None, timeout_s: float | None, cache_salt: str |
     return Terms(priority=priority or 0, timeout_s=timeout_s, cache_salt=salt)
 
 
+def with_adapter(checked: Checked, adapter: str) -> Checked:
+    """The same, to be computed with an adapter (its name; empty for none)."""
+    return replace(checked, terms=replace(checked.terms, adapter=adapter)) if adapter else checked
+
+
 def room_left(prompt_tokens: int, info: EngineInfo) -> int:
     """Most tokens that can be generated after a prompt."""
     return info.max_total_tokens - prompt_tokens
@@ -152,6 +159,7 @@ def requests_of(checked: Checked, prompt_ids: Sequence[int], max_tokens: int) ->
             cache_salt=checked.terms.cache_salt or own_salt(),
             owner=owner,
             weight=weight,
+            adapter=checked.terms.adapter,
             prompt_logprobs=checked.prompt_logprobs,
         )
         for choice in range(checked.choices)

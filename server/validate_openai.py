@@ -103,12 +103,15 @@ def scores_of(body: ResponsesBody) -> bool:
     return INCLUDED_SCORES in (body.include or ())
 
 
-def check_model(name: str | None, served: str, info: EngineInfo) -> None:
-    """Raises NoSuchModel for a name that asks for something else than what is served."""
-    if name is not None and name not in (*ANY_MODEL, served, info.model_id):
-        raise NoSuchModel(
-            f"The model {name[:200]!r} does not exist; this server has {served!r}", param="model"
-        )
+def check_model(name: str | None, served: str, info: EngineInfo) -> str:
+    """The adapter that is asked for by its name, "" for the model as it is. Raises NoSuchModel for a name that asks for
+    something else than what is served."""
+    if name is None or name in (*ANY_MODEL, served, info.model_id):
+        return ""
+    if name not in info.adapters:
+        there = ", ".join(repr(one) for one in (served, *info.adapters))
+        raise NoSuchModel(f"The model {name[:200]!r} does not exist; this server has {there}", param="model")
+    return name
 
 
 def check_length(

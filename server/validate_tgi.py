@@ -6,10 +6,9 @@ on, `frequency_penalty` is OpenAI's (TGI's depends on the other rows of the batc
 
 from ..engine import EngineInfo, LogprobsMode, SamplingParams
 from .config import ServerConfig
-from .errors import Invalid
+from .errors import Invalid, NoSuchModel
 from .forms import tgi_form
 from .schema_tgi import GenerateParameters
-from .unsupported import TGI, refuse
 from .validate import (
     GREEDY_BELOW,
     MAX_SEED,
@@ -29,7 +28,6 @@ def check_parameters(
     parameters: GenerateParameters, config: ServerConfig, eos_ids: tuple[int, ...], *, streaming: bool
 ) -> Checked:
     """Native parameters → `Checked`. Raises Invalid, Unsupported."""
-    refuse(parameters, TGI)
     if parameters.decoder_input_details:
         check_prompt_logprobs("decoder_input_details", config)
         if streaming:
@@ -68,6 +66,18 @@ def check_parameters(
         terms=check_terms(parameters.priority, parameters.timeout),
         choices=choices,
     )
+
+
+def check_adapter(adapter: str | None, served: str, info: EngineInfo) -> str:
+    """The adapter that is asked for, "" for the model as it is. Raises NoSuchModel for one that is not there."""
+    if not adapter or adapter in (served, info.model_id):
+        return ""
+    if adapter not in info.adapters:
+        there = ", ".join(map(repr, info.adapters)) or "none"
+        raise NoSuchModel(
+            f"`adapter_id` {adapter[:200]!r} does not exist; there are: {there}", param="adapter_id"
+        )
+    return adapter
 
 
 def details_wanted(parameters: GenerateParameters) -> bool:

@@ -160,6 +160,7 @@ def encode_request(request: Request) -> pb.Request:
             cache_salt=request.cache_salt,
             owner=request.owner,
             weight=request.weight,
+            adapter=request.adapter,
             prompt_logprobs=request.prompt_logprobs,
         )
     except (TypeError, ValueError) as error:
@@ -185,6 +186,7 @@ def decode_request(message: pb.Request) -> Request:
         cache_salt=message.cache_salt,
         owner=message.owner,
         weight=message.weight or 1,  # not said
+        adapter=message.adapter,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
@@ -285,7 +287,9 @@ def decode_error(message: pb.RequestError) -> RequestError:
 def encode_info(info: EngineInfo) -> pb.EngineInfo:
     """What is served, as a message."""
     programs = [pb.ProgramInfo(**_fields(program, _SAME_PROGRAM)) for program in info.programs]
-    return pb.EngineInfo(model_sha=info.model_sha, programs=programs, **_fields(info, _SAME_INFO))
+    return pb.EngineInfo(
+        model_sha=info.model_sha, programs=programs, adapters=info.adapters, **_fields(info, _SAME_INFO)
+    )
 
 
 def decode_info(message: pb.EngineInfo) -> EngineInfo:
@@ -293,6 +297,7 @@ def decode_info(message: pb.EngineInfo) -> EngineInfo:
     return EngineInfo(
         model_sha=message.model_sha if message.HasField("model_sha") else None,
         programs=tuple(ProgramInfo(**_fields(program, _SAME_PROGRAM)) for program in message.programs),
+        adapters=tuple(message.adapters),
         **_fields(message, _SAME_INFO),
     )
 

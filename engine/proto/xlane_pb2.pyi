@@ -101,7 +101,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., logprobs_mode: _Optional[_Union[LogprobsMode, str]] = ..., min_tokens: _Optional[int] = ..., bias_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ..., watermark: bool = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "prompt_ids", "sampling", "resume_ids", "priority", "deadline_s", "grammar", "prompt_logprobs", "cache_salt", "owner", "weight")
+    __slots__ = ("id", "prompt_ids", "sampling", "resume_ids", "priority", "deadline_s", "grammar", "prompt_logprobs", "cache_salt", "owner", "weight", "adapter")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class Request(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -124,7 +125,8 @@ class Request(_message.Message):
     cache_salt: str
     owner: str
     weight: int
-    def __init__(self, id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., grammar: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., owner: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
+    adapter: str
+    def __init__(self, id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., grammar: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., owner: _Optional[str] = ..., weight: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class StepBatch(_message.Message):
     __slots__ = ("outputs", "errors")
@@ -215,7 +217,7 @@ class ProgramInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., compile_s: _Optional[float] = ..., argument_bytes: _Optional[int] = ..., alias_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., flops: _Optional[float] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model_id", "model_sha", "dtype", "platform", "device_kind", "device_count", "vocab_size", "max_total_tokens", "max_input_tokens", "lanes", "pages", "page_tokens", "max_queued", "kernels", "programs", "version", "memory_bytes", "weights_bytes", "kv_bytes", "temp_bytes", "quantize", "parameters", "warning", "kv_dtype", "speculate")
+    __slots__ = ("model_id", "model_sha", "dtype", "platform", "device_kind", "device_count", "vocab_size", "max_total_tokens", "max_input_tokens", "lanes", "pages", "page_tokens", "max_queued", "kernels", "programs", "version", "memory_bytes", "weights_bytes", "kv_bytes", "temp_bytes", "quantize", "parameters", "warning", "kv_dtype", "speculate", "adapters")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +243,7 @@ class EngineInfo(_message.Message):
     WARNING_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_sha: str
     dtype: str
@@ -266,7 +269,8 @@ class EngineInfo(_message.Message):
     warning: str
     kv_dtype: str
     speculate: int
-    def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., quantize: _Optional[str] = ..., parameters: _Optional[int] = ..., warning: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., speculate: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., quantize: _Optional[str] = ..., parameters: _Optional[int] = ..., warning: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., speculate: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()

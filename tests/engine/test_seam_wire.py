@@ -74,6 +74,7 @@ REQUEST = Request(
     cache_salt="ü",
     owner="ö",
     weight=3,
+    adapter="ä",
 )
 TOKEN = TokenOutput(7, -1.5, ((7, -1.5), (8, -2.25)))
 
@@ -178,9 +179,18 @@ def test_info_and_stats_arrive_as_they_left(sha: str | None):
     def histogram() -> Histogram:
         return Histogram(tuple(next(numbers) for _ in range(3)), next(numbers) / 8)
 
-    odd = {"model_sha", "programs", "prefill", "decode", "prefill_rows", "accepted", "taken_lanes"}
+    odd = {
+        "model_sha",
+        "programs",
+        "adapters",
+        "prefill",
+        "decode",
+        "prefill_rows",
+        "accepted",
+        "taken_lanes",
+    }
     programs = (ProgramInfo(**filled(ProgramInfo)), ProgramInfo(**filled(ProgramInfo)))
-    info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs)
+    info = EngineInfo(**filled(EngineInfo), model_sha=sha, programs=programs, adapters=("a", "b"))
     assert codec.decode_info(through_the_wire(codec.encode_info(info))) == info
     prefill, decode = (LaunchStats(*(histogram() for _ in range(3))) for _ in range(2))
     spreads = {"prefill": prefill, "decode": decode, "prefill_rows": histogram(), "accepted": histogram()}

@@ -61,8 +61,15 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class Network:
     """A tiny model with its KV pool, called directly."""
 
-    def __init__(self, path: Path, kernels: Kernels, devices: int = 1, quant: Quant | None = None) -> None:
-        opened = open_model(path)
+    def __init__(
+        self,
+        path: Path,
+        kernels: Kernels,
+        devices: int = 1,
+        quant: Quant | None = None,
+        adapters: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        opened = open_model(path, adapters=adapters)
         self.config = opened.config
         self.graph = DecoderGraph.of(opened.config, "float32", packed=kernels.packed, quant=quant)
         self.placement = make_placement(1, devices)
@@ -80,7 +87,12 @@ class Network:
         )
 
     def __call__(
-        self, tokens: list[int], rows: list[int], positions: list[int], one_token_rows: bool
+        self,
+        tokens: list[int],
+        rows: list[int],
+        positions: list[int],
+        one_token_rows: bool,
+        adapters: list[int] | None = None,
     ) -> np.ndarray:
         """Run one launch -> float32[T, V]."""
         table = self.table[rows] if one_token_rows else self.table
@@ -94,14 +106,17 @@ class Network:
             self.kv,
             jnp.array(tokens, jnp.int32),
             batch,
+            None if adapters is None else jnp.array(adapters, jnp.int32),
         )
         return np.asarray(logits)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _launch(graph, kernels, one_token_rows, params, kv, tokens, batch):
+def _launch(graph, kernels, one_token_rows, params, kv, tokens, batch, adapters):
     decoder = graph.merge(params)
-    hidden, kv = decoder(tokens, batch, kv, kernels, lambda x, axes: x, one_token_rows=one_token_rows)
+    hidden, kv = decoder(
+        tokens, batch, kv, kernels, lambda x, axes: x, one_token_rows=one_token_rows, adapters=adapters
+    )
     return decoder.logits(hidden, kernels), kv
 
 

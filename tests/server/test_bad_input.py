@@ -158,7 +158,7 @@ ROWS: list[Row] = [
     (29, CHAT, user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), 400, "messages[0].content"),
     (29, NATIVE, {"inputs": "![](http://127.0.0.1:1/x)", "parameters": {"max_new_tokens": 1}}, 200, None),
     *((30, CHAT, chat(model=model), 404, "model") for model in ("none", "../../etc/passwd", "x" * 1_000_000)),
-    (30, NATIVE, {"inputs": "a", "parameters": {"adapter_id": "../../etc"}}, 422, None),
+    (30, NATIVE, {"inputs": "a", "parameters": {"adapter_id": "../../etc"}}, 404, None),
     (31, CHAT, chat(priority=2**63), 400, "priority"),
     *((31, CHAT, chat(seed=seed), 400, "seed") for seed in (-(2**63) - 1, 2**64)),
     (31, CHAT, chat(user="x" * 1_000_000), 200, None),

@@ -193,7 +193,7 @@ def test_a_model_may_be_a_bare_word():
             "serve --limit body_timeout_s=inf",
             "--limit body_timeout_s=inf: expected a number of at least 0.001",
         ),
-        ("serve --lora-adapters a", "--lora-adapters=a is not supported"),
+        ("serve --rope-factor 2", "--rope-factor=2 is not supported"),
         ("serve --rope-scaling linear", "--rope-scaling=linear is not supported"),
     ],
 )
@@ -233,7 +233,7 @@ def test_the_engines_arguments_make_the_same_config():
         model_id="org/m", revision="r", load_format="dummy", dtype="bfloat16", data_parallel=2, model_parallel=4,
         lanes=3, max_total_tokens=99, max_input_tokens=50, page_tokens=16, kv_bytes=10**9, memory_fraction=0.5,
         prefill_chunk_tokens=64, target_itl_ms=12.5, max_queued=0, prefix_cache_path="/kept", prefix_cache_bytes=10**8,
-        kernels="xla", cache_dir=None, quantize="int4", kv_dtype="int8",
+        kernels="xla", cache_dir=None, quantize="int4", kv_dtype="int8", lora_adapters=("a=/a", "b=/b"),
     )  # fmt: skip
     for wanted in (config, EngineConfig(model_id="demo", cache_dir="/c")):
         line = ["engine", "--progress-fd", "9", *flags.engine_arguments(wanted)]

@@ -75,7 +75,7 @@ def test_the_variable_names_the_file_and_other_commands_take_what_they_have(file
         ("max-input-length = 8\nmax-input-tokens = 8", "give max-input-tokens in FILE or max-input-length in FILE"),
         ("[limit]\nhedder_limit = 1", "limit in FILE hedder_limit=1: there is no such limit: did you mean header_limit"),
         ("[limit]\nurl_limit = 0", "limit in FILE url_limit=0: expected a whole number of at least 1"),
-        ('lora-adapters = "a"', "lora-adapters in FILE=a is not supported"),
+        ('rope-factor = "2"', "rope-factor in FILE=2 is not supported"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_with_its_place(text: str, words: str, tmp_path: Path):

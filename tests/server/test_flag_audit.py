@@ -42,6 +42,7 @@ WORKS: dict[str, tuple[str, str, Any]] = {
     "api-key": ("k", "server.api_key", "k"),
     "watermark-gamma": ("0.25", "engine.watermark_gamma", 0.25),
     "watermark-delta": ("4", "engine.watermark_delta", 4.0),
+    "lora-adapters": ("a=/a,o/b", "engine.lora_adapters", ("a=/a", "o/b")),
     "speculate": ("4", "engine.speculate", 4),
     "env": ("true", "run.show_env", True),
     "tokenizer-config-path": ("/t", "server.tokenizer_config_path", "/t"),
@@ -62,7 +63,7 @@ NOTED = {
 """Taken, and told that it has no meaning here: no answer differs for want of it."""
 
 REFUSED = {
-    "lora-adapters": "a", "rope-scaling": "linear",
+    "rope-scaling": "linear",
     "rope-factor": "2.0", "weights-cache-override": "/w", "ngrok": "true",
 }  # fmt: skip
 """Answers would differ from what was asked for."""

@@ -6,7 +6,7 @@ import pytest
 
 from xlane.engine import LogprobsMode
 from xlane.server.config import ServerConfig
-from xlane.server.errors import Invalid, Unsupported
+from xlane.server.errors import Invalid
 from xlane.server.schema_tgi import GenerateParameters
 from xlane.server.validate import Checked, derive_seed, requests_of
 from xlane.server.validate_tgi import check_inputs, check_length, check_parameters
@@ -47,17 +47,6 @@ def test_refusals(parameters: dict[str, Any], sentence: str):
     with pytest.raises(Invalid) as caught:
         check(**parameters)
     assert str(caught.value) == sentence
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"adapter_id": "x"},
-    ],
-)
-def test_what_has_no_effect_is_refused_by_name(parameters: dict[str, Any]):
-    with pytest.raises(Unsupported, match=f"`{next(iter(parameters))}`"):
-        check(**parameters)
 
 
 def test_what_asks_for_nothing_is_accepted():
