@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def write_directory(source: Path, target: Path) -> None:
     """Weights as they are, configuration and tokenizer as transformers reads them from the file."""
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # Read, the weights are plain; transformers 5 would still refuse to write, or later to serve, what came out of GGUF.
+    del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**where).save_pretrained(target)
 
 
