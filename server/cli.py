@@ -336,9 +336,9 @@ def choose(argv: Sequence[str]) -> tuple[Command, Sequence[str]]:
 def run(argv: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> int:
     """Run one command line and return its exit code. Errors end as one line on stderr."""
     try:
-        if argv[:1] in (["-h"], ["--help"]):
+        if not argv or argv[:1] in (["-h"], ["--help"]):
             print(overview())
-            return OK
+            return OK if argv else USAGE
         if argv[:1] in (["-V"], ["--version"]):
             print(f"xlane {metadata.version('xlane')}")
             return OK
@@ -365,7 +365,13 @@ def _fail(code: int, error: Exception) -> int:
 def main() -> int:
     """`xlane`."""
     _set_environment()
-    return run(sys.argv[1:], os.environ)
+    try:
+        code = run(sys.argv[1:], os.environ)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # Who reads has left, as `head` does; Python would say so once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CRASH
 
 
 def _set_environment() -> None:

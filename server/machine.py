@@ -16,9 +16,8 @@ from ..models.errors import ModelError
 from .console import bytes_text
 from .findings import Finding
 
-LOOK_TIMEOUT_S = 120.0
-"""Between two things the device's process tells; its kernels may have to be compiled first."""
-
+TIMEOUTS_S = {"devices": 60, "kernels": 330, "fit": 120}
+"""For each answer. The native kernels may have to be compiled, which a start would do, too."""
 _ACCELERATORS = (("/dev/nvidia0", "NVIDIA GPU", "cuda"), ("/dev/accel0", "TPU", "tpu"), ("/dev/vfio/0", "TPU", "tpu"))  # fmt: skip
 
 
@@ -31,31 +30,25 @@ def machine(
     process = context.Process(target=look or _look, args=(theirs, engine, model), daemon=True)
     process.start()
     theirs.close()
-    last = "devices"
+    awaited = "devices"
     try:
-        while ours.poll(LOOK_TIMEOUT_S):
+        while ours.poll(TIMEOUTS_S[awaited]):
             what, facts = ours.recv()
             if what == "end":
                 return
             if what == "error":
-                yield Finding("fit" if last == "plan" else last, "fail", facts, "see the message")
+                yield Finding(awaited, "fail", facts)
                 return
             yield judged(what, facts)
-            last = "plan" if model is not None else what
-        yield Finding(
-            last,
-            "fail",
-            f"no answer within {LOOK_TIMEOUT_S:.0f} s",
-            "see whether another process holds the device, and its driver",
-        )
+            native = what == "devices" and facts["platform"] == "cpu" and engine.kernels in ("auto", "native")
+            awaited = "kernels" if native else "fit"
+        driver = "see whether another process holds the device, and its driver"
+        do = driver if awaited == "devices" else "try again when the machine is less busy"
+        yield Finding(awaited, "fail", f"no answer within {TIMEOUTS_S[awaited]} s", do)
     except EOFError:
         process.join()
-        yield Finding(
-            last,
-            "fail",
-            f"who looked at the device died (exit code {process.exitcode})",
-            "see the driver's log",
-        )
+        died = f"who looked at it died (exit code {process.exitcode})"
+        yield Finding(awaited, "fail", died, "see the driver's log")
     finally:
         process.kill()
         process.join()

@@ -168,10 +168,14 @@ def plan(info: EngineInfo, server: ServerConfig) -> list[tuple[str, object]]:
             f"weights {bytes_text(info.weights_bytes)}, KV cache {bytes_text(info.kv_bytes)}, temporaries "
             f"{bytes_text(info.temp_bytes)}, of {bytes_text(info.memory_bytes)}",
         ),
-        ("KV cache", f"{tokens:,} tokens, {tokens // info.max_total_tokens} requests of full length"),
+        ("KV cache", f"{tokens:,} tokens, {_requests(tokens // info.max_total_tokens)} of full length"),
         ("programs", len(info.programs)),
         ("API key", "asked for" if server.keyed else "none asked for"),
     ]
+
+
+def _requests(count: int) -> str:
+    return f"{count} request" + "s" * (count != 1)
 
 
 def _url(host: str, port: int, *, secure: bool) -> str:

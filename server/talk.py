@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from .remote import Remote, RemoteError
 
-OK = 0
+OK, CANNOT = 0, 1
 HELP = """/new             forget the conversation
 /system TEXT     what the model is told before it; no text takes that away
 /set NAME VALUE  a parameter of each request: temperature, top_p, max_tokens, seed; no value takes it away
@@ -91,15 +91,20 @@ class Talk:
 
 
 def chat(options: Mapping[str, Any], read: Callable[[str], str] = input, out: TextIO | None = None) -> int:
-    """Talk until the person leaves. Raises UsageError."""
+    """Talk until the person leaves; 1 if there is nobody to talk to. Raises UsageError."""
     remote = Remote(options["url"], options.get("api_key"))
     to = sys.stdout if out is None else out
+    try:
+        models = ", ".join(model["id"] for model in remote.get("/v1/models")["data"])
+    except RemoteError as error:
+        to.write(f"error: {error}\n")
+        return CANNOT
     try:
         import readline  # noqa: F401  input() has history and editing once this is loaded
     except ImportError:
         pass  # there is none on some systems
     talk = Talk(remote, to, options.get("system") or "")
-    to.write(f"{remote.url}: /help lists what else can be typed\n")
+    to.write(f"{models} at {remote.url}; /help lists what else can be typed\n")
     while True:
         try:
             if not talk.take(read("> ")):

@@ -319,6 +319,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
 def test_version_and_overview(capsys: pytest.CaptureFixture[str]):
     assert cli.run(["--version"], {}) == 0
     assert cli.run(["--help"], {}) == 0
+    assert cli.run([], {}) == 2
     shown = capsys.readouterr().out
     assert shown.startswith("xlane 0.")
     assert [command.name for command in COMMANDS if command.name not in shown] == []
@@ -342,6 +343,12 @@ def test_help_names_every_option_and_loads_nothing_heavy(command: str, tmp_path:
     assert time.perf_counter() - start < 2  # About 0.15 s alone; the machine may be busy.
     for group in choose(command.split())[0].groups.values():
         assert [flag.option for flag in group if flag.option not in done.stdout] == []
+
+
+def test_who_reads_may_leave():
+    line = f"{sys.executable} -m xlane.server config show | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ('model-id = "demo"\n', "")
 
 
 def test_python_dash_m():

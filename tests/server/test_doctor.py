@@ -194,12 +194,12 @@ def seen(look: Any, model: Path | None = None) -> list[tuple[str, str, str]]:
 def test_a_device_that_kills_whoever_asks():
     assert seen(dies) == [
         ("devices", "ok", "4 x TPU v5e (tpu)"),
-        ("devices", "fail", "who looked at the device died (exit code 7)"),
+        ("fit", "fail", "who looked at it died (exit code 7)"),
     ]
 
 
 def test_a_device_that_does_not_answer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(machine, "LOOK_TIMEOUT_S", 0.05)
+    monkeypatch.setitem(machine.TIMEOUTS_S, "devices", 0.05)
     assert [(name, status) for name, status, _ in seen(hangs)] == [("devices", "fail")]
 
 

@@ -108,6 +108,12 @@ def test_a_server_that_is_not_there():
         Remote("ftp://x")
 
 
+def test_nobody_to_talk_to():
+    shown = io.StringIO()
+    assert chat({"url": "http://127.0.0.1:9"}, lambda prompt: pytest.fail("nothing is asked"), shown) == 1
+    assert "does not answer" in shown.getvalue()
+
+
 def test_one_look(served: tuple[str, FakeEngine], engine: FakeEngine, capsys: pytest.CaptureFixture[str]):
     numbers = {"prompt_tokens": 8, "cached_tokens": 3, "most_tokens": 40, "pages": 2, "age_s": 1.5}
     engine.lanes[0] = LaneStats(lane=0, prefill=True, generated_tokens=0, computed_tokens=2, **numbers)  # type: ignore[arg-type]
