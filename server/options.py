@@ -123,8 +123,14 @@ class Parser(argparse.ArgumentParser):
         namespace, rest = self.parse_known_args(words)
         if rest:
             word = rest[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            raise UsageError(f"unknown option {word}{did_you_mean(word, known)} (see `{self.prog} --help`)")
+            hidden = {action.dest: action.help is argparse.SUPPRESS for action in self._actions}
+            names = [
+                (option, hidden[action.dest]) for action in self._actions for option in action.option_strings
+            ]
+            # One that the help explains before one that only somebody else's habits need.
+            listed, others = ([name for name, hides in names if hides == wanted] for wanted in (False, True))
+            guess = did_you_mean(word, listed) or did_you_mean(word, others)
+            raise UsageError(f"unknown option {word}{guess} (see `{self.prog} --help`)")
         return namespace
 
 

@@ -156,7 +156,9 @@ def test_a_model_may_be_a_bare_word():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("serve --prot 80", "--prot: did you mean --port"),
+        ("serve --prot 80", "--prot: did you mean --port? (see"),
+        ("serve --max-input-lenght 80", "did you mean --max-input-tokens"),
+        ("serve --ngrokk", "did you mean --ngrok"),
         ("serve --max-totl-tokens=80", "--max-totl-tokens: did you mean --max-total-tokens"),
         ("serv", "did you mean serve"),
         ("", "a command is missing"),
