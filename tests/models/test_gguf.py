@@ -61,10 +61,10 @@ def test_the_demo_is_opened_and_dequantised_in_time(demo_gguf: Path):
     # A third of a second and one second on two quiet cores; the bounds are for a busy machine.
     began = time.perf_counter()
     tensors = GgufTensors(GgufFile(demo_gguf))
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 5
     for name in tensors.names():
         assert read_all(tensors, name).dtype == tensors.dtype(name) == np.float32
-    assert time.perf_counter() - began < 8
+    assert time.perf_counter() - began < 30
 
 
 def test_the_demo_configures_a_model(demo_gguf: Path):

@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -337,12 +336,10 @@ def test_help_names_every_option_and_loads_nothing_heavy(command: str, tmp_path:
         f"try: run({[*command.split(), '--help']!r}, {{}})\nexcept SystemExit as stop: assert stop.code == 0\n"
         f"{heavy}; assert not bad, bad"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 2  # About 0.15 s alone; the machine may be busy.
     for group in choose(command.split())[0].groups.values():
         assert [flag.option for flag in group if flag.option not in done.stdout] == []
 

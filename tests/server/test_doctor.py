@@ -137,7 +137,7 @@ def test_the_hub_is_asked_where_it_is_configured_and_for_so_long(
         monkeypatch.setattr(hub_fetch.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         assert hub_state(0.2).error
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

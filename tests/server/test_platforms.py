@@ -71,7 +71,6 @@ class TestVertex:
                 [{**CHAT, "prompt_logprobs": 0}],
                 "Input validation error: instance 0: `prompt_logprobs` is not",
             ),
-            ([{**CHAT, "model": "x"}], "Input validation error: instance 0: The model 'x' does not exist"),
             ([native()] * 129, "Input validation error: 129 sequences in one request"),
         ],
     )
@@ -79,6 +78,12 @@ class TestVertex:
         response = rig.post("/vertex", instances=instances)
         assert response.status_code == 422
         assert response.json()["error"].startswith(message)
+        assert rig.engine.submitted == []
+
+    def test_a_model_that_is_not_here(self, rig: Rig):
+        response = rig.post("/vertex", instances=[{**CHAT, "model": "x"}])
+        assert response.status_code == 404
+        assert response.json()["error"].startswith("instance 0: The model 'x' does not exist")
         assert rig.engine.submitted == []
 
     def test_overload_is_429_not_500(self):

@@ -294,4 +294,4 @@ def test_the_first_line_comes_at_once(start: Start, tmp_path: Path):
     began = time.monotonic()
     server = start(command=xlane("--model-id", str(tmp_path / "none"), "--port", "0"))
     server.until("starts with model")
-    assert time.monotonic() - began < 3  # About 0.2 s alone; the machine may be busy.
+    assert time.monotonic() - began < 10  # About 0.2 s alone; the machine may be busy.
