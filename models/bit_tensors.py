@@ -138,7 +138,8 @@ class Leaf:
         if self.quant == "int8":
             return one.bytes(start, stop) if self.part == 0 else one.row_scales(start, stop)
         if self.part == 0:
-            return paired(one.steps(start, stop)[:, one.order])
+            steps, order = one.steps(start, stop), one.order
+            return paired(steps[:, order] if one.scheme.by_index else steps)
         return one.group_scales(start, stop) if self.part == 1 else one.group_floors(start, stop)
 
 

@@ -19,12 +19,15 @@ CHILD = """
 import json, sys
 from xlane.models.errors import HubError
 from xlane.models import hub_fetch
-from xlane.models.hub import resolve
+from xlane.models.hub import resolve, resolve_adapter
 options, seen = json.loads(sys.argv[1]), []
 hub_fetch.ATTEMPTS = options.pop("attempts", hub_fetch.ATTEMPTS)
 if options.pop("progress"):
     options["progress"] = lambda done, total: seen.append((done, total))
 try:
+    if (adapter := options.pop("adapter", None)) is not None:
+        print(json.dumps({"path": str(resolve_adapter(adapter, options["cache_dir"], 0.05))}))
+        sys.exit()
     found = resolve(**options, retry_wait_s=0.05)
     print(json.dumps({"path": str(found.path), "sha": found.sha, "kind": found.kind, "progress": seen}))
 except HubError as error:
@@ -40,6 +43,7 @@ NEEDED = {
     "chat_template.jinja": b"[3]",
     "model.safetensors": BIG,
 }
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": BIG}
 USELESS = {
     "README.md": b"#",
     "pytorch_model.bin": b"pickle",
@@ -64,6 +68,7 @@ def hub() -> Iterator[StubHub]:
         ),
         "org/pickles": Repo({"config.json": b"{}", "pytorch_model.bin": b"x"}),
         "org/private": Repo(NEEDED, private=True),
+        "org/adapter": Repo({**ADAPTER, **USELESS}, revisions=("main", "v1", SHA)),
         "org/gated": Repo(NEEDED, gated=True),
         "org/gguf": Repo({"m-Q4_0.gguf": b"4" * 100, "m-Q8_0.gguf": b"8" * 100}),
         "org/one-gguf": Repo({"config.json": b"{}", "m-Q8_0.gguf": b"8" * 100}),
@@ -115,6 +120,21 @@ def test_only_what_serving_needs_is_fetched_once_and_found_again_offline(hub: St
 
     gone = fetch("http://127.0.0.1:9", tmp_path, "org/plain")
     assert gone["path"] == found["path"], "a server that started before starts without the network"
+
+
+def test_of_an_adapter_two_files_are_fetched_once(hub: StubHub, tmp_path: Path):
+    for revision in ("", "@v1"):
+        found = fetch(hub.url, tmp_path, "", adapter="org/adapter" + revision)
+        assert files(found["path"]) == set(ADAPTER)
+    hub.requests.clear()
+    assert fetch(hub.url, tmp_path, "", adapter="org/adapter@v1", offline=True) == found
+    assert hub.requests == []
+    assert "has no file adapter_config.json" in fetch(hub.url, tmp_path, "", adapter="org/plain")["error"]
+    assert (
+        "HF_HUB_OFFLINE forbids"
+        in fetch(hub.url, tmp_path / "new", "", adapter="org/adapter", offline=True)["error"]
+    )
+    assert "no such directory" in fetch(hub.url, tmp_path, "", adapter=str(tmp_path / "none"))["error"]
 
 
 def test_a_plan_needs_no_weights(hub: StubHub, tmp_path: Path):
