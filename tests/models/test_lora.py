@@ -8,6 +8,7 @@ import pytest
 
 from tests.models.test_decoder import OURS, TOLERANCE, Network, largest_error
 from tests.support.lora import changed, lora
+from tests.support.rounding import rounded_model
 from tests.support.tiny import hf_logits, tiny_model
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
@@ -76,6 +77,14 @@ def test_logits_over_two_devices_are_those_of_merged_weights(tiny: Path, tmp_pat
     for row, merged in enumerate((pairs[1][1], pairs[0][1], plain)):
         want = hf_logits(merged, OURS[:5])
         assert largest_error(got[5 * row : 5 * row + 5], want) <= TOLERANCE
+
+
+def test_an_adapter_adds_to_weights_in_few_bits_what_it_adds_to_others(tiny: Path, tmp_path: Path) -> None:
+    plain = tiny_model("llama-gqa-tied", tiny)
+    adapter, merged = lora(rounded_model(plain, "int4"), tmp_path, 4, "proj")
+    network = Network(plain, XlaKernels("cpu"), quant="int4", adapters=(("x", str(adapter)),))
+    got = network(OURS[:8], [0] * 8, [*range(8)], False, adapters=[1] * 8)
+    assert largest_error(got, hf_logits(merged, OURS[:8])) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
