@@ -8,10 +8,10 @@ A request that itself kills the engine must not be replayed for ever. Who killed
 1. a request whose engine is lost is replayed together with all others;
 2. one that loses a second engine without a new token in between is a suspect. Suspects are tried one at a time, the worst
    first, and until the first token of the last of them nobody else may start: so bystanders are told from a killer;
-3. one that loses the engine when nothing else ran in it fails with RequestFailed, and so does any request after
-   `max_losses` engines, however far it got.
+3. one that twice loses the engine when nothing else ran in it fails with RequestFailed, and so does any request after
+   `max_losses` engines, however far it got. Once may be chance: who kills an engine from outside does not look what runs.
 
-A killer so costs three deaths of the engine, or a few more if its tokens die with it, and no other stream. A new token
+A killer so costs four deaths of the engine, or a few more if its tokens die with it, and no other stream. A new token
 ends suspicion.
 Knows only `EngineClient`; not processes, not the wire.
 """
@@ -29,6 +29,8 @@ from .request import EngineInfo, EngineStats, FinishReason, Request, StepOutput,
 
 SUSPECT_LOSSES = 2
 """Engines lost in a row, without a token in between, from which a request is a suspect."""
+LONE_LOSSES = 2
+"""Of those the ones that it was alone in, from which it is guilty."""
 POLL_S = 0.05
 """First pause between two looks at an engine that is away; doubles up to MAX_POLL_S."""
 MAX_POLL_S = 0.25
@@ -46,6 +48,8 @@ class _Progress:
     losses: int = 0
     losses_in_place: int = 0
     """Losses since the last token."""
+    lone_losses: int = 0
+    """Those of them in which nothing else ran."""
     engine: int = 0
     """Which engine it runs in, counted by losses."""
     alone: bool = False
@@ -59,7 +63,7 @@ class _Progress:
         """Note an output of the engine that was asked `asked_s` after the start; return it as the caller must see it."""
         first = not self.ids
         if output.tokens:
-            self.losses_in_place = 0
+            self.losses_in_place = self.lone_losses = 0
             self.ids += [token.id for token in output.tokens]
             if first:
                 self.first_token_s = self.elapsed_s
@@ -255,7 +259,8 @@ class ReplayingClient:
         self._trials.engine_lost(progress)
         progress.losses += 1
         progress.losses_in_place += 1
-        if progress.alone or progress.losses >= self._max_losses:
+        progress.lone_losses += progress.alone
+        if progress.lone_losses >= LONE_LOSSES or progress.losses >= self._max_losses:
             raise RequestFailed(
                 f"request {progress.request.id} ran in {progress.losses} engines that were lost "
                 f"({progress.losses_in_place} without a new token) and is not tried again; last: {error}"

@@ -194,11 +194,11 @@ async def test_other_errors_end_the_stream():
 
 
 async def test_a_request_that_gets_nowhere_is_not_tried_for_ever():
-    inner = Scripted([out(1), LOST], [LOST], [LOST], [out(2)])
-    with pytest.raises(RequestFailed, match="3 engines that were lost") as caught:
+    inner = Scripted([out(1), LOST], [LOST], [LOST], [LOST], [out(2)])
+    with pytest.raises(RequestFailed, match="4 engines that were lost") as caught:
         await collect(ReplayingClient(inner), make_request())
     assert caught.value.__cause__ is LOST
-    assert len(inner.asked) == 3
+    assert len(inner.asked) == 4
 
 
 async def test_a_new_token_ends_suspicion_but_not_for_ever():
@@ -274,7 +274,7 @@ async def test_no_bystander_is_ever_blamed(killers: int):
             assert not isinstance(outputs, BaseException), seed
             assert ids_of(outputs) == expected_ids(request)
         assert [type(result) for result in results[6:]] == [RequestFailed] * killers
-        assert engine.deaths <= 8 * killers
+        assert engine.deaths <= 10 * killers
 
 
 @asynccontextmanager
@@ -335,4 +335,4 @@ async def test_a_killer_is_found_and_its_neighbours_live(token: int):
         streams = await asyncio.gather(*running)
         deaths = Counter(event.kind for event in supervisor.events)["died"]
     assert [ids_of(outputs) for outputs in streams] == [expected_ids(request) for request in requests]
-    assert 3 <= deaths <= 7  # three, and some more when its first tokens die with the engine
+    assert 4 <= deaths <= 8  # four, and some more when its first tokens die with the engine
