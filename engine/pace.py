@@ -11,8 +11,9 @@ from statistics import median
 
 from .turn import Size
 
-STRETCH = 2.0
-"""Without a target: how much longer than a turn of decoding alone a turn may take."""
+STRETCH, CROWD_STRETCH = 2.0, 4.0
+"""Without a target: how much longer than a turn of decoding alone a turn may take beside one prompt; and beside several, because
+as many readers then wait for a first token, and lanes stand empty meanwhile."""
 WINDOW = 9
 """Launches of a size that its cost is told from: a median, which one slow launch does not move."""
 HARDLY_LONGER = 1.15
@@ -25,7 +26,7 @@ class Pace:
 
     def __init__(self, sizes: Sequence[Size], target_s: float | None = None) -> None:
         """`sizes` are all that is compiled, smallest first. `target_s` bounds a turn that streams wait for; None: STRETCH
-        times a turn without prompts."""
+        or CROWD_STRETCH times a turn without prompts."""
         self._target_s = target_s
         self._took_s = {size: deque[float](maxlen=WINDOW) for size in sizes}
         lanes = max(size.rows for size in sizes)
@@ -38,13 +39,13 @@ class Pace:
         """Note what a launch took, from the end of the one before to its own."""
         self._took_s[size].append(seconds)
 
-    def prompt_tokens(self, rows: int) -> int:
-        """The budget of a turn in which `rows` lanes decode: the most that a program computes if none does, at least the
+    def prompt_tokens(self, rows: int, prompts: int = 1) -> int:
+        """The budget of a turn in which `rows` lanes decode and so many prompts could be computed: the most that a program computes if none does, at least the
         smallest piece if any."""
         best, *larger = self._beside[rows]
         if not rows:
             return larger[-1].tokens if larger else best.tokens
-        target_s = self._target(rows)
+        target_s = self._target(rows, prompts)
         for size in larger:
             if target_s is None:
                 break
@@ -55,13 +56,13 @@ class Pace:
             best = size
         return best.tokens
 
-    def _target(self, rows: int) -> float | None:
+    def _target(self, rows: int, prompts: int) -> float | None:
         """None while nothing is known."""
         if self._target_s is not None:
             return self._target_s
         alone = self._alone[rows]
         quiet_s = self._took(alone)
-        return None if quiet_s is None else STRETCH * quiet_s
+        return None if quiet_s is None else quiet_s * (CROWD_STRETCH if prompts > 1 else STRETCH)
 
     def _took(self, alone: Size) -> float | None:
         """What a turn without prompts takes; where prompts never cease, at least what less work takes."""

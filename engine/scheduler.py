@@ -41,11 +41,12 @@ class Scheduler:
     """The state of all sequences, and the plan of each turn."""
 
     def __init__(
-        self, limits: Limits, pages: PageAllocator, budget: Callable[[int], int] | None = None
+        self, limits: Limits, pages: PageAllocator, budget: Callable[[int, int], int] | None = None
     ) -> None:
-        """`budget` says how many prompt tokens may be computed beside so many lanes that decode; None: as many as ever."""
+        """`budget` says how many prompt tokens may be computed beside so many lanes that decode, where so many prompts could be;
+        None: as many as ever."""
         self.limits = limits
-        self._budget = budget or (lambda rows: limits.chunk_tokens)
+        self._budget = budget or (lambda rows, prompts: limits.chunk_tokens)
         self.pages = pages
         self.preemptions = 0
         self.guessed = 0
@@ -93,7 +94,10 @@ class Scheduler:
             s for s in self._running if s.phase is Phase.DECODE and s.length < s.most_tokens and not s.waits
         ]
         if self._waiting or len(decoding) < len(self._running):
-            self._prefill(turn, self._budget(len(decoding)))
+            prompts = sum(s.phase is Phase.PREFILL for s in self._running) + min(
+                len(self._waiting), len(self._lanes)
+            )
+            self._prefill(turn, self._budget(len(decoding), prompts))
         room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted

@@ -130,7 +130,7 @@ LIMITS = (
     _own(
         "target-itl-ms", "engine.target_itl_ms",
         "Longest that a stream shall wait for its next token while other prompts are computed: decides how much of them a "
-        "turn takes. Default: twice what it waits without them.", "float", at_least=0.001
+        "turn takes. Default: twice what it waits without them, four times while several are to be computed.", "float", at_least=0.001
     ),
     _tgi(
         "speculate", "engine.speculate",

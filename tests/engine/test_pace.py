@@ -50,6 +50,9 @@ def test_without_a_target_a_turn_takes_twice_its_quiet_time() -> None:
     assert observed(Pace(SIZES), took_ms).prompt_tokens(16) == 16
     assert observed(Pace(SIZES), {(16, 0): 40.0, **took_ms}).prompt_tokens(16) == 32
     assert observed(Pace(SIZES), {(16, 0): 60.0, **took_ms}).prompt_tokens(16) == 64
+    # Twice as much where several prompts could be computed.
+    assert observed(Pace(SIZES), {(16, 0): 30.0, **took_ms}).prompt_tokens(16, 1) == 16
+    assert observed(Pace(SIZES), {(16, 0): 30.0, **took_ms}).prompt_tokens(16, 2) == 64
     # What is quiet for eight lanes is told from what eight lanes take.
     assert observed(Pace(SIZES), {(16, 0): 60.0, (8, 0): 39.0, **took_ms}).prompt_tokens(8) == 16
 

@@ -63,7 +63,7 @@ def scheduler(
     lanes: int = 2,
     chunk_tokens: int = 8,
     chunk_segments: int = 4,
-    budget: Callable[[int], int] | None = None,
+    budget: Callable[[int, int], int] | None = None,
     decode_rows: int = 0,
 ) -> Scheduler:
     limits = Limits(lanes, PAGE, chunk_tokens, chunk_segments, decode_rows)
@@ -145,18 +145,18 @@ def test_it_tells_what_each_lane_does() -> None:
     assert all(0 <= lane.age_s < 60 for lane in plans.taken_lanes())
 
 
-def test_the_budget_is_asked_with_the_lanes_that_decode() -> None:
-    asked: list[int] = []
+def test_the_budget_is_asked_with_the_lanes_that_decode_and_the_prompts_that_could_be_computed() -> None:
+    asked: list[tuple[int, int]] = []
 
-    def budget(rows: int) -> int:
-        asked.append(rows)
+    def budget(rows: int, prompts: int) -> int:
+        asked.append((rows, prompts))
         return 8 if rows == 0 else 2 + rows
 
     plans = scheduler(lanes=4, budget=budget)
     for number, prompt in enumerate((2, 3, 20)):
         plans.add(sequence(number, prompt))
     turns = [plans.plan() for _ in range(3)]
-    assert asked == [0, 2, 2]
+    assert asked == [(0, 3), (2, 1), (2, 1)]
     assert [sum(tokens for _, _, tokens, _ in segments(turn)) for turn in turns] == [8, 4, 4]
 
 

@@ -34,7 +34,7 @@ class Machine(RuleBasedStateMachine):
             lanes,
             chunk,
             packed,
-            lambda rows: min(chunk, beside) if rows else chunk,
+            lambda rows, prompts: min(chunk, beside) if rows else chunk,
             lanes + guess_rows,
         )
         self.beside = beside
