@@ -105,6 +105,16 @@ class TextTokenizer:
         batch = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return [number for encoding in batch for number in encoding.ids]
 
+    def encode_chat_offsets(self, text: str) -> tuple[str, list[TokenSpan]]:
+        """What `apply_chat` made as people may see it, and `encode_chat`'s ids with the bytes of that text they stand for."""
+        spans: list[TokenSpan] = []
+        begin, pieces = 0, text.split(BREAK)
+        for piece in pieces:
+            found = self.encode_offsets(piece, add_special_tokens=False)
+            spans += [TokenSpan(number, begin + start, begin + stop) for number, start, stop in found]
+            begin += len(piece.encode())
+        return "".join(pieces), spans
+
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
         """Ids of a text, each with the bytes of the text it stands for (whole characters)."""
         batch = self._tokenizer.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)

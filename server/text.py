@@ -59,6 +59,10 @@ class TextTokenizer(Protocol):
         """Ids of what `apply_chat` made, in which people's words are no control tokens."""
         ...
 
+    def encode_chat_offsets(self, text: str) -> tuple[str, Sequence[tuple[int, int, int]]]:
+        """The same text for people to see, and `encode_chat`'s ids, each with its bytes of that."""
+        ...
+
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Sequence[tuple[int, int, int]]:
         """(id, start, end) of every token; offsets in UTF-8 bytes, 0 and 0 for a token that is not in the text."""
         ...

@@ -51,9 +51,12 @@ async def chat_tokenize(request: HttpRequest) -> Response:
     body = await read_body(request, ChatBody)
     front = await front_for(request, body.model)
     serving = front.backend.serving()
-    text = (await render(front, serving, conversation_of(body))).text
-    tokens = await _told(front, serving, text, add_special_tokens=False)
-    return _json({"tokenize_response": tokens, "templated_text": text})
+    made = (await render(front, serving, conversation_of(body))).text
+    try:
+        text, spans = await front.workers.run(serving.tokenizer.encode_chat_offsets, made)
+    except TokenizerError as error:
+        raise Invalid(f"tokenizer error {error}") from error
+    return _json({"tokenize_response": _shown(text, spans), "templated_text": text})
 
 
 async def _spans(
@@ -68,7 +71,11 @@ async def _spans(
 async def _told(
     front: Front, serving: Serving, text: str, *, add_special_tokens: bool
 ) -> list[dict[str, object]]:
-    spans = await _spans(front, serving, text, add_special_tokens=add_special_tokens)
+    return _shown(text, await _spans(front, serving, text, add_special_tokens=add_special_tokens))
+
+
+def _shown(text: str, spans: Sequence[tuple[int, int, int]]) -> list[dict[str, object]]:
+    """Tokens beside their pieces of the text."""
     raw = text.encode()
     return [
         {"id": i, "text": raw[start:stop].decode(errors="replace"), "start": start, "stop": stop}

@@ -408,6 +408,16 @@ def test_control_tokens_that_people_type_stay_text(demo: TextTokenizer, typed: s
     assert shown == demo.decode(ids("harmless"), False).replace("harmless", typed.replace(BREAK, ""))
 
 
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_conversation_is_shown_as_the_model_sees_it(demo: TextTokenizer, typed: str):
+    made = demo.apply_chat([{"role": "user", "content": typed}])
+    text, spans = demo.encode_chat_offsets(made)
+    assert text == made.replace(BREAK, "")
+    assert typed.replace(BREAK, "") in text
+    assert [span[0] for span in spans] == demo.encode_chat(made)
+    assert "".join(text[start:stop] for _, start, stop in spans) == text  # ASCII: a byte is a character
+
+
 def control(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[int]:
     return [token_id for token_id in ids if tokenizer.is_special(token_id)]
 

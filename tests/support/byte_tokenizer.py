@@ -42,6 +42,9 @@ class ByteTokenizer:
     def encode_chat(self, text: str) -> list[int]:
         return self.encode(text, False)
 
+    def encode_chat_offsets(self, text: str) -> tuple[str, list[tuple[int, int, int]]]:
+        return text, self.encode_offsets(text, False)
+
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         spans = [(byte, i, i + 1) for i, byte in enumerate(text.encode())]
         return [(BOS, 0, 0)] * add_special_tokens + spans
