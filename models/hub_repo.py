@@ -34,21 +34,11 @@ def from_hub(
     """The model of a repository, or one GGUF `file` of it, fetched unless all of it is here: of safetensors only what
     describes them, without `weights`. The Hub is asked only if it is to be. Raises HubError."""
     cached = _cached(hub, file)
-    if hub.offline:
-        if cached is None:
-            raise hub.not_cached()
+    listed = _listed(hub, kept=cached is not None, ask=ask)
+    if cached is not None and listed is None:
         return cached
-    if not ask:
-        if cached is None:
-            raise hub.silent()
-        return cached
-    try:
-        sha, files = hub.list_files(patient=cached is None)
-    except Unreachable:
-        # A server must start without the network when it started with it before.
-        if cached is None:
-            raise
-        return cached
+    assert listed is not None, "or it is refused"
+    sha, files = listed
     wanted = [_named(file, files, hub)] if file else _wanted(files, hub, sha, weights)
     hub.fetch(sha, wanted, progress)
     if not weights and not wanted[-1].name.endswith(".gguf"):
@@ -62,18 +52,30 @@ def adapter_from_hub(hub: Hub) -> Path:
     kept = _snapshot(hub)
     if kept is not None and not all((kept / name).is_file() for name in ADAPTER_FILES):
         kept = None
-    if hub.offline:
-        if kept is None:
-            raise hub.not_cached()
+    listed = _listed(hub, kept=kept is not None)
+    if kept is not None and listed is None:
         return kept
-    try:
-        sha, files = hub.list_files(patient=kept is None)
-    except Unreachable:
-        if kept is None:
-            raise
-        return kept
+    assert listed is not None, "or it is refused"
+    sha, files = listed
     hub.fetch(sha, [_named(name, files, hub) for name in ADAPTER_FILES], None)
     return _keep(hub, sha)
+
+
+def _listed(hub: Hub, *, kept: bool, ask: bool = True) -> tuple[str, list[HubFile]] | None:
+    """The commit and its files; None where the Hub is not asked or does not answer, and what is kept will do. Raises HubError."""
+    if not kept and hub.offline:
+        raise hub.not_cached()
+    if not kept and not ask:
+        raise hub.silent()
+    if hub.offline or not ask:
+        return None
+    try:
+        return hub.list_files(patient=not kept)
+    except Unreachable:
+        # A server must start without the network when it started with it before.
+        if not kept:
+            raise
+        return None
 
 
 def _keep(hub: Hub, sha: str) -> Path:

@@ -49,7 +49,6 @@ SILENCE_S = 3600.0
 PATIENCE_S = 3600.0
 """How long a request is asked again that a server has no room for."""
 BUSY = (429, 503)
-ENGINE_STOP_S = 10.0
 
 
 @dataclass(slots=True)
@@ -149,7 +148,7 @@ async def _run(
         info = await model.load()
         await _unless(model.wait(), work.run(partial(post, app), at_once or 2 * info.lanes))
     finally:
-        await model.unload(ENGINE_STOP_S)
+        await model.unload()
         app.state.front.close()
 
 

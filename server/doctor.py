@@ -20,10 +20,10 @@ from .console import bytes_text
 from .findings import Finding, Status
 from .flags import RunConfig
 from .hosts import open_to_all
-from .http import bind
 from .machine import machine
 from .model import DEMO, find_model
 from .serve import environment
+from .sockets import bind
 
 HUB_TIMEOUT_S = 3.0
 LITTLE_ROOM_BYTES, NO_ROOM_BYTES = 2 * 10**9, 10**8

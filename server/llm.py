@@ -40,8 +40,6 @@ Message = Mapping[str, Any]
 Ask = Callable[[], Awaitable[Job]]
 """Checks a prompt and makes it ready to run."""
 
-STOP_S = 10.0
-"""Time the engine has to end."""
 _TEXT = ("tokenizer-config-path", "reasoning-parser")
 _GROUPS = {
     "Model": flags.MODEL,
@@ -105,7 +103,7 @@ class LLM:
         self._closed = True
         self._backend.drain()
         try:
-            self._loop.run(self._model.unload(STOP_S))
+            self._loop.run(self._model.unload())
         finally:
             self._loop.close()
             self._front.close()

@@ -27,6 +27,8 @@ from .flags import RunConfig, engine_arguments
 from .model import find_model, with_adapters
 
 T = TypeVar("T")
+ENGINE_STOP_S = 10.0
+"""Time an engine has to end, after its requests have."""
 LEAST_PATIENCE_S = 120.0
 """Time that streams wait for an engine to come back, or three times what the first one took: that of a large model takes
 minutes."""
@@ -98,7 +100,7 @@ class LoadedModel:
         assert self._supervisor is not None, "loaded before"
         await self._supervisor.wait()
 
-    async def unload(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+    async def unload(self, timeout_s: float = ENGINE_STOP_S, hurry: asyncio.Event | None = None) -> None:
         """End the engine, which has so many seconds for it, or half a one from the moment that `hurry` is set."""
         if self._supervisor is not None:
             hurry = hurry or asyncio.Event()

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from ..engine import EngineError, EngineInfo
 from .backend import Backend, Serving
 from .errors import Busy, NoSuchModel, NotReady
+from .loaded import ENGINE_STOP_S
 from .validate_openai import ANY_MODEL
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ FAILURE_S = 60.0
 """How long a model that could not be loaded is not tried again."""
 COME_BACK_S = 5.0
 """When to ask again for a model that is loading."""
-ENGINE_STOP_S = 10.0
-"""Time an engine has to end that makes room."""
 
 
 class Loadable(Protocol):
@@ -35,7 +34,7 @@ class Loadable(Protocol):
 
     async def wait(self) -> None: ...
 
-    async def unload(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None: ...
+    async def unload(self, timeout_s: float = ENGINE_STOP_S, hurry: asyncio.Event | None = None) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +125,7 @@ class Models:
         """Never returns: a model that is lost is no end of the others."""
         await asyncio.Event().wait()
 
-    async def unload(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+    async def unload(self, timeout_s: float = ENGINE_STOP_S, hurry: asyncio.Event | None = None) -> None:
         """End all engines, each within so many seconds."""
         tasks = [task for model in self.all.values() for task in model.tasks.values()]
         for task in tasks:
@@ -205,7 +204,7 @@ class Models:
         model.tasks.pop("watch").cancel()
         model.state, held = "not loaded", model.held
         model.backend.down("not loaded", comes_back=True)
-        await held.unload(ENGINE_STOP_S)
+        await held.unload()
         model.held = None
 
     async def _start(self, model: ServedModel) -> EngineInfo:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 OK = 0
 HEAD_START_S = 0.1
 """Time in which the engine of a model that is here is on its way."""
-ENGINE_STOP_S = 10.0
-"""Time the engine has to end, after its requests have ended."""
 
 
 class Session:
@@ -146,7 +144,7 @@ class Session:
         hurry = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({http, hurry}, return_when=asyncio.FIRST_COMPLETED)
         http.cancel()
-        await self._model.unload(ENGINE_STOP_S, self._hurry)
+        await self._model.unload(hurry=self._hurry)
         hurry.cancel()
         await asyncio.gather(http, hurry, return_exceptions=True)
 

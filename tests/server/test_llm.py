@@ -39,7 +39,7 @@ class Standing:
         await self.lost.wait()
         raise EngineLost("the engine died 5 times in a row")
 
-    async def unload(self, timeout_s: float) -> None:
+    async def unload(self, timeout_s: float = 10.0) -> None:
         self.unloaded += 1
 
 

@@ -44,7 +44,7 @@ class Loaded:
         await self.lost.wait()
         raise EngineLost("it died 5 times in a row")
 
-    async def unload(self, timeout_s: float, hurry: asyncio.Event | None = None) -> None:
+    async def unload(self, timeout_s: float = 10.0, hurry: asyncio.Event | None = None) -> None:
         self.stand.events.append("unload")
 
 
