@@ -21,8 +21,8 @@ from .train_draft import READ_TOKENS, Course, Judged, Trainer, read_texts
 
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase, what is done of how much, and how it goes."""
-JUDGE_STEPS = 100
-"""Steps between two looks at how the heads do."""
+SHOW_STEPS, JUDGE_STEPS = 20, 400
+"""Steps between two words of how far it is, and between two looks at how the heads do on texts they have not seen."""
 
 
 def teach(
@@ -83,8 +83,9 @@ def _own(
 def _train(trainer: Trainer, progress: Progress) -> Judged:
     judged = trainer.judge()
     for step, loss in trainer.train():
+        if step % SHOW_STEPS and step < trainer.steps:
+            continue  # and the host is ahead of the device
         if step % JUDGE_STEPS == 0 or step == trainer.steps:
             judged = trainer.judge()
-        how = f"loss {loss:.2f}; on unseen text {judged}"
-        progress("training", step, trainer.steps, how)
+        progress("training", step, trainer.steps, f"loss {float(loss):.2f}; on unseen text {judged}")
     return judged

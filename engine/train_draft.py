@@ -142,7 +142,7 @@ class Trainer:
 
     def __init__(self, blueprint: Blueprint, params: Params, thoughts: Thoughts, course: Course) -> None:
         """Candidates are chosen, and texts held out, at once. Raises PlanError if that leaves nothing to learn from."""
-        self._thoughts, self._course = thoughts, course
+        self._ahead = np.arange(course.heads + 1)[None]
         starts = thoughts.starts(course.heads)
         texts = thoughts.text[-1] + 1
         held_out = thoughts.text[starts] >= texts - max(1, round(texts * HELD_OUT))
@@ -157,12 +157,15 @@ class Trainer:
         counts = np.bincount(thoughts.likeliest[starts], minlength=blueprint.config.vocab_size)
         # Of those that never came, low ids first: most tokenizers number what is common before what is rare.
         tokens = np.sort(np.argsort(-counts, kind="stable")[: course.candidates])
-        occurring, self._occurs = np.unique(thoughts.token, return_inverse=True)
+        occurring, occurs = np.unique(thoughts.token, return_inverse=True)
         decoder = blueprint.graph.merge(params[: len(blueprint.graph.specs)])
         self._tables = _Tables(
             (decoder.head or decoder.embed)(jnp.array(tokens)).astype(jnp.float32),
             jnp.array(tokens, jnp.int32),
             decoder.embed(jnp.array(occurring)).astype(jnp.float32),
+            jnp.array(thoughts.hidden),
+            jnp.array(occurs, jnp.int32),
+            jnp.array(thoughts.likeliest),
         )
         self.steps = max(1, len(self._order) // BATCH)
         schedule = optax.warmup_cosine_decay_schedule(
@@ -175,20 +178,19 @@ class Trainer:
         self._learn = jax.jit(self._step, donate_argnums=(0, 1))
         self._look = jax.jit(self._loss)
 
-    def train(self) -> Iterator[tuple[int, float]]:
-        """Yields the steps done and the loss of the newest."""
+    def train(self) -> Iterator[tuple[int, jax.Array]]:
+        """Yields the steps done and the loss of the newest, as soon as it is under way."""
         for step in range(self.steps):
             chosen = np.resize(self._order[step * BATCH : (step + 1) * BATCH], BATCH)
-            batch = self._batch(chosen)
-            self._blocks, self._state, loss = self._learn(self._blocks, self._state, self._tables, *batch)
-            yield step + 1, float(loss)
+            self._blocks, self._state, loss = self._learn(self._blocks, self._state, self._tables, chosen)
+            yield step + 1, loss
 
     def judge(self) -> Judged:
         """On the texts held out."""
         losses, rights = [], []
         for start in range(0, len(self._judged), BATCH):
             chosen = self._judged[start : start + BATCH]
-            loss, right = self._look(self._blocks, self._tables, *self._batch(np.resize(chosen, BATCH)))
+            loss, right = self._look(self._blocks, self._tables, np.resize(chosen, BATCH))
             losses.append(float(loss))
             rights.append(np.asarray(right)[: len(chosen)])
         right = np.concatenate(rights)
@@ -202,39 +204,28 @@ class Trainer:
         """As they are now."""
         return Heads(self._tables.rows, self._blocks, self._tables.candidates)
 
-    def _batch(self, starts: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """hidden float32[n, K+1, D], the K tokens behind each position (as rows of the embedding), and what the model says after
-        each of them."""
-        window = starts[:, None] + np.arange(self._course.heads + 1)
-        t = self._thoughts
-        hidden = t.hidden[window].astype(np.float32)
-        return (
-            jnp.array(hidden),
-            jnp.array(self._occurs[window[:, 1:]]),
-            jnp.array(t.likeliest[window[:, 1:]]),
-        )
-
     def _loss(
-        self,
-        blocks: tuple[Head, ...],
-        tables: "_Tables",
-        hidden: jax.Array,
-        tokens: jax.Array,
-        likeliest: jax.Array,
+        self, blocks: tuple[Head, ...], tables: "_Tables", starts: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Cross entropy with what the model says at each place, a head on average; which guesses are right, bool[n, K]."""
+        """Of the positions int32[n]: cross entropy with what the model says at each place, a head on average; which guesses are
+        right, bool[n, K]."""
         kernels, count = XlaKernels("any"), len(tables.candidates)
+        window = starts[:, None] + self._ahead
+        hidden = tables.hidden[window].astype(jnp.float32)
+        token, likeliest = tables.token[window[:, 1:]], tables.likeliest[window[:, 1:]]
         state, losses, rights = hidden[:, 0], [], []
         for ahead, block in enumerate(blocks):
-            state = block.advance(state, tables.embedding[tokens[:, ahead]], kernels)
+            state = block.advance(state, tables.embedding[token[:, ahead]], kernels)
             logits = kernels.linear(state, tables.rows, count) * self._scale
             wanted = kernels.linear(hidden[:, ahead + 1], tables.rows, count) * self._scale
             losses.append(optax.softmax_cross_entropy(logits, jax.nn.softmax(wanted)).mean())
             rights.append(tables.candidates[jnp.argmax(logits, axis=1)] == likeliest[:, ahead])
         return jnp.stack(losses).mean(), jnp.stack(rights, axis=1)
 
-    def _step(self, blocks: Any, state: Any, *batch: Any) -> tuple[Any, Any, jax.Array]:
-        (loss, _), slope = jax.value_and_grad(self._loss, has_aux=True)(blocks, *batch)
+    def _step(
+        self, blocks: Any, state: Any, tables: "_Tables", starts: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
+        (loss, _), slope = jax.value_and_grad(self._loss, has_aux=True)(blocks, tables, starts)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its whole number of steps
             updates, state = self._optimizer.update(slope, state, blocks)
         return optax.apply_updates(blocks, updates), state, loss
@@ -249,6 +240,12 @@ class _Tables(NamedTuple):
     """int32[C]"""
     embedding: jax.Array
     """float32[…, D]: of the tokens that occur."""
+    hidden: jax.Array
+    """float16[N, D]: as in Thoughts, and so are the next two."""
+    token: jax.Array
+    """int32[N]: as rows of `embedding`."""
+    likeliest: jax.Array
+    """int32[N]"""
 
 
 def _new_blocks(width: int, count: int) -> tuple[Head, ...]:

@@ -41,14 +41,18 @@ class HeadsShape:
     """C, tokens that can be guessed."""
 
     def specs(self, style: Style) -> tuple[ParamSpec, ...]:
-        """The weights: the output rows, then each head's two maps. A whole copy on every device."""
+        """The weights: the output rows, then each head's two maps. A whole copy on every device, where they are packed in 8
+        bits: a guess that rounding spoils costs less than reading all heads in full at each step."""
         shapes = [("rows", (self.candidates, self.hidden))]
         for head in range(self.count):
             up, down = f"heads.{head}.up", f"heads.{head}.down"
             inner = INNER * self.hidden
             shapes += [(up, (inner, 2 * self.hidden)), (down, (self.hidden, inner))]
         return tuple(
-            ParamSpec(path, shape, style.dtype, (None, None), style.packed) for path, shape in shapes
+            ParamSpec(
+                path, shape, style.dtype, (None, None), style.packed, quant="int8" if style.packed else None
+            )
+            for path, shape in shapes
         )
 
 

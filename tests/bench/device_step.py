@@ -2,7 +2,7 @@
 arithmetic allow, with the kernels that took longest.
 
     python -m tests.bench.device_step [--model 8b|1b|CONFIG.json] [--rows 1,64,256] [--context 1024] [--prefill 2048]
-        [--kernels pallas,xla] [--layers N] [--profile FOLDER]
+        [--mixed 64+256] [--quantize int8|int4] [--kv-dtype int8] [--kernels pallas,xla] [--layers N] [--profile FOLDER]
 
 Weights are random. Every row holds `context` tokens of its own pages. No scheduler, no host work: launches are chained and
 waited for at the end, so a figure is the device's. Prints a line a figure, and one JSON line last.
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from tests.bench.dummy_model import SHAPES
-from xlane.engine.batch import pack_decode, pack_prefill
+from xlane.engine.batch import pack_plan
 from xlane.engine.bench import Ceilings, measure_ceilings
 from xlane.engine.build import design
 from xlane.engine.config import EngineConfig
@@ -61,13 +61,16 @@ def main() -> None:
 
 def _designed(args: argparse.Namespace, model: ModelConfig, kernels: str) -> Blueprint:
     rows = sorted(map(int, args.rows.split(",")))
+    mixed = [Size(*map(int, each.split("+"))) for each in args.mixed.split(",") if each]
+    lanes = max([rows[-1], *(size.rows + 1 for size in mixed)])  # a prompt has a lane of its own
     config = EngineConfig(
-        model_id="dummy", lanes=rows[-1], kernels=kernels, dtype=args.dtype, kv_bytes=args.kv_bytes,
+        model_id="dummy", lanes=lanes, kernels=kernels, dtype=args.dtype, kv_bytes=args.kv_bytes,
         max_total_tokens=max(args.context + 512, args.prefill + 64), prefill_chunk_tokens=args.prefill,
+        quantize=args.quantize, kv_dtype=args.kv_dtype,
     )  # fmt: skip
     blueprint, _, note = design(config, model)
     print(f"{kernels}: {note}", flush=True)
-    sizes = (*(Size(count, 0) for count in rows), Size(0, args.prefill))
+    sizes = (*(Size(count, 0) for count in rows), *mixed, Size(0, args.prefill))
     return dataclasses.replace(blueprint, sizes=sizes, prefill_segments=1)
 
 
@@ -92,17 +95,16 @@ def _measured(
         )
     launches = _Launches(blueprint, programs, params, args.context)
     figures = []
-    for count in (size.rows for size in blueprint.sizes if size.rows):
-        step_s = launches.decode(count, args.steps)
-        least_s = roofline.decode_s(count, args.context)
-        figures.append(_figure(f"decode[{count}]", kernels, step_s, least_s, count))
+    for size in blueprint.sizes:
+        seconds = launches.run(size, args.steps if size.rows else 4)
+        # Neither alone allows a launch that does both to be quicker than the slower of them.
+        least_s = max(
+            roofline.decode_s(size.rows, args.context) if size.rows else 0.0,
+            roofline.prefill_s(size.tokens) if size.tokens else 0.0,
+        )
+        figures.append(_figure(size.name, kernels, seconds, least_s, size.rows + size.tokens))
         if args.profile:
-            _profiled(partial(launches.decode, count, 4), Path(args.profile) / f"{kernels}-{count}")
-    launch_s = launches.prefill(args.prefill, 4)
-    least_s = roofline.prefill_s(args.prefill)
-    figures.append(_figure(f"prefill[{args.prefill}]", kernels, launch_s, least_s, args.prefill))
-    if args.profile:
-        _profiled(partial(launches.prefill, args.prefill, 2), Path(args.profile) / f"{kernels}-prefill")
+            _profiled(partial(launches.run, size, 4), Path(args.profile) / f"{kernels}-{size.name}")
     return figures
 
 
@@ -112,7 +114,7 @@ class _Launches:
     def __init__(self, blueprint: Blueprint, programs: Any, params: Any, context: int) -> None:
         self.blueprint, self.programs, self.params, self.context = blueprint, programs, params, context
         shapes, place = blueprint.shapes, blueprint.placement
-        self.kv = zeros_like(abstract_kv(blueprint.config, shapes, blueprint.dtype, place))
+        self.kv = zeros_like(abstract_kv(blueprint.config, shapes, blueprint.kv_dtype, place))
         self.state = zeros_like(abstract_state(shapes, place))
 
     def _held(self) -> None:
@@ -141,41 +143,27 @@ class _Launches:
             np.zeros((rows, mask_width(self.blueprint.shapes.vocab)), np.int32)
         )
 
-    def decode(self, rows: int, steps: int) -> float:
-        """Seconds a step."""
+    def run(self, size: Size, times: int) -> float:
+        """Seconds a launch: lanes that decode, beside them a prompt in a lane of its own, which it fills anew each time."""
         self._held()
-        lanes = [Row(lane, 0, NO_PAGE) for lane in range(rows)]
-        plan = self.blueprint.placement.put(pack_decode(lanes, rows, self.blueprint.shapes.lanes).reshape(-1))
-        mask = self._mask(rows)
-
-        def run(count: int) -> None:
-            for _ in range(count):
-                self.kv, self.state, _ = self.programs(
-                    Size(rows, 0), self.params, self.kv, self.state, plan, mask
-                )
-            jax.block_until_ready(self.state)
-
-        return _timed(run, steps)
-
-    def prefill(self, tokens: int, times: int) -> float:
-        """Seconds a launch of one prompt."""
         b = self.blueprint
-        pages = -(-tokens // b.shapes.page_tokens)
-        segment = Segment(
-            lane=0, tokens=[1] * tokens, start=0, last=True, prompt_tokens=tokens, remaining=8, recorded=0,
-            prompt_top=0, targets=(), pages=list(range(pages)), sampling=SamplingParams(max_tokens=8),
+        rows = [Row(lane, 0, NO_PAGE) for lane in range(size.rows)]
+        pages = -(-size.tokens // b.shapes.page_tokens)
+        prompt = Segment(
+            lane=b.shapes.lanes - 1, tokens=[1] * size.tokens, start=0, last=True, prompt_tokens=size.tokens, remaining=8,
+            recorded=0, prompt_top=0, targets=(), pages=list(range(pages)), sampling=SamplingParams(max_tokens=8),
         )  # fmt: skip
-        packed = pack_prefill([segment], b.prefill_segments, tokens, b.shapes.table_width, b.shapes.lanes)
-        plan, mask = b.placement.put(packed), self._mask(b.prefill_segments)
+        prompts = [prompt] if size.tokens else []
+        segments = b.segments(size)
+        packed = pack_plan(rows, prompts, size, segments, b.shapes.table_width, b.shapes.lanes)
+        plan, mask = b.placement.put(packed), self._mask(size.rows + segments)
 
-        def run(count: int) -> None:
+        def launch(count: int) -> None:
             for _ in range(count):
-                self.kv, self.state, _ = self.programs(
-                    Size(0, tokens), self.params, self.kv, self.state, plan, mask
-                )
+                self.kv, self.state, _ = self.programs(size, self.params, self.kv, self.state, plan, mask)
             jax.block_until_ready(self.state)
 
-        return _timed(run, times)
+        return _timed(launch, times)
 
 
 def _timed(run: Any, count: int) -> float:
@@ -225,6 +213,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="1,64,256")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--mixed", default="", help="decoding lanes + prompt tokens of one launch, as 64+256")
+    parser.add_argument("--quantize", choices=("int8", "int4"), default=None)
+    parser.add_argument("--kv-dtype", choices=("int8",), default=None)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, default=None)
