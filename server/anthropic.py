@@ -13,7 +13,8 @@ from .anthropic_input import conversation_of, shows_thinking
 from .anthropic_shapes import block, ending_of, message, usage_of, whole_call
 from .body import read_body
 from .converse import conversation_ids, converse
-from .front import Front, front_for
+from .entry import Entry
+from .front import Front
 from .headers import Clock
 from .openai_run import Finished, Job, complete, stream
 from .openai_shapes import answer_headers
@@ -28,11 +29,16 @@ from .validate_openai import check_model
 async def messages(request: HttpRequest) -> Response:
     """`POST /v1/messages`."""
     body = await read_body(request, MessagesBody)
-    front, clock = await front_for(request, body.model), Clock()
+    entry = Entry(request, body.model)
     if body.stream:
         return stream(
-            front, 1, lambda: _prepare(front, body, clock), lambda job: MessageEvents(job, body), failure
+            entry,
+            1,
+            lambda front: _prepare(front, body, Clock()),
+            lambda job: MessageEvents(job, body),
+            failure,
         )
+    front, clock = await entry.front(), Clock()
     finished = await unless_gone(request, complete(front, 1, lambda: _prepare(front, body, clock)))
     headers = answer_headers(finished, clock)
     return Response(orjson.dumps(_answer(body, finished)), 200, headers, "application/json")
@@ -41,7 +47,7 @@ async def messages(request: HttpRequest) -> Response:
 async def count_tokens(request: HttpRequest) -> Response:
     """`POST /v1/messages/count_tokens`."""
     body = await read_body(request, CountBody)
-    front = await front_for(request, body.model)
+    front = await Entry(request, body.model).front()
     serving = front.backend.serving()
     check_model(body.model, front.model_name, serving.info)
     check_count(body)

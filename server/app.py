@@ -17,8 +17,9 @@ from . import anthropic, docs, kserve, misc, native, sagemaker, tokens, vertex
 from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
+from .entry import ReleaseModels
 from .errors import ServerError, error_response
-from .front import Front, ReleaseModels, front_beside, make_front
+from .front import Front, front_beside, make_front
 from .keys import Keys
 from .middleware import BodyLimit, RequestIds, TidyPaths
 from .models import Models

@@ -108,5 +108,6 @@ class Backend:
     def serving(self) -> Serving:
         """What to serve with. Raises NotReady."""
         if self._serving is None or self._draining:
-            raise NotReady(f"The server takes no requests now: {self.reason}")
+            what = "The model is not loaded" if self.comes_back else "The server takes no requests now"
+            raise NotReady(f"{what}: {self.reason}")
         return self._serving

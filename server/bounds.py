@@ -34,7 +34,8 @@ BOUNDS = (
     _bound(
         "max_grammar_bytes", "Largest grammar of a request, the schemas of its tools included.", at_most=1 << 20
     ),
-    _seconds("model_wait_s", "Seconds a request waits for its model to be loaded (--more-models)."),
+    _seconds("model_wait_s", "Seconds a request that does not stream waits for its model to be loaded (--more-models)."),
+    _seconds("model_turn_s", "Seconds a model that is always in use keeps its place while another one waits for it."),
     _seconds("template_timeout_s", "Seconds of a processor that the rendering of one chat template may take."),
     _seconds("grammar_timeout_s", "Seconds a request waits for its grammar to be checked."),
     _seconds("sse_keep_alive_s", "Seconds of silence after which a stream gets a comment, so that proxies keep it."),

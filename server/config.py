@@ -32,7 +32,9 @@ class ServerConfig:
     loaded_models: int = 1
     """Most of all of them in memory at once; each has its part of the engines' memory."""
     model_wait_s: float = 60.0
-    """Seconds a request waits for its model to be loaded; then it is told to come back."""
+    """Seconds a request waits for its model to be loaded; then it is told to come back. A stream is told how far it is instead."""
+    model_turn_s: float = 30.0
+    """Seconds a model that is in use all the time keeps its place while another one waits for it."""
 
     tokenizer_config_path: str | None = None
     """A tokenizer_config.json whose chat template goes before the model's own."""

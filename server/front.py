@@ -8,20 +8,17 @@ from statistics import fmean
 from time import monotonic
 
 from starlette.requests import Request as HttpRequest
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .backend import Backend, Serving
 from .config import ServerConfig
-from .errors import Busy
+from .errors import Busy, NoSuchModel
 from .grammars import Grammars
 from .keys import Keys, own_share
 from .metrics import Metrics
-from .models import Models, ServedModel
+from .models import Models
 from .reasoning import Markers
 from .text import TextWorkers
 
-ENTERED = "xlane.entered"
-"""Where a request's scope keeps the models it uses."""
 WINDOW = 64
 """Requests that the estimate of a permit's return looks back on."""
 
@@ -140,30 +137,14 @@ def front_of(request: HttpRequest) -> Front:
     return request.app.state.front
 
 
-async def front_for(request: HttpRequest, model: str | None = None) -> Front:
-    """The front of the model that a request asks for, loaded if need be. Raises NoSuchModel, NotReady.
-
-    With one model it is that one's, and whether it was meant is checked with the rest of the request.
-    """
+def front_named(request: HttpRequest, name: str | None) -> Front:
+    """The front of a model as it is now, loaded or not. Raises NoSuchModel."""
     models: Models | None = request.app.state.models
-    if models is None:
-        return front_of(request)
-    entered = await models.enter(model)
-    request.scope[ENTERED].append(entered)
-    return request.app.state.fronts[entered.name]
-
-
-class ReleaseModels:
-    """Middleware: a model that a request uses is not unloaded before the last byte of its answer."""
-
-    def __init__(self, app: ASGIApp, models: Models) -> None:
-        self._app, self._models = app, models
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        entered: list[ServedModel] = []
-        scope[ENTERED] = entered
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            for model in entered:
-                self._models.release(model)
+    if models is not None:
+        return request.app.state.fronts[models.find(name).name]
+    front = front_of(request)
+    if name is not None and name != front.model_name:
+        raise NoSuchModel(
+            f"The model {name[:200]!r} does not exist; this server has {front.model_name!r}", param="model"
+        )
+    return front

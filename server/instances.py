@@ -53,7 +53,7 @@ async def generate_all(
 def _sequences(front: Front, instance: Instance) -> int:
     if isinstance(instance, GenerateBody):
         return native.sequences_of(instance, front)
-    return openai_chat.sequences_of(instance, front)
+    return openai_chat.sequences_of(instance, front.config)
 
 
 async def _prepared(

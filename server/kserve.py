@@ -9,8 +9,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from .body import read_body
+from .entry import Entry
 from .errors import Invalid
-from .front import front_for, front_of
+from .front import front_of
 from .headers import Clock
 from .instances import generate_all
 from .misc import why_unhealthy
@@ -54,7 +55,7 @@ async def infer(request: HttpRequest) -> Response:
     names = _output_names(body)
     texts = [_texts(i, tensor) for i, tensor in enumerate(body.inputs)]
     prompts = [GenerateBody(inputs=text, parameters=_parameters(body)) for group in texts for text in group]
-    answers = iter(await unless_gone(request, generate_all(await front_for(request), prompts, clock)))
+    answers = iter(await unless_gone(request, generate_all(await Entry(request).front(), prompts, clock)))
     outputs: list[dict[str, object]] = []
     for name, tensor, group in zip(names, body.inputs, texts, strict=True):
         generated = [str(next(answers)) for _ in group]

@@ -1,7 +1,9 @@
 """Several models on one port: which are loaded, who waits for one, who makes room for another. Knows no HTTP, no processes.
 
 So many are loaded at once as fit by plan: each engine gets its share of the memory. A model is loaded when it is first asked
-for; for that the one that was not asked for the longest leaves, but only while nobody uses it.
+for; for that the one that was not asked for the longest leaves, once nobody uses it. If all stay in use, the one that is there
+the longest has had its turn at some time: from then on its new requests wait for its return, and it leaves after the last of
+those that run. So a model under constant load makes every other one wait for a while, and none for ever.
 """
 
 import asyncio
@@ -20,7 +22,8 @@ from .validate_openai import ANY_MODEL
 
 logger = logging.getLogger(__name__)
 
-State = Literal["not loaded", "loading", "loaded", "failed"]
+State = Literal["not loaded", "loading", "loaded", "leaving", "failed"]
+UNASKED = "it is loaded when it is asked for"
 FAILURE_S = 60.0
 """How long a model that could not be loaded is not tried again."""
 COME_BACK_S = 5.0
@@ -46,15 +49,31 @@ class ServedModel:
     backend: Backend
     make: Callable[[], Loadable]
     state: State = "not loaded"
-    requests: int = 0
-    """That use it, or wait for it."""
+    running: int = 0
+    """Requests that use it."""
+    waiting: int = 0
+    """Requests that wait for it."""
     used_at: float = 0.0
-    """When the last request came, by the monotonic clock."""
+    """When the last request came, by the monotonic clock, as all times here."""
+    asked_at: float = 0.0
+    """When it was asked for while it was not there."""
+    loaded_at: float = 0.0
     failure: str = ""
     failed_at: float = 0.0
     held: Loadable | None = None
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """`load` while it is being loaded, `watch` while it is."""
+
+    @property
+    def why(self) -> str:
+        """Why requests wait for it now; empty if they need not."""
+        leaving = self.state == "leaving"
+        return "leaves for another model, and returns after that" if leaving else self.backend.reason or ""
+
+    @property
+    def free(self) -> bool:
+        """Whether it may leave without taking anything from anybody."""
+        return not self.running and (self.state == "leaving" or not self.waiting)
 
 
 class Models:
@@ -67,6 +86,7 @@ class Models:
         most_loaded: int,
         most_waiting: int,
         wait_s: float,
+        turn_s: float,
         tell: Callable[[str], None] = logger.info,
     ) -> None:
         """
@@ -74,15 +94,17 @@ class Models:
             models: the first is loaded at the start, and asked by whoever names none.
             most_loaded: models in memory at once.
             most_waiting: requests that wait for one model; more are refused at once.
-            wait_s: how long a request waits for its model.
+            wait_s: how long a request waits for its model if its client cannot be told how far that is.
+            turn_s: how long a model in use keeps its place, from its loading or another's asking, whichever is later.
             tell: told who comes and who goes.
         """
         self.all = {model.name: model for model in models}
         self._first = models[0]
         self._most, self._most_waiting = most_loaded, most_waiting
-        self._wait_s, self._tell = wait_s, tell
+        self._wait_s, self._turn_s, self._tell = wait_s, turn_s, tell
         self._turn = asyncio.Lock()
-        self._idle = asyncio.Event()
+        self._news = asyncio.Event()
+        """One may have become free."""
         self._draining = False
 
     def find(self, name: str | None) -> ServedModel:
@@ -96,25 +118,31 @@ class Models:
             )
         return self.all[name]
 
-    async def enter(self, name: str | None) -> ServedModel:
-        """The model of this name, loaded, which stays so until `release`. Raises NoSuchModel, NotReady, Busy."""
-        model = self.find(name)
-        if model.state != "loaded" and model.requests >= self._most_waiting:
-            raise Busy(f"{model.requests} requests wait for the model {model.name!r} already", COME_BACK_S)
-        model.requests += 1
+    async def enter(self, model: ServedModel, *, patient: bool = False) -> None:
+        """Return when the model is loaded; it stays so until `release`. Raises NotReady, Busy.
+
+        `patient`: wait as long as it takes, for whoever is told meanwhile.
+        """
+        if model.state != "loaded" and model.waiting >= self._most_waiting:
+            raise Busy(f"{model.waiting} requests wait for the model {model.name!r} already", COME_BACK_S)
+        model.waiting += 1
         try:
-            await self._loaded(model)
-        except BaseException:
-            self.release(model)
-            raise
+            async with asyncio.timeout(None if patient else self._wait_s):
+                while model.state != "loaded" and not self._draining:
+                    await self._wait_for(model)
+            model.running += 1
+        except TimeoutError:
+            why = f"The model {model.name!r} is not loaded yet: {model.why}"
+            raise NotReady(why, COME_BACK_S) from None
+        finally:
+            model.waiting -= 1
+            self._news.set()
         model.used_at = time.monotonic()
-        return model
 
     def release(self, model: ServedModel) -> None:
         """A request that entered is done."""
-        model.requests -= 1
-        if not model.requests:
-            self._idle.set()
+        model.running -= 1
+        self._news.set()
 
     async def load(self) -> EngineInfo:
         """Load the first. Raises EngineError, ModelError; `unload` must be called in any case."""
@@ -149,37 +177,36 @@ class Models:
         self._draining = True
         for model in self.all.values():
             model.backend.drain()
+            if "load" in model.tasks:
+                model.tasks["load"].cancel()
 
     async def cut(self) -> None:
         """End what still runs."""
         await asyncio.gather(*(model.backend.cut() for model in self.all.values()))
 
-    async def _loaded(self, model: ServedModel) -> None:
-        if model.state == "loaded" or self._draining:
-            return  # who drains is told so by the backend
+    async def _wait_for(self, model: ServedModel) -> None:
+        """Have it loaded, if nobody does yet, and wait for the end of that, good or bad. Raises NotReady."""
         left_s = model.failed_at + FAILURE_S - time.monotonic()
         if model.state == "failed" and left_s > 0:
-            raise self._failed(model, left_s)
+            raise NotReady(f"The model {model.name!r} cannot be loaded: {model.failure}", left_s)
         if "load" not in model.tasks:
-            model.state = "loading"
-            model.backend.say("waits for its turn to be loaded")
+            model.asked_at = time.monotonic()
+            if model.state != "leaving":
+                self._queue(model)
             model.tasks["load"] = asyncio.create_task(self._bring(model))
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await asyncio.shield(model.tasks["load"])
-        except TimeoutError:
-            why = f"The model {model.name!r} is not loaded yet: {model.backend.reason}"
-            raise NotReady(why, COME_BACK_S) from None
-        if model.state == "failed":
-            raise self._failed(model, FAILURE_S)
+        await asyncio.wait({model.tasks["load"]})
 
-    def _failed(self, model: ServedModel, left_s: float) -> NotReady:
-        return NotReady(f"The model {model.name!r} cannot be loaded: {model.failure}", left_s)
+    def _queue(self, model: ServedModel) -> None:
+        model.state = "loading"
+        model.backend.down("waits for its turn to be loaded", comes_back=True)
 
     async def _bring(self, model: ServedModel) -> None:
         """Load a model when it is its turn and there is room. What goes wrong is noted in it."""
         try:
             async with self._turn:
+                if model.state == "leaving":  # another one left in its stead
+                    model.state = "loaded"
+                    return
                 await self._make_room(model)
                 with contextlib.suppress(Exception):
                     await self._start(model)
@@ -188,22 +215,34 @@ class Models:
 
     async def _make_room(self, model: ServedModel) -> None:
         while True:
-            self._idle.clear()
-            there = [other for other in self.all.values() if other.state == "loaded"]
+            self._news.clear()
+            there = [other for other in self.all.values() if other.state in ("loaded", "leaving")]
             if len(there) < self._most:
                 return
-            if idle := [other for other in there if not other.requests]:
-                await self._evict(min(idle, key=lambda other: other.used_at))
-            else:
-                model.backend.say("waits until another model is idle")
-                await self._idle.wait()
+            if free := [other for other in there if other.free]:
+                await self._evict(min(free, key=lambda other: (other.state != "leaving", other.used_at)))
+                continue
+            left_s = None
+            if not any(other.state == "leaving" for other in there):
+                oldest = min(there, key=lambda other: other.loaded_at)
+                left_s = max(oldest.loaded_at, model.asked_at) + self._turn_s - time.monotonic()
+                if left_s <= 0:
+                    self._tell(f"model {oldest.name} takes no new requests: {model.name} waits for its place")
+                    oldest.state = "leaving"
+                    continue
+            model.backend.say("waits until another model is idle, or has had its turn")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._news.wait()
 
     async def _evict(self, model: ServedModel) -> None:
         assert model.held is not None, "it is loaded"
         self._tell(f"model {model.name} leaves the memory")
         model.tasks.pop("watch").cancel()
         model.state, held = "not loaded", model.held
-        model.backend.down("not loaded", comes_back=True)
+        model.backend.down(UNASKED, comes_back=True)
+        if "load" in model.tasks:  # it was asked for while it was leaving
+            self._queue(model)
         await held.unload()
         model.held = None
 
@@ -218,6 +257,7 @@ class Models:
             await self._lose(model, error)
             raise
         model.state, model.used_at = "loaded", time.monotonic()
+        model.loaded_at = model.used_at
         model.tasks["watch"] = asyncio.create_task(self._watch(model, held))
         self._tell(f"model {model.name} is loaded, in {model.used_at - began:.1f} s")
         return info
@@ -237,4 +277,4 @@ class Models:
         held, model.held = model.held, None
         if held is not None:
             await held.unload(0.0)
-        self._idle.set()
+        self._news.set()

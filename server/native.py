@@ -12,8 +12,9 @@ from starlette.responses import Response
 from .backend import Serving
 from .body import read_body
 from .detokenize import Detokenizer
+from .entry import Entry
 from .errors import problem_of
-from .front import Front, front_for
+from .front import Front
 from .generate import Done, Progress, Run, TextToken, collect, run_one
 from .guide import grammar_of
 from .headers import Clock, full_headers, stream_headers
@@ -30,22 +31,24 @@ _NO_TOKEN = TextToken(id=0, text="", special=True, start=0, logprob=0.0, top=())
 async def generate(request: HttpRequest) -> Response:
     """`POST /generate`."""
     body = await read_body(request, GenerateBody)
-    return await unless_gone(request, _answer(await front_for(request), body, Clock()))
+    front = await Entry(request).front()
+    return await unless_gone(request, _answer(front, body, Clock()))
 
 
 async def generate_stream(request: HttpRequest) -> Response:
     """`POST /generate_stream`."""
     body = await read_body(request, GenerateBody)
-    return _stream(await front_for(request), body)
+    return _stream(Entry(request), body)
 
 
 async def compat(request: HttpRequest) -> Response:
     """`POST /`: as the hub's inference API, with `stream` in the body, the answer in a list, and the prompt in the
     text unless the request says otherwise."""
     body = await read_body(request, GenerateBody)
-    front = await front_for(request)
+    entry = Entry(request)
     if body.stream:
-        return _stream(front, body, full_text=True)
+        return _stream(entry, body, full_text=True)
+    front = await entry.front()
     return await unless_gone(request, _answer(front, body, Clock(), full_text=True, listed=True))
 
 
@@ -129,19 +132,21 @@ async def _answer(
     return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
 
 
-def _stream(front: Front, body: GenerateBody, *, full_text: bool = False) -> EventStream:
+def _stream(entry: Entry, body: GenerateBody, *, full_text: bool = False) -> EventStream:
     headers: dict[str, str] = {}
     return EventStream(
-        _events(front, body, headers, full_text),
+        _events(entry, body, headers, full_text),
         extra_headers=headers,
         error_event=lambda error: event(problem_of(error).tgi(streaming=True)),
-        keep_alive_s=front.config.sse_keep_alive_s,
+        keep_alive_s=entry.config.sse_keep_alive_s,
+        waits=entry.told,
     )
 
 
 async def _events(
-    front: Front, body: GenerateBody, headers: dict[str, str], full_text: bool
+    entry: Entry, body: GenerateBody, headers: dict[str, str], full_text: bool
 ) -> AsyncGenerator[bytes, None]:
+    front = await entry.patiently()
     with front.metrics.request(), front.permits.take(1):
         job = await prepare(front, body, Clock(), streaming=True, full_text=full_text)
         headers.update(stream_headers(job.serving, job.inputs))

@@ -9,8 +9,10 @@ from starlette.responses import Response
 
 from .body import read_body
 from .chat import conversation_of
+from .config import ServerConfig
 from .converse import converse
-from .front import Front, front_for
+from .entry import Entry
+from .front import Front
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, complete, stream
@@ -25,9 +27,10 @@ from .validate_openai import check_chat, check_model
 async def chat_completions(request: HttpRequest) -> Response:
     """`POST /v1/chat/completions`."""
     body = await read_body(request, ChatBody)
-    front, clock = await front_for(request, body.model), Clock()
-    sequences = sequences_of(body, front)
+    entry = Entry(request, body.model)
+    sequences = sequences_of(body, entry.config)
     if not body.stream:
+        front, clock = await entry.front(), Clock()
         work = complete(front, sequences, lambda: prepare(front, body, clock))
         finished = await unless_gone(request, work)
         if finished.job.checked.prompt_logprobs is None:
@@ -35,17 +38,17 @@ async def chat_completions(request: HttpRequest) -> Response:
         # The scores of a long prompt take so long to write that no stream should wait for it.
         return await front.workers.run(_answer, body, finished, clock)
     return stream(
-        front,
+        entry,
         sequences,
-        lambda: prepare(front, body, clock),
+        lambda front: prepare(front, body, Clock()),
         lambda job: _chunks(body, job),
         failure,
     )
 
 
-def sequences_of(body: ChatBody, front: Front) -> int:
+def sequences_of(body: ChatBody, config: ServerConfig) -> int:
     """Permits to take before the checks, which then refuse a number out of range."""
-    return max(1, min(body.n or 1, front.config.max_choices))
+    return max(1, min(body.n or 1, config.max_choices))
 
 
 async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:

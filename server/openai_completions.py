@@ -10,8 +10,10 @@ from starlette.responses import Response
 
 from .backend import Serving
 from .body import read_body
+from .config import ServerConfig
+from .entry import Entry
 from .errors import Invalid
-from .front import Front, front_for
+from .front import Front
 from .guide import grammar_of
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
@@ -29,11 +31,12 @@ from .validate_openai import check_completion, check_length, check_model
 async def completions(request: HttpRequest) -> Response:
     """`POST /v1/completions`."""
     body = await read_body(request, CompletionBody)
-    front, clock = await front_for(request, body.model), Clock()
-    prompts = prompts_of(body.prompt, front)
+    entry = Entry(request, body.model)
+    prompts = prompts_of(body.prompt, entry.config)
     choices = max(body.n or 1, body.best_of or 1)
-    sequences = len(prompts) * max(1, min(choices, front.config.max_choices))
+    sequences = len(prompts) * max(1, min(choices, entry.config.max_choices))
     if not body.stream:
+        front, clock = await entry.front(), Clock()
         work = complete(front, sequences, lambda: prepare(front, body, prompts, clock))
         finished = await unless_gone(request, work)
         if finished.job.checked.prompt_logprobs is None:
@@ -41,15 +44,15 @@ async def completions(request: HttpRequest) -> Response:
         # The scores of a long prompt take so long to write that no stream should wait for it.
         return await front.workers.run(_answer, body, finished, clock)
     return stream(
-        front,
+        entry,
         sequences,
-        lambda: prepare(front, body, prompts, clock),
+        lambda front: prepare(front, body, prompts, Clock()),
         lambda job: _chunks(body, job),
         failure,
     )
 
 
-def prompts_of(prompt: str | list[str | int | list[int]], front: Front) -> list[str | list[int]]:
+def prompts_of(prompt: str | list[str | int | list[int]], config: ServerConfig) -> list[str | list[int]]:
     """The prompts of a body, each a text or ids. Raises Invalid."""
     if isinstance(prompt, str):
         return [prompt]
@@ -59,9 +62,9 @@ def prompts_of(prompt: str | list[str | int | list[int]], front: Front) -> list[
     lists = [item for item in prompt if isinstance(item, list)]
     if not prompt or len(prompt) not in (len(texts), len(lists)):
         raise Invalid("`prompt` must be texts, or token ids, and not empty", param="prompt")
-    if len(prompt) > front.config.max_client_batch_size:
+    if len(prompt) > config.max_client_batch_size:
         raise Invalid(
-            f"Number of prompts exceeds the maximum allowed batch size of {front.config.max_client_batch_size}. "
+            f"Number of prompts exceeds the maximum allowed batch size of {config.max_client_batch_size}. "
             f"Given: {len(prompt)}",
             param="prompt",
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from .backend import Serving
 from .detokenize import Detokenizer
+from .entry import Entry
 from .front import Front
 from .generate import Done, Progress, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
@@ -172,9 +173,9 @@ def answer_of(reader: Reader, tokens: Sequence[TextToken], done: Done) -> Answer
 
 
 def stream(
-    front: Front,
+    entry: Entry,
     sequences: int,
-    prepare: Callable[[], Coroutine[Any, Any, Job]],
+    prepare: Callable[[Front], Coroutine[Any, Any, Job]],
     emitter_of: Callable[[Job], Emitter],
     error_event: Callable[[Exception], bytes],
 ) -> EventStream:
@@ -183,8 +184,9 @@ def stream(
     made: list[Emitter] = []
 
     async def events() -> AsyncGenerator[bytes, None]:
+        front = await entry.patiently()
         with front.metrics.request(), front.permits.take(sequences):
-            job = await prepare()
+            job = await prepare(front)
             headers.update(stream_headers(job.serving, job.text))
             emitter = emitter_of(job)
             made.append(emitter)
@@ -201,5 +203,6 @@ def stream(
         extra_headers=headers,
         error_event=lambda error: made[0].failed(error) if made else error_event(error),
         keep_alive=lambda: made[0].keep_alive() if made else KEEP_ALIVE,
-        keep_alive_s=front.config.sse_keep_alive_s,
+        keep_alive_s=entry.config.sse_keep_alive_s,
+        waits=entry.told,
     )

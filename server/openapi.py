@@ -110,11 +110,12 @@ def _describe(
         "operationId": "_".join([_name(route.endpoint), *re.findall(r"\w+", path)]),
         "responses": _responses(path, operation, kinds),
     }
-    if names := _PARAMETER.findall(path):
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in names
-        ]
+    told = {"schema": {"type": "string", "minLength": 1}}
+    parameters = [{"name": name, "in": "path", "required": True, **told} for name in _PARAMETER.findall(path)]
+    for name, meaning in operation.query.items():
+        parameters.append({"name": name, "in": "query", "required": False, "description": meaning, **told})
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         content: dict[str, object] = {"schema": kinds.schema(operation.body)}
         if operation.example is not None:

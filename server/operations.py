@@ -46,6 +46,8 @@ class Operation:
     """Whether the engine works for it, and so may fail it."""
     always: bool = False
     """Whether it is answered before there is an engine too."""
+    query: Mapping[str, str] = field(default_factory=dict)
+    """What may be asked for in the query, and what that is."""
     also: Mapping[int, Any] = field(default_factory=dict)
     """Further statuses and their bodies."""
     both_errors: bool = False
@@ -115,7 +117,10 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
     ui.page: Operation(group="Operation", summary="A chat and the lanes, for people", media=HTML),
     ui.style: Operation(group="Operation", summary="How that page looks", media=CSS),
     ui.script: Operation(group="Operation", summary="What that page does", media=JAVASCRIPT),
-    ui.lanes: Operation(group="Operation", summary="What every lane does now", answer=Lanes),
+    ui.lanes: Operation(
+        group="Operation", summary="What every lane does now", answer=Lanes, also={404: tgi.Problem},
+        query={"model": "One of several models"},
+    ),
     docs.document: Operation(group="Operation", summary="This API, for programs", answer=tgi.ApiDescription, always=True),
     sagemaker.invocations: Operation(
         group="Platforms", summary="SageMaker: any of the bodies of `/`, chat and completions",

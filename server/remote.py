@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,11 +43,15 @@ class Remote:
         finally:
             connection.close()
 
-    def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """The events of an answer as they come; closing the generator ends it. Raises RemoteError."""
+    def stream(
+        self, path: str, body: dict[str, Any], told: Callable[[str], None] = lambda word: None
+    ) -> Generator[dict[str, Any], None, None]:
+        """The events of an answer as they come; closing the generator ends it. What it waits for is told. Raises RemoteError."""
         connection, response = self._ask("POST", path, json.dumps(body).encode())
         try:
             for line in response:
+                if line.startswith(b": "):
+                    told(line[2:].decode().strip())
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
                 event = json.loads(line.removeprefix(b"data: "))

@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from .body import read_body
 from .converse import converse
-from .front import Front, front_for
+from .entry import Entry
+from .front import Front
 from .generate import TextToken
 from .headers import Clock
 from .openai_chunks import failure
@@ -46,11 +47,16 @@ _NOTHING: list[tuple[Kind, str] | Call] = [("message", "")]
 async def responses(request: HttpRequest) -> Response:
     """`POST /v1/responses`."""
     body = await read_body(request, ResponsesBody)
-    front, clock = await front_for(request, body.model), Clock()
+    entry = Entry(request, body.model)
     if body.stream:
         return stream(
-            front, 1, lambda: _prepare(front, body, clock), lambda job: ResponseEvents(job, body), failure
+            entry,
+            1,
+            lambda front: _prepare(front, body, Clock()),
+            lambda job: ResponseEvents(job, body),
+            failure,
         )
+    front, clock = await entry.front(), Clock()
     finished = await unless_gone(request, complete(front, 1, lambda: _prepare(front, body, clock)))
     headers = answer_headers(finished, clock)
     return Response(orjson.dumps(_answer(body, finished)), 200, headers, "application/json")

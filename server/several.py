@@ -10,7 +10,7 @@ from .config import ServerConfig
 from .console import Console
 from .flags import RunConfig
 from .loaded import LoadedModel
-from .models import Models, ServedModel
+from .models import UNASKED, Models, ServedModel
 from .options import UsageError
 
 
@@ -36,7 +36,7 @@ def several(
     for name, config in configs_of(engine, server, run).items():
         behind = Backend() if served else backend
         if served:
-            behind.down("not loaded", comes_back=True)
+            behind.down(UNASKED, comes_back=True)
         make = partial(LoadedModel, config, run, behind, console, command=command)
         served.append(ServedModel(name, behind, make))
     return Models(
@@ -44,6 +44,7 @@ def several(
         most_loaded=server.loaded_models,
         most_waiting=server.max_concurrent_requests,
         wait_s=server.model_wait_s,
+        turn_s=server.model_turn_s,
         tell=console.say,
     )
 

@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
+TELL_S = 1.0
+"""Seconds between two words on what a stream waits for."""
 
 
 class ClientGone(Exception):
@@ -49,12 +51,14 @@ class EventStream(Response):
         error_event: Callable[[Exception], bytes],
         keep_alive_s: float,
         keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE,
+        waits: Callable[[], bytes | None] = lambda: None,
     ) -> None:
+        """`waits`: what the first chunk waits for, as a comment; none once it is a matter of course."""
         self._chunks = chunks
         self._extra = extra_headers
         self._error_event = error_event
         self._keep_alive_s = keep_alive_s
-        self._keep_alive = keep_alive
+        self._keep_alive, self._waits = keep_alive, waits
         self._writing = False
         self._started = False
         self._quiet = True
@@ -88,14 +92,16 @@ class EventStream(Response):
     async def _watch(self, receive: Receive, send: Send) -> None:
         """Returns when the client is gone. Breaks each long silence."""
         while True:
+            waited = self._waits() is not None
             try:
-                async with asyncio.timeout(self._keep_alive_s):
+                async with asyncio.timeout(TELL_S if waited else self._keep_alive_s):
                     await until_gone(receive)
                 return
             except TimeoutError:
                 pass
-            if self._quiet and not self._writing:
-                await self._send(send, self._keep_alive())
+            word = self._waits() if waited else self._keep_alive()
+            if word is not None and self._quiet and not self._writing:
+                await self._send(send, word)
             self._quiet = True
 
     async def _send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:

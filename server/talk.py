@@ -11,6 +11,7 @@ from .remote import Remote, RemoteError
 OK, CANNOT = 0, 1
 HELP = """/new             forget the conversation
 /system TEXT     what the model is told before it; no text takes that away
+/model NAME      who answers, where the server has several
 /set NAME VALUE  a parameter of each request: temperature, top_p, max_tokens, seed; no value takes it away
 /help            this
 /exit            leave; Ctrl-D too. Ctrl-C stops an answer"""
@@ -26,6 +27,7 @@ class Talk:
         self._remote, self._out, self._system = remote, out, system
         self._said: list[dict[str, str]] = []
         self._parameters: dict[str, float] = {}
+        self._model: str | None = None
 
     def take(self, line: str) -> bool:
         """One line of the person's; False if it was the last."""
@@ -44,6 +46,9 @@ class Talk:
         if name == "system":
             self._system = rest.strip()
             return "The model is told that first." if rest else "The model is told nothing first."
+        if name == "model":
+            self._model = rest.strip() or None
+            return f"{self._model or 'The server’s first model'} answers from now on."
         if name == "set":
             return self._set(*rest.split())
         return HELP if name == "help" else f"There is no command /{name}.\n{HELP}"
@@ -62,11 +67,14 @@ class Talk:
     def _answer(self, text: str) -> None:
         first = [{"role": "system", "content": self._system}] if self._system else []
         messages = [*self._said, {"role": "user", "content": text}]
-        body = {**self._parameters, "messages": [*first, *messages], "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+        body = {
+            **self._parameters, "model": self._model, "messages": [*first, *messages], "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
         parts: list[str] = []
         started, tokens = time.perf_counter(), 0
         try:
-            with closing(self._remote.stream("/v1/chat/completions", body)) as events:
+            with closing(self._remote.stream("/v1/chat/completions", body, self._tell)) as events:
                 for event in events:
                     tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
                     for choice in event["choices"]:

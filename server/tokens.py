@@ -10,8 +10,9 @@ from ..models.errors import TokenizerError
 from .backend import Serving
 from .body import read_body
 from .chat import conversation_of, render
+from .entry import Entry
 from .errors import Invalid, WrongShape
-from .front import Front, front_for
+from .front import Front
 from .schema_openai import ChatBody
 from .schema_tgi import DetokenizeBody, TokenizeBody
 
@@ -19,7 +20,7 @@ from .schema_tgi import DetokenizeBody, TokenizeBody
 async def tokenize(request: HttpRequest) -> Response:
     """`POST /tokenize`: the tokens of `inputs`, with byte offsets, or of `prompt`, as a list of ids."""
     body = await read_body(request, TokenizeBody)
-    front = await front_for(request)
+    front = await Entry(request).front()
     serving = front.backend.serving()
     special = body.add_special_tokens is not False
     if body.inputs is not None:
@@ -35,7 +36,7 @@ async def tokenize(request: HttpRequest) -> Response:
 async def detokenize(request: HttpRequest) -> Response:
     """`POST /detokenize`: the text of `tokens` (or `ids`), special ones shown unless they are to be left out."""
     body = await read_body(request, DetokenizeBody)
-    front = await front_for(request)
+    front = await Entry(request).front()
     serving = front.backend.serving()
     name, ids = ("ids", body.ids) if body.tokens is None else ("tokens", body.tokens)
     if ids is None:
@@ -49,7 +50,7 @@ async def detokenize(request: HttpRequest) -> Response:
 async def chat_tokenize(request: HttpRequest) -> Response:
     """`POST /chat_tokenize`: a conversation as the model sees it, as text and as tokens."""
     body = await read_body(request, ChatBody)
-    front = await front_for(request, body.model)
+    front = await Entry(request, body.model).front()
     serving = front.backend.serving()
     made = (await render(front, serving, conversation_of(body))).text
     try:

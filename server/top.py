@@ -1,8 +1,13 @@
-"""`xlane top`: the lanes of a running server in a terminal, as they work. Knows `/ui/lanes`; draws, and keeps the last look."""
+"""`xlane top`: the lanes of a running server in a terminal, as they work. Knows `/ui/lanes`; draws, and keeps the last look.
+
+Of several models it shows the lanes of each that is loaded, and of each other one what becomes of it.
+"""
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .remote import Remote, RemoteError
 
@@ -15,6 +20,17 @@ BAR = 16
 """Characters of a lane's bar."""
 
 
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """All that a server told at one moment."""
+
+    at_s: float
+    engines: Mapping[str, Look]
+    """By model; of a single one its name is not needed."""
+    away: Mapping[str, str]
+    """Models that are not loaded, and why."""
+
+
 def top(options: Mapping[str, Any]) -> int:
     """Show until Ctrl-C; with `once` one look, for scripts. Raises UsageError; a server that is away ends a single look."""
     from rich.console import Console
@@ -24,27 +40,48 @@ def top(options: Mapping[str, Any]) -> int:
     console = Console(highlight=False)
     if options.get("once"):
         try:
-            console.print(screen(remote.get("/ui/lanes"), None, 0.0))
+            console.print(page(look(remote), None))
         except RemoteError as error:
             console.print(f"error: {error}", markup=False)
             return CRASH
         return OK
-    before, looked_at = None, 0.0
+    before = None
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            now_s = time.monotonic()
             try:
-                now = remote.get("/ui/lanes")
-                live.update(screen(now, before, now_s - looked_at), refresh=True)
-                before, looked_at = now, now_s
+                now = look(remote)
+                live.update(page(now, before), refresh=True)
+                before = now
             except RemoteError as error:
                 live.update(str(error), refresh=True)
                 before = None
             time.sleep(pause_s)
 
 
+def look(remote: Remote) -> Looks:
+    """Raises RemoteError."""
+    at_s, told = time.monotonic(), remote.get("/v1/models")["data"]
+    if "state" not in told[0]:
+        return Looks(at_s, {"": remote.get("/ui/lanes")}, {})
+    there = [model["id"] for model in told if model["state"] in ("loaded", "leaving")]
+    away = {model["id"]: f"{model['state']}: {model['why']}" for model in told if model["id"] not in there}
+    return Looks(at_s, {name: remote.get(f"/ui/lanes?model={quote(name, safe='')}") for name in there}, away)
+
+
+def page(now: Looks, before: Looks | None) -> "RenderableType":
+    """All that was told; `before` is the look before it, from which rates are made."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for name, engine in now.engines.items():
+        past = None if before is None else before.engines.get(name)
+        parts += [screen(engine, past, 0.0 if before is None else now.at_s - before.at_s), Text("")]
+    return Group(*parts, *(Text(f"{name} · {why}", style="dim") for name, why in now.away.items()))
+
+
 def screen(now: Look, before: Look | None, seconds: float) -> "RenderableType":
-    """What one look shows; `before` is the look so many seconds ago, from which rates are made."""
+    """What one look at an engine shows; `before` is the look so many seconds ago, from which rates are made."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

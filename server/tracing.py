@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Request, Timing
-from .front import ENTERED
+from .entry import ENTERED
 from .options import UsageError
 from .watch import WATCH
 

@@ -11,8 +11,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from .body import read_body
+from .entry import Entry
 from .errors import Invalid, WrongShape
-from .front import front_for
 from .headers import Clock
 from .instances import Instance, generate_all
 from .schema_openai import ChatBody
@@ -30,7 +30,7 @@ async def predict(request: HttpRequest) -> Response:
     if not body.instances:
         raise Invalid("`instances` cannot be empty", param="instances")
     instances = [_instance(i, raw, body.parameters) for i, raw in enumerate(body.instances)]
-    predictions = await unless_gone(request, generate_all(await front_for(request), instances, clock))
+    predictions = await unless_gone(request, generate_all(await Entry(request).front(), instances, clock))
     return Response(orjson.dumps({"predictions": predictions}), media_type="application/json")
 
 

@@ -35,8 +35,8 @@ function sentence(text, status) {
 /** What an error body says, in any of the server's shapes. */
 export const message = (body) => body?.error?.message ?? (typeof body?.error === "string" ? body.error : null);
 
-/** The JSON values of a stream's events, as they come. */
-export async function* events(response) {
+/** The JSON values of a stream's events, as they come; its comments, which say what it waits for, are told to `told`. */
+export async function* events(response, told) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -46,6 +46,7 @@ export async function* events(response) {
     rest = lines.pop();
     for (const line of lines) {
       if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+      else if (line.startsWith(": ")) told(line.slice(2));
     }
   }
 }

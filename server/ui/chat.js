@@ -74,7 +74,7 @@ async function answer(fields) {
   running = new AbortController();
   busy(true);
   try {
-    for await (const chunk of events(await ask("v1/chat/completions", { body, signal: running.signal }))) {
+    for await (const chunk of events(await ask("v1/chat/completions", { body, signal: running.signal }), (word) => view.waits(word))) {
       if (chunk.error) throw new Error(message(chunk));
       view.take(chunk);
     }
@@ -124,7 +124,13 @@ class Answer {
     return this.text !== "" || this.calls.length > 0;
   }
 
+  /** What is told instead of an answer while its model is loaded. */
+  waits(word) {
+    write(this.foot, word);
+  }
+
   take(chunk) {
+    write(this.foot, "…");
     if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
     const choice = chunk.choices[0];
     if (!choice) return;

@@ -5,7 +5,7 @@ import { ask } from "./api.js";
 import { byId, make, write } from "./dom.js";
 
 const PERIOD_MS = 200;
-const AWAY_MS = 2000;
+const AWAY_MS = 1000;
 const LOOKS = 150;
 const [IDLE, DECODE] = [0, 2]; // Between them: a prefill, and how much of it is left to do, 1 … 2.
 
@@ -13,8 +13,8 @@ const rows = [];
 let last = null;
 let figures = null;
 
-/** Starts to look; each look is told to `onLook(now, error)`. Returns how to look at once. */
-export function startLanes(onLook) {
+/** Starts to look where `place()` says; each look is told to `onLook(now, error)`. Returns how to look at once, and to forget. */
+export function startLanes(place, onLook) {
   figures = Object.fromEntries([
     ["speed", "Output", "tok/s", "Tokens generated"], ["prompt", "Prompts", "tok/s", "Prompt tokens computed"],
     ["ttft", "TTFT", "ms", "Time to the first token"], ["itl", "ITL", "ms", "Time between tokens of a stream"],
@@ -26,11 +26,12 @@ export function startLanes(onLook) {
     const began = performance.now();
     let period = PERIOD_MS;
     try {
-      const now = { ...(await (await ask("ui/lanes")).json()), at_s: began / 1000 };
+      const now = { ...(await (await ask(place())).json()), at_s: began / 1000 };
       show(now);
       onLook(now, null);
     } catch (error) {
       [last, period] = [null, AWAY_MS];
+      if (error.status === 503) rows.forEach((one) => showLane(one, undefined));
       onLook(null, error);
     }
     clearTimeout(timer);
@@ -38,7 +39,20 @@ export function startLanes(onLook) {
   }
   document.addEventListener("visibilitychange", () => !document.hidden && look());
   look();
-  return { look };
+  return { look, forget };
+}
+
+/** For another engine, whose past is not this one's. */
+function forget() {
+  while (rows.length) rows.pop().element.remove();
+  last = null;
+  for (const one of Object.values(figures)) {
+    [one.past, one.rates] = [[], []];
+    write(one.value, "–");
+    sized(one.canvas);
+  }
+  byId("pages-bar").replaceChildren();
+  write(byId("pages-text"), "");
 }
 
 function figure(title, unit, meaning) {

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..front import Front, front_of
+from ..front import Front, front_named
 from ..metrics import Histogram
 from .shapes import Lane, Lanes, Spread
 
@@ -49,8 +49,9 @@ async def style(request: HttpRequest) -> Response:
 
 
 async def lanes(request: HttpRequest) -> Response:
-    """`GET /ui/lanes`. Raises NotReady, EngineLost."""
-    return Response(msgspec.json.encode(await _lanes(front_of(request))), media_type="application/json")
+    """`GET /ui/lanes`, or of one of several models `?model=NAME`. Raises NoSuchModel, NotReady, EngineLost."""
+    front = front_named(request, request.query_params.get("model"))
+    return Response(msgspec.json.encode(await _lanes(front)), media_type="application/json")
 
 
 async def _lanes(front: Front) -> Lanes:

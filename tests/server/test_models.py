@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from xlane.engine import EngineConfig, EngineInfo, EngineLost, PlanError
-from xlane.server import NotReady, UsageError, models
+from xlane.server import NotReady, UsageError, models, stream
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.console import Console
+from xlane.server.entry import Entry
 from xlane.server.errors import Busy, NoSuchModel
 from xlane.server.flags import RunConfig
 from xlane.server.models import Models, ServedModel
@@ -33,6 +35,10 @@ class Loaded:
 
     async def load(self) -> EngineInfo:
         self.stand.events.append("load")
+        for word in self.stand.saying:
+            self.stand.backend.say(word)
+            while self.stand.heard[word] < 2:  # asked for how long to wait, and for what to tell
+                await asyncio.sleep(0.001)
         await self.stand.gate.wait()
         if self.stand.fails is not None:
             raise self.stand.fails
@@ -56,6 +62,9 @@ class Stand:
         self.engine = FakeEngine(replace(fake_info(), model_id=name))
         self.fails: Exception | None = None
         self.events: list[str] = []
+        self.saying: list[str] = []
+        """How far it is, while it loads: each until a stream has told of it."""
+        self.heard = Counter[str]()
         self.held: Loaded | None = None
         self.gate.set()
         self.served = ServedModel(name, self.backend, self._make)
@@ -81,12 +90,14 @@ class Several:
         return [model["state"] for model in self.client.get("/v1/models").json()["data"]]
 
 
-def made(most: int = 1, wait_s: float = 5.0, waiting: int = 9) -> tuple[Models, dict[str, Stand]]:
+def made(
+    most: int = 1, wait_s: float = 5.0, waiting: int = 9, turn_s: float = 60.0
+) -> tuple[Models, dict[str, Stand]]:
     stands = {name: Stand(name) for name in "abc"}
     served = [stand.served for stand in stands.values()]
     for model in served[1:]:
-        model.backend.down("not loaded", comes_back=True)
-    return Models(served, most_loaded=most, most_waiting=waiting, wait_s=wait_s), stands
+        model.backend.down(models.UNASKED, comes_back=True)
+    return Models(served, most_loaded=most, most_waiting=waiting, wait_s=wait_s, turn_s=turn_s), stands
 
 
 @pytest.fixture
@@ -153,10 +164,21 @@ def test_a_stream_uses_its_model_to_its_last_byte(front: Several):
         "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 5, "stream": True}
     ) as answer:
         for _ in answer.iter_lines():
-            seen.append(a.served.requests)
+            seen.append(a.served.running)
     assert front.ask("b").status_code == 200
-    assert a.served.requests == 0
+    assert a.served.running == 0
     assert a.events == ["load", "unload"]
+
+
+def test_the_lanes_of_a_model_are_asked_for_by_its_name(front: Several):
+    def lanes(name: str) -> Any:
+        return front.client.get("/ui/lanes", params={"model": name})
+
+    front.ask("b")
+    assert lanes("b").json()["model"] == "b"
+    away = lanes("a")
+    assert (away.status_code, away.json()["error"]) == (503, f"The model is not loaded: {models.UNASKED}")
+    assert lanes("d").status_code == 404
 
 
 def test_one_of_several_that_is_away_is_well(front: Several):
@@ -183,6 +205,52 @@ def test_metrics_tell_the_model(front: Several):
     }
     assert text.count("# TYPE tgi_request_duration histogram") == 1
     assert re.search(r'tgi_request_failure\{err="overloaded",model="c"\} 0.0', text)
+
+
+@pytest.fixture
+def listening(front: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams tell often, and a model notices."""
+    tell = Entry.told
+
+    def told(entry: Entry) -> bytes | None:
+        if comment := tell(entry):
+            for stand in front.stands.values():
+                stand.heard.update(word for word in stand.saying if word in comment.decode())
+        return comment
+
+    monkeypatch.setattr(Entry, "told", told)
+    monkeypatch.setattr(stream, "TELL_S", 0.001)
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 3, "temperature": 0},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "q"}], "max_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "q"}], "max_tokens": 3},
+    "/v1/responses": {"input": "q", "max_output_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("front", [(1, 0.02)], indirect=True)
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_stream_is_told_how_far_its_model_is(front: Several, path: str, listening: None):
+    front.stands["b"].saying = ["weights 40 %", "programs 3 %"]
+    body = {**STREAMS[path], "model": "b", "stream": True}
+    answer, quiet = front.client.post(path, json=body), front.client.post(path, json=body)
+    assert answer.status_code == 200
+    told = [line for line in answer.text.split("\n\n") if line.startswith(":")]
+    assert list(dict.fromkeys(told)) == [f": loading b: {word}" for word in ("weights 40 %", "programs 3 %")]
+    assert answer.text.startswith(told[0]), "before anything else"
+    assert [line[:20] for line in answer.text.split("\n\n")[len(told) :]] == [line[:20] for line in quiet.text.split("\n\n")]  # fmt: skip
+
+
+@pytest.mark.parametrize("front", [(1, 0.02)], indirect=True)
+def test_a_stream_whose_model_cannot_be_loaded_ends_with_that(front: Several, listening: None):
+    b = front.stands["b"]
+    b.fails, b.saying = PlanError("weights need 5 GB of 1 GB"), ["weights 1 %"]
+    told, failed = front.ask("b", stream=True).text, front.ask("b", stream=True)
+    assert told.startswith(": loading b: ")
+    assert "'b' cannot be loaded: weights need 5 GB" in told
+    assert failed.status_code == 503, "it is known already, and nothing was said yet"
 
 
 @pytest.mark.parametrize("front", [(1, 0.02)], indirect=True)
@@ -244,15 +312,15 @@ def alone(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 async def test_a_model_in_use_is_not_unloaded_and_who_wants_its_place_waits() -> None:
     models, stands = made()
     await models.load()
-    using = await models.enter("a")
-    waiting = asyncio.create_task(models.enter("b"))
-    for _ in range(20):
-        await asyncio.sleep(0)
+    a, b = models.find("a"), models.find("b")
+    await models.enter(a)
+    waiting = asyncio.create_task(models.enter(b))
+    await some_turns()
     assert not waiting.done()
-    assert stands["b"].backend.reason == "waits until another model is idle"
+    assert b.why == "waits until another model is idle, or has had its turn"
     assert stands["a"].events == ["load"]
-    models.release(using)
-    assert (await waiting).name == "b"
+    models.release(a)
+    await waiting
     assert stands["a"].events == ["load", "unload"]
     assert models.all["a"].state == "not loaded"
 
@@ -264,14 +332,15 @@ async def test_models_are_loaded_one_after_another_in_the_order_in_which_they_ar
     order: list[str] = []
 
     async def use(name: str) -> None:
-        order.append((await models.enter(name)).name)
+        await models.enter(models.find(name))
+        order.append(name)
         models.release(models.all[name])
 
     await asyncio.gather(*(use(name) for name in ("b", "b", "c", "a", "b")))
     assert order == ["a", "b", "b", "b", "c"], "a is there until its place is needed"
     assert stands["b"].events == ["load", "unload"]
     with pytest.raises(NoSuchModel):
-        await models.enter("d")
+        models.find("d")
     await models.unload(0.0)
     assert [stands[name].events for name in "ac"] == [["load", "unload"]] * 2
 
@@ -281,13 +350,82 @@ async def test_only_so_many_wait_for_a_model() -> None:
     models, stands = made(waiting=2)
     await models.load()
     stands["b"].gate.clear()
-    waiting = [asyncio.create_task(models.enter("b")) for _ in range(2)]
+    b = models.find("b")
+    waiting = [asyncio.create_task(models.enter(b)) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Busy, match="2 requests wait for the model 'b' already"):
-        await models.enter("b")
+        await models.enter(b)
     stands["b"].gate.set()
-    assert [(await task).name for task in waiting] == ["b", "b"]
-    assert (await models.enter("b")).requests == 3, "of one that is loaded the permits decide"
+    await asyncio.gather(*waiting)
+    await models.enter(b)
+    assert (b.running, b.waiting) == (3, 0), "of one that is loaded the permits decide"
+
+
+@alone
+async def test_a_model_that_is_always_in_use_has_its_turn_and_then_another_one() -> None:
+    models, stands = made(turn_s=0.05)
+    await models.load()
+    a, b = models.find("a"), models.find("b")
+    stop, came = asyncio.Event(), {"a": 0, "b": 0}
+
+    async def always(model: ServedModel) -> None:
+        """Two clients whose requests overlap, so that the model is never idle."""
+        while not stop.is_set():
+            await models.enter(model, patient=True)
+            came[model.name] += 1
+            await asyncio.sleep(0.004)
+            models.release(model)
+
+    clients = [asyncio.create_task(always(model)) for model in (a, a, b, b)]
+    while len(stands["a"].events) < 5:  # loaded, gone, loaded, gone, loaded
+        await asyncio.sleep(0.005)
+    stop.set()
+    await asyncio.gather(*clients)
+    assert stands["b"].events[:3] == ["load", "unload", "load"][: len(stands["b"].events)]
+    assert min(came.values()) > 10, "a turn is a turn, and not a request"
+
+
+@alone
+async def test_who_runs_in_a_model_that_leaves_is_not_cut_off_and_who_comes_then_waits() -> None:
+    models, stands = made(turn_s=0.01)
+    await models.load()
+    a, b = models.find("a"), models.find("b")
+    await models.enter(a)
+    to_b = asyncio.create_task(models.enter(b))
+    while a.state != "leaving":
+        await asyncio.sleep(0.005)
+    to_a = asyncio.create_task(models.enter(a))
+    await some_turns()
+    assert (to_a.done(), to_b.done(), stands["a"].events, a.backend.reason) == (False, False, ["load"], None)
+    assert a.why.startswith("leaves for another model")
+    models.release(a)
+    await to_b
+    assert (stands["a"].events, a.state) == (["load", "unload"], "loading")
+    models.release(b)
+    await to_a
+    assert stands["b"].events == ["load", "unload"]
+
+
+@alone
+async def test_a_stop_ends_the_waits_of_the_most_patient() -> None:
+    models, stands = made(wait_s=0.01)
+    await models.load()
+    b = models.find("b")
+    stands["b"].gate.clear()
+    waiting = asyncio.create_task(models.enter(b, patient=True))
+    await asyncio.sleep(0.05)
+    assert not waiting.done(), "it is not bound by what whole answers wait"
+    models.drain()
+    await waiting
+    with pytest.raises(NotReady, match="shutting down"):
+        b.backend.serving()
+    await models.unload(0.0)
+    assert stands["b"].events == ["load", "unload"]
+
+
+async def some_turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 @alone
@@ -296,7 +434,7 @@ async def test_a_stop_while_a_model_is_loading_ends_its_engine() -> None:
     await models.load()
     stands["b"].gate.clear()
     with pytest.raises(NotReady):
-        await models.enter("b")
+        await models.enter(models.find("b"))
     await models.unload(0.0)
     assert stands["b"].events == ["load", "unload"]
 

@@ -20,6 +20,7 @@ from xlane.server.top import screen
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
 from ..support.live_server import live_server
+from .test_models import made
 
 KEY = "k-1"
 
@@ -120,7 +121,7 @@ def test_one_look(served: tuple[str, FakeEngine], engine: FakeEngine, capsys: py
     engine.lanes[3] = LaneStats(lane=3, prefill=False, generated_tokens=12, computed_tokens=19, **numbers)  # type: ignore[arg-type]
     argv = ["top", "--once", "--url", served[0]]
     assert run([*argv, "--api-key", KEY], {}) == 0
-    first, second, _, _, *rows = capsys.readouterr().out.splitlines()
+    first, second, _, _, *rows, _ = capsys.readouterr().out.splitlines()
     assert first.strip() == "fake/alphabet · 1 x fake · float32"
     assert second.strip() == "lanes 2/8 · queue 0 · pages 4/64"
     assert [row.replace("━", "").split() for row in rows] == [
@@ -129,6 +130,21 @@ def test_one_look(served: tuple[str, FakeEngine], engine: FakeEngine, capsys: py
     ]
     assert run(argv, {}) == 1
     assert "A valid key is required" in capsys.readouterr().out
+
+
+def test_of_several_models_those_that_are_loaded_show_their_lanes(capsys: pytest.CaptureFixture[str]):
+    models, stands = made(most=2)
+    with live_server(stands["a"].backend, models=models) as server:
+        assert "\nabc\n[3 tokens in " in typed(
+            server.url, "/set max_tokens 3", "/set temperature 0", "/model c", "a"
+        )
+        assert run(["top", "--once", "--url", server.url], {}) == 0
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in shown if "·" in line and "lanes" not in line] == [
+        "a · 1 x fake · float32",
+        "c · 1 x fake · float32",
+        "b · not loaded: it is loaded when it is asked for",
+    ]
 
 
 def test_rates_are_of_the_time_between_two_looks(served: tuple[str, FakeEngine], engine: FakeEngine):

@@ -61,6 +61,8 @@ def test_the_lanes_are_as_the_engine_says(rig: Rig):
     assert (told["model"], told["device"], told["lanes_total"]) == ("fake/alphabet", "1 x fake", 8)
     assert (told["pages_total"], told["pages_free"], told["pages_remembered"]) == (64, 60, 6)
     assert (told["ttft"]["count"], told["itl"]["count"]) == (1, 3)  # of four tokens
+    assert rig.client.get("/ui/lanes?model=fake/alphabet").json()["lanes"] == told["lanes"]
+    assert rig.client.get("/ui/lanes?model=another").status_code == 404
 
 
 @pytest.mark.parametrize("config", [ServerConfig(api_key="k")])

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from xlane.server import stream
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine, fake_info
 from ..support.live_server import live_server
+from .test_models import made
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -164,6 +166,33 @@ def test_json_and_tools_are_asked_for_and_results_go_back(opened: Opened):
     page.press(".call input", "Enter")
     opened.expect(".words >> nth=2").to_have_text("dry")
     assert "sunny there" in bytes(opened.engine.submitted[-1].prompt_ids).decode()
+
+
+def test_a_model_is_chosen_and_its_loading_is_told(browser: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stream, "TELL_S", 0.05)
+    models, stands = made()
+    b = stands["b"]
+    b.gate.clear()
+    with live_server(stands["a"].backend, models=models) as server:
+        page = browser.new_page(viewport={"width": 1200, "height": 800})
+        page.goto(f"{server.url}/ui")
+        expect = playwright.expect
+        expect(page.locator("#served")).to_have_text("a · 1 x fake · float32")
+        expect(page.locator("#model option")).to_have_text(["a", "b", "c"])
+        page.select_option("#model", "b")
+        expect(page.locator("#served")).to_have_text(re.compile("it is loaded when it is asked for"))
+        page.fill("#message", "xyz")
+        page.press("#message", "Enter")
+        expect(page.locator(".foot")).to_contain_text("loading b: ")
+        server.loop.call_soon_threadsafe(b.backend.say, "weights 40 %")
+        expect(page.locator(".foot")).to_have_text("loading b: weights 40 %")
+        expect(page.locator("#served")).to_have_text("The model is not loaded: weights 40 %")
+        server.loop.call_soon_threadsafe(b.gate.set)
+        expect(page.locator(".foot")).to_contain_text("tokens")
+        expect(page.locator("#served")).to_have_text("b · 1 x fake · float32")
+        expect(page.locator("#rows tr")).to_have_count(8)
+        page.close()
+    assert [len(stand.engine.submitted) for stand in stands.values()] == [0, 1, 0]
 
 
 def test_a_narrow_page_shows_one_view_and_fits(opened: Opened):

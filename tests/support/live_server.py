@@ -13,6 +13,7 @@ from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.http import serve_http
+from xlane.server.models import Models
 from xlane.server.sockets import bind, port_of
 from xlane.server.tls import tls_context
 
@@ -37,9 +38,14 @@ class LiveServer:
 
 @contextmanager
 def live_server(
-    backend: Backend, config: ServerConfig | None = None, *, send_buffer_bytes: int | None = None
+    backend: Backend,
+    config: ServerConfig | None = None,
+    *,
+    send_buffer_bytes: int | None = None,
+    models: Models | None = None,
 ) -> Iterator[LiveServer]:
-    """Serve a backend until the block ends. `send_buffer_bytes`: the kernel's, of each connection."""
+    """Serve a backend, or several models of which it is the first one's, until the block ends. `send_buffer_bytes`: the
+    kernel's, of each connection."""
     config = replace(config or ServerConfig(), port=0)
     tls = tls_context(config)
     sock = bind(config)
@@ -55,9 +61,13 @@ def live_server(
         started.append(
             LiveServer(f"{scheme}://127.0.0.1:{port}", port, thread, asyncio.get_running_loop(), stop)
         )
-        app = create_app(backend, config)
+        app = create_app(backend, config, models)
+        if models is not None:
+            await models.load()
         serving = asyncio.create_task(
-            serve_http(app, config, backend=backend, stop=stop, listening=listening, sock=sock, tls=tls)
+            serve_http(
+                app, config, backend=models or backend, stop=stop, listening=listening, sock=sock, tls=tls
+            )
         )
         await listening.wait()
         up.set()
