@@ -137,6 +137,8 @@ def design(
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     kernels, note = _kernels(config, platform, placement, dtype, report)
+    if model.latent and kernels.name != "xla":
+        note = f"{kernels.name} (XLA's attention: keys and values are in latent form)"
     most = _most_tokens(config, model)
     # Some rotary scalings follow from the context that is served, whatever the model was made for.
     model = replace(model, max_positions=most)
@@ -222,7 +224,8 @@ def _placement(
         )
     split = placement.model_size
     # A vocabulary that does not divide is whole on every device; of these a whole copy would be the model itself.
-    parts = {"kv_heads": model.kv_heads, "ffn_size": model.ffn_size}
+    parts = {"heads": model.heads} if model.latent else {"kv_heads": model.kv_heads}
+    parts["ffn_size"] = model.ffn_size
     if model.experts:
         parts |= {"experts": model.experts.count, "shared_ffn_size": model.experts.shared_ffn_size}
     for name, size in parts.items():

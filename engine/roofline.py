@@ -34,9 +34,9 @@ class Roofline:
         rows = -(-rows // self.copies)
         weights = sum(self._touched(spec, rows) * spec.nbytes for spec in self.specs)
         kv = rows * context_tokens * page_bytes(self.config, 1, self.kv_dtype)
-        return max(
-            (weights + kv) / self.split / self.read_bytes_per_s, self._flops_s(rows, rows * context_tokens)
-        )
+        # In latent form every device reads the whole of it, for its own heads.
+        read = weights / self.split + kv / (1 if self.config.latent else self.split)
+        return max(read / self.read_bytes_per_s, self._flops_s(rows, rows * context_tokens))
 
     def prefill_s(self, tokens: int) -> float:
         """The KV of one prompt; of its logits one row is computed."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..models.attention import kv_axis
 from ..models.config import ModelConfig
 from ..models.kernels import KvLayer
 from ..sharding.mesh import Placement
@@ -59,9 +60,9 @@ def kv_shape(config: ModelConfig, shapes: Shapes) -> tuple[int, int, int, int]:
 
 
 def page_bytes(config: ModelConfig, page_tokens: int, dtype: str) -> int:
-    """Bytes of one page in all layers, keys and values, of int8 with their scales."""
+    """Bytes of one page in all layers, keys and values, of int8 with their scales; in latent form keys alone."""
     vector = config.head_dim * jnp.dtype(dtype).itemsize + (SCALE_BYTES if dtype == "int8" else 0)
-    return 2 * config.layers * config.kv_heads * page_tokens * vector
+    return (1 if config.latent else 2) * config.layers * config.kv_heads * page_tokens * vector
 
 
 def described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -108,11 +109,13 @@ def abstract_state(shapes: Shapes, placement: Placement, *, adapters: bool = Fal
 
 
 def abstract_kv(config: ModelConfig, shapes: Shapes, dtype: str, placement: Placement) -> tuple[KvLayer, ...]:
-    """Shapes, types and placement of the pool, one entry a layer. int8 has its scales beside it."""
-    shape, axes = kv_shape(config, shapes), ("kv_heads", None, None, None)
+    """Shapes, types and placement of the pool, one entry a layer. int8 has its scales beside it. In latent form every device has
+    the whole of it."""
+    shape, axes = kv_shape(config, shapes), (kv_axis(latent=config.latent is not None), None, None, None)
     pool = described(shape, dtype, placement.sharding(axes))
     scales = described(shape[:3], jnp.float32, placement.sharding(axes[:3])) if dtype == "int8" else None
-    return tuple(KvLayer(pool, pool, scales, scales) for _ in range(config.layers))
+    layer = KvLayer(pool, None, scales) if config.latent else KvLayer(pool, pool, scales, scales)
+    return (layer,) * config.layers
 
 
 def held_bytes(abstract: Any) -> int:

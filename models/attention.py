@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..sharding.axes import LogicalAxis
 from ..sharding.mesh import Placement
 from .grouped import in_turns, ragged
 from .kernels import KvLayer, PagedBatch, Weight
@@ -78,21 +79,23 @@ class XlaKernels:
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
-        group = members - 2
-        kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
+        group = members - (2 if value_dim is None else 1)
+        value = qkv[:, :, group + 1] if value_dim is None else None
+        kv = write(kv, qkv[:, :, group], value, batch, self.placement)
         # [K, T, G, H]: the kv head leads, as in the pool, so that XLA transposes queries and never the pool.
         grouped = qkv[:, :, :group].swapaxes(0, 1).astype(jnp.float32) * scale
         by_head = np.array(slopes, np.float32).reshape(kv_heads, 1, group, 1) if slopes else None
         adjust = _adjustment(softcap, by_head)
         parts = [
-            attend(grouped[:, part], kv, own, window, adjust, sinks)
+            attend(grouped[:, part], kv, own, window, adjust, sinks, value_dim or head_dim)
             for attend, part, own in in_parts(batch, one_token_rows, _attend_rows, _attend_packed)
         ]
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-        return out.swapaxes(0, 1).reshape(tokens, kv_heads * group, head_dim).astype(qkv.dtype), kv
+        return out.swapaxes(0, 1).reshape(tokens, kv_heads * group, -1).astype(qkv.dtype), kv
 
 
 def in_parts(
@@ -107,19 +110,28 @@ def in_parts(
     return [part for part in parts if part[1].stop > part[1].start]
 
 
-def write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch, placement: Placement | None) -> KvLayer:
-    """Put k, v [T, K, H] where their rows' pages are; padding is dropped. In place when the pool is donated."""
+def write(
+    kv: KvLayer, k: jax.Array, v: jax.Array | None, batch: PagedBatch, placement: Placement | None
+) -> KvLayer:
+    """Put k, v [T, K, H] where their rows' pages are; padding is dropped. In place when the pool is donated. v is None where
+    the pool has no values."""
     if placement is None:
         return _write(kv, k, v, batch)
     # Each device its own heads: XLA does not see that what is named by number stays where it is.
-    pool, new = placement.sharding(("kv_heads",)).spec, placement.sharding((None, "kv_heads")).spec
+    heads = kv_axis(latent=v is None)
+    pool, new = placement.sharding((heads,)).spec, placement.sharding((None, heads)).spec
     specs = (pool, new, new, placement.replicated.spec)
     return jax.shard_map(_write, mesh=placement.mesh, in_specs=specs, out_specs=pool, check_vma=False)(
         kv, k, v, batch
     )
 
 
-def _write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLayer:
+def kv_axis(*, latent: bool) -> LogicalAxis | None:
+    """What the heads of the pool are split over; the one that all query heads read is whole on every device."""
+    return None if latent else "kv_heads"
+
+
+def _write(kv: KvLayer, k: jax.Array, v: jax.Array | None, batch: PagedBatch) -> KvLayer:
     """See `write`, on one device."""
     pages, page_tokens = kv.k.shape[1:3]
     index = jnp.clip(batch.positions // page_tokens, 0, batch.table.shape[1] - 1)
@@ -131,10 +143,25 @@ def _write(kv: KvLayer, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KvLaye
     def put(pool: jax.Array, new: jax.Array) -> jax.Array:
         return pool.at[head, page[None], slot[None]].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
-    if kv.k_scales is None or kv.v_scales is None:
-        return KvLayer(put(kv.k, k), put(kv.v, v))
-    (k, k_scales), (v, v_scales) = vectors_to_int8(k), vectors_to_int8(v)
-    return KvLayer(put(kv.k, k), put(kv.v, v), put(kv.k_scales, k_scales), put(kv.v_scales, v_scales))
+    def stored(
+        pool: jax.Array, scales: jax.Array | None, new: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if scales is None:
+            return put(pool, new), None
+        steps, new_scales = vectors_to_int8(new)
+        return put(pool, steps), put(scales, new_scales)
+
+    keys, k_scales = stored(kv.k, kv.k_scales, k)
+    if kv.v is None or v is None:
+        return KvLayer(keys, None, k_scales)
+    values, v_scales = stored(kv.v, kv.v_scales, v)
+    return KvLayer(keys, values, k_scales, v_scales)
+
+
+def _read(kv: KvLayer, pages: jax.Array, value_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of pages [..., n]; where the pool has no values they are the first numbers of the keys."""
+    keys = _held(kv.k, kv.k_scales, pages)
+    return keys, keys[..., :value_dim] if kv.v is None else _held(kv.v, kv.v_scales, pages)
 
 
 def _held(pool: jax.Array, scales: jax.Array | None, pages: jax.Array) -> jax.Array:
@@ -192,10 +219,15 @@ def _adjustment(softcap: float | None, slopes: np.ndarray | None) -> Adjust:
 
 
 def _attend_rows(
-    q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None, adjust: Adjust, sinks: jax.Array | None
+    q: jax.Array,
+    kv: KvLayer,
+    batch: PagedBatch,
+    window: int | None,
+    adjust: Adjust,
+    sinks: jax.Array | None,
+    value_dim: int,
 ) -> jax.Array:
-    """Decode: row t has one query. q [K, T, G, H] -> the same shape."""
-    kv_heads, rows, group, head_dim = q.shape
+    """Decode: row t has one query. q [K, T, G, H] -> [K, T, G, value_dim]."""
     page_tokens = kv.k.shape[2]
     table, count = _block_pages(batch.table, page_tokens)
     size = count * page_tokens
@@ -203,21 +235,27 @@ def _attend_rows(
 
     def body(block: jax.Array, carry):
         pages = jax.lax.dynamic_slice_in_dim(table, block * count, count, axis=1)
-        scores = jnp.einsum("ktgh,ktsh->ktgs", q, _held(kv.k, kv.k_scales, pages))
+        held, values = _read(kv, pages, value_dim)
+        scores = jnp.einsum("ktgh,ktsh->ktgs", q, held)
         keys = _keys(block, size)
         scores = adjust(scores, position, keys)
-        values = jnp.where((keys <= position).swapaxes(2, 3), _held(kv.v, kv.v_scales, pages), 0.0)
+        values = jnp.where((keys <= position).swapaxes(2, 3), values, 0.0)
         return _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ktsh->ktgh")
 
     blocks = (batch.positions.max() + size) // size
-    return _run(blocks, body, (kv_heads, rows, group), head_dim, sinks)
+    return _run(blocks, body, q.shape[:3], value_dim, sinks)
 
 
 def _attend_packed(
-    q: jax.Array, kv: KvLayer, batch: PagedBatch, window: int | None, adjust: Adjust, sinks: jax.Array | None
+    q: jax.Array,
+    kv: KvLayer,
+    batch: PagedBatch,
+    window: int | None,
+    adjust: Adjust,
+    sinks: jax.Array | None,
+    value_dim: int,
 ) -> jax.Array:
-    """Prefill: several rows' tokens side by side. Each turn takes one block of one row. q [K, T, G, H]."""
-    kv_heads, tokens, group, head_dim = q.shape
+    """Prefill: several rows' tokens side by side. Each turn takes one block of one row. q [K, T, G, H] as for decode."""
     page_tokens = kv.k.shape[2]
     table, count = _block_pages(batch.table, page_tokens)
     size = count * page_tokens
@@ -230,10 +268,11 @@ def _attend_packed(
         row = jnp.searchsorted(ends, turn, side="right").astype(jnp.int32)
         block = turn - (ends[row] - row_blocks[row])
         pages = jax.lax.dynamic_slice(table, (row, block * count), (1, count))[0]
-        scores = jnp.einsum("ktgh,ksh->ktgs", q, _held(kv.k, kv.k_scales, pages))
+        read, values = _read(kv, pages, value_dim)
+        scores = jnp.einsum("ktgh,ksh->ktgs", q, read)
         keys = _keys(block, size)
         scores = adjust(scores, position, keys)
-        values = jnp.where((keys < held[row]).swapaxes(2, 3)[0], _held(kv.v, kv.v_scales, pages), 0.0)
+        values = jnp.where((keys < held[row]).swapaxes(2, 3)[0], values, 0.0)
         new = _accumulate(carry, scores, _visible(position, keys, window), values, "ktgs,ksh->ktgh")
         # What a row holds must not reach another's tokens, not even as 0 times NaN.
         mine = (batch.rows == row)[None, :, None]
@@ -241,16 +280,18 @@ def _attend_packed(
             jnp.where(mine if x.ndim == 3 else mine[..., None], x, old) for x, old in zip(new, carry)
         )
 
-    return _run(ends[-1], body, (kv_heads, tokens, group), head_dim, sinks)
+    return _run(ends[-1], body, q.shape[:3], value_dim, sinks)
 
 
-def _run(turns: jax.Array, body, shape: tuple[int, ...], head_dim: int, sinks: jax.Array | None) -> jax.Array:
+def _run(
+    turns: jax.Array, body, shape: tuple[int, ...], value_dim: int, sinks: jax.Array | None
+) -> jax.Array:
     """Loop `body` and normalise; queries that saw nothing (padding) give 0. A sink [K, G] is a key already seen, of value 0."""
     maximum, total = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
     if sinks is not None:
         maximum = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, :], shape)
         total = jnp.ones(shape, jnp.float32)
-    start = (maximum, total, jnp.zeros((*shape, head_dim), jnp.float32))
+    start = (maximum, total, jnp.zeros((*shape, value_dim), jnp.float32))
     _, total, acc = jax.lax.fori_loop(0, turns, body, start)
     return acc / jnp.where(total > 0, total, 1.0)[..., None]
 

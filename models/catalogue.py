@@ -25,6 +25,11 @@ sequence) and of decodes over page borders agree to 1e-4 of the largest, with we
 without; several are also split over two devices. Each also answers through the real engine as transformers does, on one
 device and over two.
 
+Of DeepSeek's keys and values the vector is kept that they are made of (latent form): 576 numbers a token and layer, whatever
+the number of heads; 70 kB a token of V3 in bfloat16. Heads are split over the model axis, and that vector is whole on each of its devices.
+Attention in this form is XLA's on every platform. An adapter cannot change what makes heads of it (`kv_b_proj`), which
+`--quantize` leaves as it is.
+
 Layers of experts are computed for the experts that are chosen and no others, and the experts are split over the devices of
 the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
 

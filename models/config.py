@@ -71,10 +71,21 @@ class Experts:
     """Of them, those that a token goes through."""
     ffn_size: int
     """F of each."""
-    shares: Literal["softmax", "sparsemixer"] = "softmax"
-    """How much a token takes of each: a softmax over all experts, or SparseMixer's (Liu et al. 2024, `mixer_jitter`)."""
+    shares: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    """How much a token takes of each: a softmax over all experts, a sigmoid of each for itself, or SparseMixer's (Liu et al.
+    2024, `mixer_jitter`)."""
     normalized: bool = True
     """The shares of those chosen are made to add up to 1."""
+    share_scale: float = 1.0
+    """What the shares are multiplied by after that."""
+    choice_bias: bool = False
+    """Each has a learned number that is added to its share while experts are chosen, and then no more (DeepSeek-V3)."""
+    groups: int = 1
+    """The experts are in so many groups of neighbours …"""
+    chosen_groups: int = 1
+    """… and a token's are chosen from so many of these, …"""
+    group_best: int = 1
+    """… those in which so many of the best experts add up to most."""
     mixer_jitter: float = 0.0
     """SparseMixer looks at the best expert and those that are worse by at most twice this part."""
     router_bias: bool = False
@@ -86,6 +97,28 @@ class Experts:
     """A token takes of that one what a sigmoid of a projection of its own says."""
     layers: tuple[bool, ...] = ()
     """Per layer: experts instead of one feed-forward? Empty means every layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """The keys and values of all heads are linear maps of one vector a token, and that vector is what is kept of it
+    (multi-head latent attention, DeepSeek-AI 2024).
+
+    A head's key is `still` numbers out of that vector and `rotary` ones, the same for all heads, that carry the position. Its
+    map of the vector is taken to the query's side and its map to values behind the softmax. So attention is that of many query heads and one
+    key head of `rank` + `rotary` dimensions, of which the first `rank` are the value: `ModelConfig` has kv_heads 1 and
+    head_dim `rank` + `rotary`."""
+
+    rank: int
+    """Numbers of that vector."""
+    rotary: int
+    still: int
+    value: int
+    """Numbers of a head's value."""
+    query_rank: int = 0
+    """Queries are made of a vector of so many numbers; 0 where they are made of the stream itself."""
+    norm_eps: float = 1e-6
+    """Of the norms of these vectors."""
 
 
 class StoredWeight(NamedTuple):
@@ -125,9 +158,9 @@ class ModelConfig:
     heads: int
     """N"""
     kv_heads: int
-    """K, divides N"""
+    """K, divides N; 1 with `latent`"""
     head_dim: int
-    """H"""
+    """H, of a key"""
     ffn_size: int
     """F"""
     max_positions: int
@@ -171,11 +204,14 @@ class ModelConfig:
     """With `parallel`: both read it through the same norm."""
 
     # Attention
+    latent: Latent | None = None
+    """What keys and values are made of, if not of the stream."""
     window: int | None = None
     """Sliding window in tokens: a query sees itself and the `window` - 1 tokens before it."""
     window_layers: tuple[bool, ...] = ()
     """Per layer: is `window` applied? Empty means every layer (when `window` is set)."""
     qkv_bias: bool = False
+    """Biases on what is made of the stream: queries, keys, values, or with `latent` the vectors they come from."""
     output_bias: bool = False
     """Bias on the attention's output projection."""
     qk_norm: Literal["head", "each_head", "row"] | None = None
@@ -223,6 +259,16 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     """Ids that end a text, from generation_config.json when there is one."""
+
+    @property
+    def value_dim(self) -> int | None:
+        """How many of a key's first numbers are its value; None where values are kept beside the keys."""
+        return self.latent.rank if self.latent else None
+
+    @property
+    def value_size(self) -> int:
+        """Numbers of what a query head brings back."""
+        return self.latent.value if self.latent else self.head_dim
 
     def layer_window(self, layer: int) -> int | None:
         """The sliding window of one layer, or None."""

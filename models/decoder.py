@@ -18,6 +18,7 @@ from .attention import default_scale
 from .config import Lora, ModelConfig
 from .experts import RoutedFeedForward, Stack
 from .kernels import Kernels, KvLayer, PagedBatch, Weight
+from .latent import Attend, LatentAttention
 from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, as_stored, gated, param, softcap
 from .norms import norm
 from .rope import rotate, rotation
@@ -34,18 +35,20 @@ class Layer(nnx.Module):
         self.rotates, self.local = c.layer_rotates(index), c.layer_rotates_locally(index)
         group = c.heads // c.kv_heads
         self.attn_norm = norm(c, style, c.hidden_size) if c.pre_norms else None
-        self.qkv = Linear(
-            (c.kv_heads, group + 2, c.head_dim, c.hidden_size),
-            ("kv_heads", None, None, None),
-            c.qkv_bias,
-            style,
-        )
+        self.latent = LatentAttention(c, c.latent, style) if c.latent else None
+        if self.latent is None:
+            self.qkv = Linear(
+                (c.kv_heads, group + 2, c.head_dim, c.hidden_size),
+                ("kv_heads", None, None, None),
+                c.qkv_bias,
+                style,
+            )
         self.q_norm = _head_norm(c, style, group) if c.qk_norm else None
         self.k_norm = _head_norm(c, style, 1) if c.qk_norm else None
         self.sinks = (
             param((c.kv_heads, group), ("kv_heads", None), style.dtype) if c.attention_sinks else None
         )
-        self.out = Linear((c.hidden_size, c.heads * c.head_dim), (None, "heads"), c.output_bias, style)
+        self.out = Linear((c.hidden_size, c.heads * c.value_size), (None, "heads"), c.output_bias, style)
         self.attn_post_norm = norm(c, style, c.hidden_size) if c.post_norms else None
         self.mlp_norm = norm(c, style, c.hidden_size) if c.pre_norms and not c.shared_norm else None
         experts = c.layer_experts(index)
@@ -62,7 +65,11 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         """x [T, D] -> the same, with this layer's keys and values written."""
         read = _through(self.attn_norm, x)
-        attended, kv = self._attention(read, kv, step)
+        attend = partial(self._attend, kv=kv, step=step)
+        if self.latent is None:
+            attended, kv = self._attention(read, attend, step)
+        else:
+            attended, kv = self.latent(read, attend, step.rotation, step.kernels, step.adapters)
         attended = self._added(_through(self.attn_post_norm, self.out(attended, step.kernels, step.adapters)))
         if not self.config.parallel:
             x = x + attended
@@ -75,7 +82,22 @@ class Layer(nnx.Module):
         scale = self.config.residual_scale
         return branch if scale == 1.0 else branch * jnp.asarray(scale, branch.dtype)
 
-    def _attention(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
+    def _attend(self, qkv: jax.Array, *, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
+        c = self.config
+        return step.kernels.attend(
+            qkv,
+            kv,
+            step.batch,
+            window=self.window,
+            scale=c.attention_scale or default_scale(c.head_dim),
+            one_token_rows=step.one_token_rows,
+            softcap=c.attention_softcap,
+            slopes=c.alibi_slopes,
+            sinks=None if self.sinks is None else self.sinks[...],
+            value_dim=c.value_dim,
+        )
+
+    def _attention(self, x: jax.Array, attend: Attend, step: "_Step") -> tuple[jax.Array, KvLayer]:
         c, tokens = self.config, x.shape[0]
         group = c.heads // c.kv_heads
         qkv = self.qkv(x, step.kernels, step.adapters).reshape(tokens, c.kv_heads, group + 2, c.head_dim)
@@ -86,17 +108,7 @@ class Layer(nnx.Module):
             qkv = jnp.concatenate([self._normed(self.q_norm, q), self._normed(self.k_norm, k), v], axis=2)
         if self.rotates:
             qkv = rotate(qkv, step.local_rotation if self.local else step.rotation, c)
-        attended, kv = step.kernels.attend(
-            qkv,
-            kv,
-            step.batch,
-            window=self.window,
-            scale=c.attention_scale or default_scale(c.head_dim),
-            one_token_rows=step.one_token_rows,
-            softcap=c.attention_softcap,
-            slopes=c.alibi_slopes,
-            sinks=None if self.sinks is None else self.sinks[...],
-        )
+        attended, kv = attend(qkv)
         return attended.reshape(tokens, c.heads * c.head_dim), kv
 
     def _normed(self, head_norm: Any, x: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ class RoutedFeedForward(nnx.Module):
         d, x, f = config.hidden_size, experts.count, experts.ffn_size
         self.config, self.choice = config, experts
         self.router = Linear((x, d), (None, None), experts.router_bias, style.unquantized())
+        # In float32 whatever the rest is: what it decides between differs by less than bfloat16 tells apart.
+        self.choice_bias = param((x,), (None,), "float32") if experts.choice_bias else None
         self.gate_up = Stack((x, 2, f, d), experts.bias, style)
         self.down = Stack((x, d, f), experts.bias, style)
         self.shared = Shared(config, experts.shared_ffn_size, style) if experts.shared_ffn_size else None
@@ -33,7 +35,8 @@ class RoutedFeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, real: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D], of which the rows that are `real` bool[T] count -> [T, D]."""
-        chosen, shares = route(self.router(x, kernels).astype(jnp.float32), self.choice)
+        bias = None if self.choice_bias is None else self.choice_bias[...]
+        chosen, shares = route(self.router(x, kernels).astype(jnp.float32), self.choice, bias)
         # Padding goes to no expert: each one that is met is read from memory.
         chosen = jnp.where(real[:, None], chosen, self.choice.count)
         stacks = (*self.gate_up.arrays(), *self.down.arrays())
@@ -112,12 +115,29 @@ class Shared(nnx.Module):
         return self.down(gated(self.config, both[:, 0], both[:, 1]), kernels)
 
 
-def route(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
-    """float32[T, X] -> the experts of each token int32[T, k], and what it takes of each, float32[T, k]."""
+def route(logits: jax.Array, experts: Experts, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """float32[T, X], `choice_bias` float32[X] -> the experts of each token int32[T, k], and what it takes of each,
+    float32[T, k]."""
     if experts.shares == "sparsemixer":
         return _sparse_mixer(logits, experts)
-    shares, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts.chosen)
-    return chosen, shares / shares.sum(axis=-1, keepdims=True) if experts.normalized else shares
+    shares = jax.nn.sigmoid(logits) if experts.shares == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    merit = shares if bias is None else shares + bias[None, :]
+    if experts.groups > 1:
+        merit = _in_best_groups(merit, experts)
+    _, chosen = jax.lax.top_k(merit, experts.chosen)
+    shares = jnp.take_along_axis(shares, chosen, axis=-1)
+    if experts.normalized:
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+    return chosen, shares * experts.share_scale
+
+
+def _in_best_groups(merit: jax.Array, experts: Experts) -> jax.Array:
+    """float32[T, X] -> the same, with nothing to be said for the experts of all but the best groups."""
+    by_group = merit.reshape(len(merit), experts.groups, -1)
+    best, _ = jax.lax.top_k(by_group, experts.group_best)
+    _, groups = jax.lax.top_k(best.sum(axis=-1), experts.chosen_groups)
+    among = (groups[:, :, None] == jnp.arange(experts.groups)[None, None, :]).any(axis=1)
+    return jnp.where(among[:, :, None], by_group, MASKED).reshape(merit.shape)
 
 
 def _sparse_mixer(logits: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:

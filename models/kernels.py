@@ -32,8 +32,8 @@ class KvLayer(NamedTuple):
 
     k: jax.Array
     """[K, P, W, H]"""
-    v: jax.Array
-    """[K, P, W, H]"""
+    v: jax.Array | None
+    """[K, P, W, H]; None where values are a part of the keys (`Kernels.attend`)."""
     k_scales: jax.Array | None = None
     """float32[K, P, W], where keys and values are int8: what each token's are to be multiplied with, head by head."""
     v_scales: jax.Array | None = None
@@ -78,10 +78,12 @@ class Kernels(Protocol):
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """Write keys and values into the pages of their rows, then attend the queries causally -> [T, N, H].
 
-        qkv [T, K, G+2, H] holds, per kv head, its G query heads, its key and its value.
+        qkv [T, K, G+2, H] holds, per kv head, its G query heads, its key and its value. With `value_dim` it holds no value,
+        [T, K, G+1, H], nor does the pool: a value is the first so many numbers of its key, and the result [T, N, value_dim].
 
         A query at position p sees the keys of its row at positions max(0, p - window + 1) … p, those written by this
         very call included. Of the first `one_token_rows` tokens each has a row of the table by its own number, row t token t

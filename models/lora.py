@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from .errors import CheckpointError
 from .families.hf import Fields
 from .hub import ADAPTER_FILES
 from .spec import ParamSpec
-from .weights import Index, Recipe, Weights, assemble, refuse_if_any
+from .weights import Index, Recipe, Weights, assemble, entry, refuse_if_any
 
 CONFIG, TENSORS = ADAPTER_FILES
 PREFIX = "base_model.model."
@@ -107,15 +107,15 @@ def lora_of(adapters: Sequence[Adapter], table: Mapping[str, Recipe], layers: in
         if ".experts." in path:
             continue
         for layer in range(layers):
-            names = recipe.of_layer(str(layer)).names
-            known.update(
-                adapter.tensor(name, part)
-                for adapter in adapters
-                for name in names
-                for part in ("lora_A", "lora_B")
-            )
-            if any(adapter.changes(name) for adapter in adapters for name in names):
-                maps.append((path.replace("{i}", str(layer)).removesuffix(".weight"), len(names)))
+            for made in recipe.of_layer(str(layer)).alternatives:
+                known.update(
+                    adapter.tensor(name, part)
+                    for adapter in adapters
+                    for name in made.names
+                    for part in ("lora_A", "lora_B")
+                )
+                if _changed(made, adapters):
+                    maps.append((path.replace("{i}", str(layer)).removesuffix(".weight"), len(made.names)))
     refuse_if_any(
         [
             f"{adapter.tensors.where(name)}: tensor {name} changes nothing of this model that an adapter may change (the "
@@ -133,11 +133,16 @@ def lora_of(adapters: Sequence[Adapter], table: Mapping[str, Recipe], layers: in
     )
 
 
+def _changed(made: Recipe, adapters: Sequence[Adapter]) -> bool:
+    return any(adapter.changes(name) for adapter in adapters for name in made.names)
+
+
 class AdaptedWeights:
     """A `WeightSource` of a model with adapters."""
 
-    def __init__(self, weights: Weights, adapters: Sequence[Adapter]) -> None:
-        self._weights, self._adapters = weights, adapters
+    def __init__(self, weights: Weights, adapters: Sequence[Adapter], table: Mapping[str, Recipe]) -> None:
+        """`table` is the family's, by whose names adapters call what they change."""
+        self._weights, self._adapters, self._table = weights, adapters, table
         self._rank = max(adapter.rank for adapter in adapters)
 
     def check(self, specs: Sequence[ParamSpec]) -> None:
@@ -160,8 +165,12 @@ class AdaptedWeights:
         return self._weights.read_parts(spec, index)
 
     def _recipe(self, spec: ParamSpec) -> Recipe:
+        recipe = entry(self._table, spec.path[: -len(A)] + ".weight")
+        if recipe is None:
+            raise CheckpointError(f"parameter {spec.path} has no entry in the weight table")
+        made = next(one for one in recipe.alternatives if _changed(one, self._adapters))
         # PEFT's own tensors are outputs first, whatever the weight's layout.
-        return self._weights.as_made(spec.path[: -len(A)] + ".weight")
+        return replace(made, transposed=False)
 
     def _misfits(self, spec: ParamSpec) -> list[str]:
         recipe, problems = self._recipe(spec), []

@@ -36,7 +36,9 @@ def open_model(path: Path, *, weights: bool = True, adapters: Sequence[tuple[str
     family, config, source = _open(path, weights)
     opened = [Adapter.open(name, Path(folder)) for name, folder in adapters]
     config = replace(config, lora=lora_of(opened, family.WEIGHTS, config.layers))
-    return OpenedModel(config, AdaptedWeights(source, opened) if source and opened else source)
+    return OpenedModel(
+        config, AdaptedWeights(source, opened, family.WEIGHTS) if source and opened else source
+    )
 
 
 def _open(path: Path, weights: bool) -> tuple[Family, ModelConfig, Weights | None]:

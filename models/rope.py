@@ -91,20 +91,23 @@ def attention_factor(config: ModelConfig) -> float:
 
 def rotation(config: ModelConfig, positions: jax.Array, local: bool = False) -> tuple[jax.Array, jax.Array]:
     """positions int32[T] -> (cos, sin) float32[T, 1, G+2, H] for heads laid out as in a fused qkv: each kv head's queries
-    and its key turn, its value stands still. In float32: bfloat16 cannot tell far positions apart."""
+    and its key turn, its value stands still. With `latent` float32[T, 1, R], of what turns alone. In float32: bfloat16
+    cannot tell far positions apart."""
     angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, local)[None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if not local and (factor := attention_factor(config)) != 1.0:
         cos, sin = cos * factor, sin * factor
-    turns = (np.arange(config.heads // config.kv_heads + 2) <= config.heads // config.kv_heads)[
-        None, None, :, None
-    ]
     if config.rope_interleaved:
         cos, sin = (
             jnp.stack(pair, axis=-1).reshape(len(positions), -1) for pair in ((cos, cos), (-sin, sin))
         )
     else:
         cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    if config.latent:
+        return cos[:, None, :], sin[:, None, :]
+    turns = (np.arange(config.heads // config.kv_heads + 2) <= config.heads // config.kv_heads)[
+        None, None, :, None
+    ]
     still = config.head_dim - rotary_width(config)
     if still:
         cos = jnp.pad(cos, ((0, 0), (0, still)), constant_values=1.0)
@@ -114,7 +117,8 @@ def rotation(config: ModelConfig, positions: jax.Array, local: bool = False) -> 
 
 
 def rotate(qkv: jax.Array, turning: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:
-    """Turn the heads of a fused qkv [T, K, G+2, H] by their positions' angles (`rotation`'s cos and sin), in float32, returned in its dtype.
+    """Turn the heads of a fused qkv [T, K, G+2, H] by their positions' angles (`rotation`'s cos and sin), in float32, returned in
+    its dtype. With `latent`, what turns of heads, [T, N, R].
 
     One expression over the whole array, so that it becomes one loop: three would run side by side on the threads that
     the matmul kernels wait for.
@@ -128,7 +132,7 @@ def _partners(x: jax.Array, config: ModelConfig) -> jax.Array:
     """x [..., H] with the two dimensions of each pair exchanged; those that stand still may be anything finite."""
     width = rotary_width(config)
     if config.rope_interleaved:
-        pairs = x.reshape(*x.shape[:-1], config.head_dim // 2, 2)
+        pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
         return pairs[..., ::-1].reshape(x.shape)
-    first, second, *still = jnp.split(x, [width // 2, width][: 1 + (width < config.head_dim)], axis=-1)
+    first, second, *still = jnp.split(x, [width // 2, width][: 1 + (width < x.shape[-1])], axis=-1)
     return jnp.concatenate([second, first, *still], axis=-1)

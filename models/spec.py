@@ -12,6 +12,11 @@ The paths and logical shapes of a decoder (letters as in the room's docstring, G
     layers.{i}.qkv.bias          [K, G+2, H]
     layers.{i}.q_norm.scale      [H]              (and k_norm; [K, G, H] for one a head, [N*H] over all heads)
     layers.{i}.sinks             [K, G]
+    layers.{i}.latent.…                           instead of qkv, with `config.Latent`:
+      q.weight                   [N, still + rotary, D]    or, of a vector of `query_rank` numbers, of these
+      q_down.weight              [query_rank, D]           (q_down.bias, q_norm.scale)
+      down.weight                [rank + rotary, D]        (down.bias, norm.scale [rank])
+      up                         [N, still + value, rank]  per head: its keys, its values
     layers.{i}.….order           int32[D]         of a weight kept as it is stored, where its inputs are in another order
     layers.{i}.out.weight        [D, N*H]         (out.bias [D])
     layers.{i}.mlp_norm.scale    [D]              (and mlp_post_norm)
@@ -20,6 +25,7 @@ The paths and logical shapes of a decoder (letters as in the room's docstring, G
     layers.{i}.down.weight       [D, F]           (down.bias [D])
     layers.{i}.experts.…                          instead of these, where a layer has X experts:
       router.weight              [X, D]           (router.bias [X])
+      choice_bias                [X]
       gate_up.weight             [X, 2, F, D]     (gate_up.bias [X, 2, F])
       down.weight                [X, D, F]        (down.bias [X, D])
       shared.gate_up.weight      [2, F, D]        and shared.down.weight [D, F]: one for every token

@@ -119,6 +119,11 @@ class Recipe:
         return self._filled("{e}", str(expert))
 
     @property
+    def alternatives(self) -> "tuple[Recipe, ...]":
+        """All that it may be, the first choice first."""
+        return (self, *(self.otherwise.alternatives if self.otherwise else ()))
+
+    @property
     def by_expert(self) -> bool:
         """Each expert has tensors of its own."""
         return "{e}" in self.names[0]
@@ -243,13 +248,6 @@ class Weights:
             for number, part in enumerate(spec.parts)
         ]
 
-    def as_made(self, path: str) -> Recipe:
-        """What a parameter is made of, all tensors outputs first."""
-        recipe = self._find(path)
-        if recipe is None:
-            raise CheckpointError(f"parameter {path} has no entry in the weight table")
-        return replace(recipe, transposed=False)
-
     def _order(self, recipe: Recipe, leaves: LeafSource) -> np.ndarray:
         """Of the inputs, the same for all that are fused in one parameter."""
         first, *others = ((name, leaves.order(name)) for name in recipe.names)
@@ -269,16 +267,11 @@ class Weights:
 
     def _find(self, path: str) -> Recipe | None:
         path = path.removesuffix(ORDER) + ".weight" if path.endswith(ORDER) else path
-        match = re.match(r"layers\.(\d+)\.", path)
-        recipe = self._table.get("layers.{i}." + path[match.end() :] if match else path)
+        recipe = entry(self._table, path)
         if recipe is None:
             return None
-        if match:
-            recipe = recipe.of_layer(match[1])
-        recipe = self._without_prefix(recipe)
-        if recipe.otherwise and recipe.of_expert(0).names[0] not in self._present:
-            return self._without_prefix(recipe.otherwise)
-        return recipe
+        *others, last = map(self._without_prefix, recipe.alternatives)
+        return next((one for one in others if one.of_expert(0).names[0] in self._present), last)
 
     def _without_prefix(self, recipe: Recipe) -> Recipe:
         names = tuple(name.removeprefix(self._missing_prefix) for name in recipe.names)
@@ -305,6 +298,13 @@ class Weights:
             except CheckpointError as error:
                 problems.append(str(error))
         return problems
+
+
+def entry(table: Mapping[str, Recipe], path: str) -> Recipe | None:
+    """What a table says of a parameter, its layer filled in."""
+    match = re.match(r"layers\.(\d+)\.", path)
+    recipe = table.get("layers.{i}." + path[match.end() :] if match else path)
+    return recipe.of_layer(match[1]) if recipe and match else recipe
 
 
 def _missing_prefix(present: frozenset[str], table: Mapping[str, Recipe]) -> str:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...models.attention import XlaKernels
 from ...models.kernels import KvLayer, PagedBatch, Weight
 from ...models.spec import PANEL, Quantized
 from .build import build
@@ -66,15 +67,23 @@ class NativeKernels:
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """Write the keys and values of qkv float32[T, K, G+2, H] into their pages in place, then attend its queries. The pages
-        are of float32, or of int8 with scales.
+        are of float32, or of int8 with scales. Where values are a part of the keys, XLA attends.
 
         `one_token_rows` is not needed: the kernel finds the runs of tokens itself.
         """
+        if value_dim is not None:
+            return XlaKernels("cpu").attend(
+                qkv, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
+                slopes=slopes, sinks=sinks, value_dim=value_dim,
+            )  # fmt: skip
         pools = tuple(pool for pool in kv if pool is not None)
         target = ATTEND if len(pools) == 2 else ATTEND8
-        _require_float32("attend", qkv=qkv, **({"k_pool": kv.k, "v_pool": kv.v} if target is ATTEND else {}))
+        _require_float32(
+            "attend", qkv=qkv, **dict(zip(("k_pool", "v_pool"), pools if target is ATTEND else ()))
+        )
         if sinks is not None:
             _require_float32("attend", sinks=sinks)
         del one_token_rows

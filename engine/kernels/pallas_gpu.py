@@ -59,8 +59,14 @@ class PallasGpuKernels(XlaKernels):
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """See `Kernels.attend`."""
+        if value_dim is not None:
+            return super().attend(
+                qkv, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
+                slopes=slopes, sinks=sinks, value_dim=value_dim,
+            )  # fmt: skip
         tokens, kv_heads, members, head_dim = qkv.shape
         group = members - 2
         kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
@@ -212,8 +218,9 @@ def _tuned(qkv: jax.Array, form: Form, warps: int) -> triton.CompilerParams:
     return triton.CompilerParams(num_warps=warps, num_stages=max(1, min(4, FLIGHT_BYTES // block_bytes)))
 
 
-def _flat(pool: jax.Array) -> jax.Array:
+def _flat(pool: jax.Array | None) -> jax.Array:
     """[K, P, W, H] seen as [K, P W, H]."""
+    assert pool is not None, "values in latent form are XLA's"
     return pool.reshape(pool.shape[0], -1, pool.shape[-1])
 
 

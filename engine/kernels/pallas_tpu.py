@@ -49,14 +49,16 @@ class PallasTpuKernels(XlaKernels):
         softcap: float | None = None,
         slopes: tuple[float, ...] = (),
         sinks: jax.Array | None = None,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
         few_bits = kv.k_scales is not None
-        if one_token_rows != tokens or few_bits or not fits(head_dim, kv.k.shape[2], batch.table.shape):
+        plain = one_token_rows != tokens or few_bits or value_dim is not None
+        if plain or not fits(head_dim, kv.k.shape[2], batch.table.shape):
             return super().attend(
                 qkv, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
-                slopes=slopes, sinks=sinks,
+                slopes=slopes, sinks=sinks, value_dim=value_dim,
             )  # fmt: skip
         group = members - 2
         kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)

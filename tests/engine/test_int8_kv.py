@@ -12,7 +12,7 @@ from tests.engine.test_native_kernels import DECODE, PREFILL, Case, fused, make_
 from xlane.engine.kernels.native import native_kernels
 from xlane.engine.state import Shapes, abstract_kv, held_bytes, page_bytes
 from xlane.models.attention import XlaKernels
-from xlane.models.config import ModelConfig
+from xlane.models.config import Latent, ModelConfig
 from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.sharding.mesh import make_placement
 
@@ -151,3 +151,7 @@ def test_bytes_of_a_page() -> None:
     for devices in (1, 2):
         kv = abstract_kv(config, Shapes(1, 3, 8, 1, 8), "int8", make_placement(1, devices))
         assert held_bytes(kv) == 3 * page_bytes(config, 8, "int8"), "no device holds another's heads"
+    latent = replace(config, kv_heads=1, head_dim=20, latent=Latent(rank=16, rotary=4, still=8, value=8))
+    assert page_bytes(latent, 8, "int8") == 2 * 8 * (20 + 4), "one vector a token, whatever the heads"
+    kv = abstract_kv(latent, Shapes(1, 3, 8, 1, 8), "int8", make_placement(1, 2))
+    assert held_bytes(kv) == 2 * 3 * page_bytes(latent, 8, "int8"), "each device reads it for its own heads"

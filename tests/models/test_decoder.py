@@ -13,6 +13,7 @@ from tests.support.rounding import rounded_model
 from tests.support.tiny import TINY_KINDS, hf_logits, one_of_each, tiny_model
 from xlane.engine.kernels.native import native_kernels
 from xlane.engine.programs import param_sharding
+from xlane.engine.state import Shapes, abstract_kv, zeros_like
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
 from xlane.models.kernels import Kernels, KvLayer, PagedBatch
@@ -37,6 +38,7 @@ SPLIT_KINDS = (
     "falcon-40b",
     "mixtral",
     "gpt_oss",
+    "deepseek_v3",
 )
 
 OURS = np.random.default_rng(1).integers(3, 131, 23).tolist()
@@ -77,9 +79,10 @@ class Network:
         self.params = load_params(
             self.graph.specs, opened.source, lambda spec: param_sharding(self.placement, spec)
         )
-        pool = jnp.zeros((opened.config.kv_heads, PAGES, PAGE_TOKENS, opened.config.head_dim))
-        pool = jax.device_put(pool, self.placement.sharding(("kv_heads", None, None, None)))
-        self.kv = tuple(KvLayer(pool, pool) for _ in range(opened.config.layers))
+        shapes = Shapes(2, PAGES, PAGE_TOKENS, WIDTH, opened.config.vocab_size)
+        self.kv: tuple[KvLayer, ...] = zeros_like(
+            abstract_kv(opened.config, shapes, "float32", self.placement)
+        )
         self.kernels = kernels
         # Scattered on purpose: pages of a row are neither adjacent nor in order.
         self.table = (

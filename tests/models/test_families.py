@@ -268,6 +268,59 @@ def test_gemma3_has_two_rotations_in_both_spellings():
         gemma3(rope_parameters={"full_attention": {}, "sliding_attention": scaled})
 
 
+DEEPSEEK: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "auto_map": {"AutoConfig": "x.Y"}, "ep_size": 1,
+    "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000, "routed_scaling_factor": 2.5,
+    "rope_scaling": {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096},
+    "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
+V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax",
+    "norm_topk_prob": False, "q_lora_rank": None, "routed_scaling_factor": 1.0, "num_hidden_layers": 27, "hidden_size": 2048,
+    "intermediate_size": 10944, "num_attention_heads": 16, "num_key_value_heads": 16, "first_k_dense_replace": 1, "aux_loss_alpha": 0.001, "seq_aux": True,
+    "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                     "original_max_position_embeddings": 4096},
+    "num_nextn_predict_layers": None, "vocab_size": 102400,
+}  # fmt: skip
+
+
+def test_deepseek_as_published():
+    """Scores are multiplied by yarn's factor for queries and for keys: 1.8738 / sqrt(192), as the authors' own code has it."""
+    config = config_from_hf(DEEPSEEK)
+    assert (config.heads, config.kv_heads, config.head_dim, config.value_dim) == (128, 1, 576, 512)
+    assert config.attention_scale == pytest.approx(0.1352338, rel=1e-6)
+    assert config.experts is not None
+    assert (config.experts.groups, config.experts.chosen_groups, config.experts.group_best) == (8, 4, 2)
+    assert [config.layer_experts(layer) is None for layer in range(4)] == [True, True, True, False]
+    lite = config_from_hf({**DEEPSEEK, **V2_LITE})
+    assert lite.latent is not None
+    assert (lite.latent.query_rank, lite.rotary_dim, lite.rope_interleaved) == (0, 64, True)
+    assert lite.attention_scale == pytest.approx(0.1147214, rel=1e-6)
+    assert lite.experts is not None
+    assert (lite.experts.groups, lite.experts.shared_ffn_size, lite.experts.normalized) == (1, 2816, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk_method": "greedy"}, "topk_method = 'greedy': supported: noaux_tc"),
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax': supported: sigmoid"),
+        ({**V2_LITE, "norm_topk_prob": True}, "norm_topk_prob = True: supported: False"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+    ],
+)
+def test_what_deepseeks_experts_are_not_chosen_by(change: dict[str, Any], message: str):
+    with pytest.raises(UnsupportedModel, match=message):
+        config_from_hf({**DEEPSEEK, **change})
+
+
 def test_unknown_architecture_lists_the_known():
     with pytest.raises(
         UnsupportedModel, match=r"\['T5Model'\].*LlamaForCausalLM, MPTForCausalLM, MistralForCausalLM"
@@ -310,7 +363,8 @@ def test_what_transformers_writes_is_read(kind: str, tmp_path_factory: pytest.Te
     config, theirs = read_config(path), AutoConfig.from_pretrained(path)
     assert config.family == kind.split("-")[0]
     assert config.layers == theirs.num_hidden_layers
-    assert config.kv_heads == getattr(theirs, "num_key_value_heads", config.kv_heads)
+    if config.latent is None:
+        assert config.kv_heads == getattr(theirs, "num_key_value_heads", config.kv_heads)
     assert config.tied_embeddings == theirs.tie_word_embeddings
     if config.rope_theta is not None:
         assert config.rope_theta == getattr(theirs, "rope_theta", 10000.0)

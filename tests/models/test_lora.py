@@ -28,20 +28,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets"),
+    ("kind", "targets", "others"),
     [
-        ("llama-biases", "proj"),
-        ("phi3", "qkv_proj|gate_up_proj"),
-        ("gpt2", r"h\.\d\.(attn|mlp)\.c_"),
-        ("falcon-40b", "query_key_value|dense"),
+        ("llama-biases", "proj", "down"),
+        ("phi3", "qkv_proj|gate_up_proj", "down|gate_up"),
+        ("gpt2", r"h\.\d\.(attn|mlp)\.c_", "c_proj"),
+        ("falcon-40b", "query_key_value|dense", "dense_h"),
+        ("deepseek_v3", "q_[ab]_proj|kv_a_proj|o_proj", r"layers\.0\.mlp|q_b_proj"),
     ],
 )
 def test_what_is_added_is_the_difference_that_merging_makes(
-    kind: str, targets: str, tiny: Path, tmp_path: Path
+    kind: str, targets: str, others: str, tiny: Path, tmp_path: Path
 ) -> None:
     plain = tiny_model(kind, tiny)
     one, merged_one = lora(plain, tmp_path, 4, targets, seed=1)
-    two, merged_two = lora(plain, tmp_path, 2, "nothing|down|c_proj|dense_h|gate_up", seed=2, use_rslora=True)
+    two, merged_two = lora(plain, tmp_path, 2, others, seed=2, use_rslora=True)
     opened = open_model(plain, adapters=[("one", str(one)), ("two", str(two))])
     sources = [open_model(path).source for path in (plain, merged_one, merged_two)]
     specs = {spec.path: spec for spec in DecoderGraph.of(opened.config, "float32").specs}

@@ -16,8 +16,8 @@ from tests.support.tiny import hf_tensors
 GROUP = 32
 TABLES = re.compile(r"embed_tokens|word_embeddings|wte|embed_in|embed_out|lm_head")
 """Of vectors: 8 bits at least."""
-WHOLE = re.compile(r"norm|wpe|embed_positions|[._]gate\.weight|router|bias")
-"""Not rounded: norms, positions, biases, and what chooses among experts."""
+WHOLE = re.compile(r"norm|wpe|embed_positions|[._]gate\.weight|router|bias|kv_b_proj")
+"""Not rounded: norms, positions, biases, what chooses among experts, and what makes heads of a latent vector."""
 INPUTS_FIRST = re.compile(r"^gpt2.*(c_attn|c_proj|c_fc)|^gpt_oss.*experts")
 """Stored [inputs, outputs]: model and tensor."""
 

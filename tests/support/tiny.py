@@ -33,6 +33,20 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+
 _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
     "llama-mha-even-vocab": ("Llama", {"num_key_value_heads": 4, "vocab_size": 132}),
@@ -125,6 +139,21 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 4, "head_dim": 16, "sliding_window": 5,
          "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}},
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {**_LATENT, "q_lora_rank": None, "num_experts_per_tok": 3, "topk_method": "group_limited_greedy",
+         "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**_LATENT, "q_lora_rank": 32, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "attention_bias": True,
+         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0,
+                          "mscale": 1.0, "mscale_all_dim": 0.8}},
+    ),
+    "deepseek_v3-moonlight": (
+        "DeepseekV3",
+        {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False},
+    ),
     "llama-yarn": (
         "Llama",
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}},
@@ -181,6 +210,9 @@ def _randomise(model: Any) -> None:
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.rand(buffer.shape))
 
 
 @lru_cache(maxsize=4)
