@@ -1,7 +1,8 @@
 """The client seam: all that the rest of the world may ask of an engine, whether it lives here or elsewhere.
 
 Implementations: `local.LocalClient` (an engine in this process), `rpc_client.RpcClient` (another process over gRPC),
-`replay.ReplayingClient` (wraps either and survives the loss of an engine). All pass the same tests.
+`replay.ReplayingClient` (wraps either and survives the loss of an engine), which all pass the same tests, and
+`replicas.Replicas` (several engines; it tells of their loss what one engine would not).
 """
 
 from collections.abc import AsyncGenerator

@@ -38,7 +38,14 @@ class DeadlineExceeded(EngineError):
 
 
 class EngineLost(EngineError):
-    """The connection to the engine broke; what was not yet received must be asked for again."""
+    """The connection to the engine broke; what was not yet received must be asked for again.
+
+    `blameless`: no request can be why, since it was not reached at all, or ended in order.
+    """
+
+    def __init__(self, message: str, *, blameless: bool = False) -> None:
+        super().__init__(message)
+        self.blameless = blameless
 
 
 class EngineStopped(EngineError):

@@ -118,6 +118,11 @@ class Streams:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._mailboxes
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of those that run."""
+        return tuple(self._mailboxes)
+
     def open(self, request_id: str) -> None:
         """Start to keep outputs for this id. Raises InvalidRequest if it is running already."""
         if request_id in self._mailboxes:
@@ -139,7 +144,7 @@ class Streams:
 
     def fail(self, message: str) -> list[str]:
         """End all of them with EngineLost, after what was already delivered. Returns their ids."""
-        running = list(self._mailboxes)
+        running = list(self.ids)
         self.deliver([RequestError(request_id, EngineLost(message)) for request_id in running])
         return running
 

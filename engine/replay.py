@@ -12,7 +12,7 @@ A request that itself kills the engine must not be replayed for ever. Who killed
    `max_losses` engines, however far it got. Once may be chance: who kills an engine from outside does not look what runs.
 
 A killer so costs four deaths of the engine, or a few more if its tokens die with it, and no other stream. A new token
-ends suspicion.
+ends suspicion. An engine that ended in order, or was not reached, makes nobody a suspect.
 Knows only `EngineClient`; not processes, not the wire.
 """
 
@@ -256,10 +256,11 @@ class ReplayingClient:
         """Count a loss. Raises if the request may not be replayed."""
         if self._closed.is_set():
             raise error
-        self._trials.engine_lost(progress)
         progress.losses += 1
-        progress.losses_in_place += 1
-        progress.lone_losses += progress.alone
+        if not error.blameless:
+            self._trials.engine_lost(progress)
+            progress.losses_in_place += 1
+            progress.lone_losses += progress.alone
         if progress.lone_losses >= LONE_LOSSES or progress.losses >= self._max_losses:
             raise RequestFailed(
                 f"request {progress.request.id} ran in {progress.losses} engines that were lost "

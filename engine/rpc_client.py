@@ -51,8 +51,8 @@ class _Connection:
 
     @property
     def lost(self) -> EngineLost | None:
-        """Why it is broken; None while it is not."""
-        return EngineLost(self._loss) if self._loss else None
+        """Why it is broken, for a request that was not sent; None while it is not."""
+        return EngineLost(self._loss, blameless=True) if self._loss else None
 
     async def opened(self) -> None:
         """Return when the engine has answered. Raises EngineLost if it cannot be reached or has gone again."""
@@ -91,6 +91,11 @@ class _Connection:
             self._answered.set()
             self._outbox.put_nowait(None)
             self.streams.fail(self._loss)
+
+    def cancel_all(self) -> None:
+        """Ask for the end of all that runs; it ends with ABORT."""
+        for request_id in self.streams.ids:
+            self.send(pb.ClientMessage(cancel=pb.Cancel(request_id=request_id)))
 
     async def close(self) -> None:
         """End the call; what still runs ends with EngineLost."""
@@ -162,12 +167,21 @@ class RpcClient:
 
     async def health(self) -> bool:
         """See `EngineClient.health`."""
-        question = health_pb2.HealthCheckRequest(service=SERVICE)
         try:
-            answer = await self._ask(self._health.Check, question, CALL_TIMEOUT_S)  # pyright: ignore[reportAttributeAccessIssue] (untyped stub)
+            return await self.serving()
         except EngineLost:
             return False
+
+    async def serving(self) -> bool:
+        """Whether the engine that answers takes requests. Raises EngineLost if none answers."""
+        question = health_pb2.HealthCheckRequest(service=SERVICE)
+        answer = await self._ask(self._health.Check, question, CALL_TIMEOUT_S)  # pyright: ignore[reportAttributeAccessIssue] (untyped stub)
         return answer.status == answer.SERVING
+
+    def cancel_all(self) -> None:
+        """Ask the engine to end all requests of this client; each ends with ABORT."""
+        if self._connection is not None:
+            self._connection.cancel_all()
 
     async def drain(self, timeout_s: float) -> None:
         """See `EngineClient.drain`."""

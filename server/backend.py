@@ -6,7 +6,8 @@ answered with the reason why not yet. Knows no HTTP.
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from ..engine import EngineClient, EngineError, EngineInfo
 from .declared import Declared, find_declared
@@ -46,6 +47,8 @@ class Backend:
         self._leaving = self._draining = self._comes_back = False
         self.restarts = 0
         """Engines that came after one that died."""
+        self.engines: Mapping[str, int] = {}
+        """How many of several engines are in which state; empty for one of our own."""
 
     def say(self, reason: str) -> None:
         """What is being waited for, shown by /health: "loading weights 40 %"."""
@@ -61,6 +64,12 @@ class Backend:
         marks = kept_ids(form, tokenizer)
         self._serving = Serving(engine, tokenizer, info, markers, form, marks, declared)
         self._info, self._reason = info, ""
+
+    def update(self, info: EngineInfo) -> None:
+        """What is served has other sizes now: engines came or went."""
+        if self._serving is not None:
+            self._serving = replace(self._serving, info=info)
+            self._info = info
 
     def down(self, reason: str, *, comes_back: bool = False) -> None:
         """From now on requests are refused, for this reason; running ones are not touched. `comes_back`: until one asks for

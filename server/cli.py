@@ -212,6 +212,10 @@ def settle(
         ]
     options.notes[:0] = notes
     _agree(options)
+    if options.of("run").get("engines"):
+        from .engines import check_engines
+
+        check_engines(options)
     engine = EngineConfig(**{"model_id": "demo", **options.of("engine")})
     return Settings(
         engine, ServerConfig(**options.of("server")), RunConfig(**options.of("run")), options, environ

@@ -86,7 +86,7 @@ def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: 
         return OK
     core = start(config, path, options.plain("model_sha"), progress)
     try:
-        asyncio.run(serve(core, address, on_ready=ready))
+        asyncio.run(serve(core, address, drain_s=options.plain("drain_s"), on_ready=ready))
     except OSError as error:
         raise UsageError(str(error)) from error
     return OK
@@ -145,6 +145,19 @@ def dry_run(engine: EngineConfig, server: ServerConfig, run: RunConfig, given: R
     if server.api_key_file is not None:
         read_keys(server.api_key_file)
     console = console_of(run)
+    plans = _asked(engine, run) if run.engines else _planned(engine, server, run, console)
+    console.settle()
+    shown = Console(sys.stdout, json_output=run.json_output)
+    shown.table("set (all others: xlane config show)", given)
+    for title, facts in plans.items():
+        shown.table(title, [(_without_unit(fact), _shown(fact, facts)) for fact in facts])
+    return OK
+
+
+def _planned(
+    engine: EngineConfig, server: ServerConfig, run: RunConfig, console: Console
+) -> dict[str, dict[str, Any]]:
+    """What each model would be on the devices here."""
     from .several import configs_of
 
     configs = configs_of(engine, server, run)
@@ -152,13 +165,23 @@ def dry_run(engine: EngineConfig, server: ServerConfig, run: RunConfig, given: R
     from ..engine.plan import describe
 
     plans = {name: describe(with_adapters(one, run.hub_cache), paths[name]) for name, one in configs.items()}
-    console.settle()
-    shown = Console(sys.stdout, json_output=run.json_output)
-    shown.table("set (all others: xlane config show)", given)
-    for name, facts in plans.items():
-        title = "would serve" if len(plans) == 1 else f"would serve {name}"
-        shown.table(title, [(_without_unit(fact), _shown(fact, facts)) for fact in facts])
-    return OK
+    return {"would serve" if len(plans) == 1 else f"would serve {name}": plans[name] for name in plans}
+
+
+def _asked(engine: EngineConfig, run: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the engines that run elsewhere say."""
+    from .engines import ask_engines
+
+    states, info = ask_engines(run.engines, engine.model_id)
+    asked: dict[str, dict[str, Any]] = {"would ask": {**states}}
+    if info is not None:
+        asked["would serve"] = {
+            "model": info.model_id,
+            "lanes": info.lanes,
+            "context": info.max_total_tokens,
+            "KV bytes": info.kv_bytes,
+        }
+    return asked
 
 
 def warmup(config: EngineConfig, run: RunConfig) -> int:

@@ -17,6 +17,7 @@ from ..models.errors import ModelError
 from ..models.hub import HubState, hub_state
 from .config import ServerConfig
 from .console import bytes_text
+from .engines import ask_engines
 from .findings import Finding, Status
 from .flags import RunConfig
 from .hosts import open_to_all
@@ -81,7 +82,10 @@ def examine(
     yield room("models", Path(run.hub_cache or hub.cache_dir), "--huggingface-hub-cache")
     model, finding = _model(engine, run, hub)
     yield finding
-    yield from machine(engine, model)
+    if run.engines:
+        yield engines(run, engine.model_id)
+    else:
+        yield from machine(engine, model)
 
 
 def versions() -> Finding:
@@ -129,6 +133,19 @@ def port(server: ServerConfig) -> Finding:
         )
         return Finding("port", "fail", f"{where}: {error.strerror or error}", do)
     return Finding("port", "ok", f"{where} is free")
+
+
+def engines(run: RunConfig, model_id: str) -> Finding:
+    """Whether one of those that run elsewhere serves."""
+    states, _ = ask_engines(run.engines, model_id)
+    found = "; ".join(f"{address} is {told}" for address, told in states.items())
+    found = found or f"nobody is found at {', '.join(run.engines)}"
+    if all(told == "serving" for told in states.values()) and states:
+        return Finding("engines", "ok", found)
+    status: Status = "warn" if "serving" in states.values() else "fail"
+    return Finding(
+        "engines", status, found, "see that `xlane engine` runs there, with the same model for all"
+    )
 
 
 def room(name: str, folder: Path, option: str) -> Finding:

@@ -28,6 +28,8 @@ class RunConfig:
     """Unix socket between front and engine; default a private temporary one."""
     hub_cache: str | None = None
     """Where downloaded models are kept; default the Hub client's own place."""
+    engines: tuple[str, ...] = ()
+    """Addresses of engines that run elsewhere; none starts one of our own."""
     show_env: bool = False
 
 
@@ -281,9 +283,16 @@ LOG = (
 
 RUN = (
     *LOG,
-    _tgi("shard-uds-path", "run.uds_path", "Unix socket between front and engine; default a private one."),
+    _tgi(
+        "shard-uds-path", "run.uds_path", "Unix socket between front and engine; default a private one.", hidden=True
+    ),
+    _own(
+        "engine", "run.engines",
+        "Start no engine: use those that run at unix:/PATH, HOST:PORT or dns:///NAME:PORT (all of its addresses), as `xlane "
+        "engine` does. They decide all that is of the model.", "list"
+    ),
     Flag("env", "run.show_env", "Also say which versions and devices are here.", "bool", short="e"),
-)
+)  # fmt: skip
 
 JSON = (Flag("json", "json", "Print one JSON object.", "bool"),)
 
@@ -292,6 +301,14 @@ ENGINE = (
     Flag("uds", "uds", "Serve gRPC on this Unix socket."),
     Flag(
         "listen", "listen", "Serve gRPC on this HOST:PORT, which asks for no password: private networks only."
+    ),
+    Flag(
+        "drain",
+        "drain_s",
+        "Seconds that running requests have after SIGTERM; the rest goes on in other engines, if there are any.",
+        "float",
+        default=25.0,
+        at_least=0,
     ),
     Flag("model-path", "model_path", "Where the model lies, if it need not be looked for."),
     Flag("model-sha", "model_sha", "The commit it was fetched at."),

@@ -65,8 +65,8 @@ class LoadedModel:
     async def load(self) -> EngineInfo:
         """Return when requests are served. Raises EngineError, ModelError; `unload` must be called in any case."""
         self._backend.say("looking for the model")
-        model = await _detached(self._find)
-        self._engine = await _detached(lambda: with_adapters(self._engine, self._run.hub_cache))
+        model = await detached(self._find)
+        self._engine = await detached(lambda: with_adapters(self._engine, self._run.hub_cache))
         self._supervisor = Supervisor(
             self._command or engine_command(self._engine, model, self._run),
             socket=None if self._run.uds_path is None else Path(self._run.uds_path),
@@ -77,7 +77,9 @@ class LoadedModel:
         began = time.monotonic()
         starting = asyncio.create_task(self._supervisor.start())  # first: it takes longest
         tokenizer = asyncio.create_task(
-            asyncio.to_thread(TextTokenizer.from_path, model.path, _kind(model), self._tokenizer_config_path)
+            asyncio.to_thread(
+                TextTokenizer.from_path, model.path, kind_of(model), self._tokenizer_config_path
+            )
         )
         try:
             self._backend.say("the engine starts")
@@ -140,7 +142,7 @@ class LoadedModel:
             self._console.say("the engine is back; interrupted requests go on")
 
 
-async def _detached(work: Callable[[], T]) -> T:
+async def detached(work: Callable[[], T]) -> T:
     """The result of slow work in a thread that nobody waits for at the end: a stop must not wait for a download."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
@@ -171,5 +173,5 @@ def engine_command(config: EngineConfig, model: ResolvedModel, run: RunConfig) -
     return [*command, *engine_arguments(config), *found, f"--log-level={run.log_level}"]
 
 
-def _kind(model: ResolvedModel) -> Literal["directory", "gguf"]:
+def kind_of(model: ResolvedModel) -> Literal["directory", "gguf"]:
     return "gguf" if model.kind == "gguf" else "directory"

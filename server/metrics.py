@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry
@@ -90,6 +90,8 @@ class Now:
     """Requests that were given to another engine because theirs died."""
     accounts: tuple[Account, ...] = ()
     """What each key used."""
+    engines: Mapping[str, int] = field(default_factory=dict)
+    """How many of several engines are in which state."""
 
 
 class Metrics:
@@ -187,6 +189,11 @@ def _now(now: Now) -> Iterator[Metric]:
     yield counter(
         "xlane_replays_total", "Requests given to another engine after theirs died", {(): now.replays}
     )
+    if now.engines:
+        engines = GaugeMetricFamily("xlane_engines", "Engines elsewhere, by state", labels=["state"])
+        for state, count in now.engines.items():
+            engines.add_metric([state], count)
+        yield engines
     if now.accounts:
         yield from _by_key(now.accounts)
 

@@ -90,7 +90,7 @@ def _now(front: Front, *, answering: bool) -> Now:
     engine = None if backend.latest is None else backend.latest.engine
     replays = engine.replays if isinstance(engine, ReplayingClient) else 0
     ready, accounts = answering and backend.reason is None, tuple(front.keys.accounts.values())
-    return Now(ready, front.permits.taken, backend.restarts, replays, accounts)
+    return Now(ready, front.permits.taken, backend.restarts, replays, accounts, backend.engines)
 
 
 async def _well(serving: Serving) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.config import EngineConfig
 from ..engine.request import EngineInfo
+from .attached import AttachedModel
 from .backend import Backend
 from .config import ServerConfig
 from .console import Console, bytes_text
@@ -22,7 +23,7 @@ from .sockets import bind, port_of
 from .tls import tls_context
 
 if TYPE_CHECKING:
-    from .models import Models
+    from .models import Loadable, Models
 
 OK = 0
 HEAD_START_S = 0.1
@@ -48,17 +49,24 @@ class Session:
             from .several import several
 
             self._models = several(engine, server, run, self._backend, console, command)
-        self._model = self._models or LoadedModel(
-            engine,
-            run,
-            self._backend,
-            console,
-            tokenizer_config_path=server.tokenizer_config_path,
-            command=command,
-        )
+        self._model: Loadable
+        if self._models is not None:
+            self._model = self._models
+        elif run.engines:
+            self._model = AttachedModel(engine, run, self._backend, console, server.tokenizer_config_path)
+        else:
+            self._model = LoadedModel(
+                engine,
+                run,
+                self._backend,
+                console,
+                tokenizer_config_path=server.tokenizer_config_path,
+                command=command,
+            )
         self._began = time.perf_counter()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._listening = asyncio.Event()
 
     async def run(self) -> int:
         """Serve until a signal. Raises EngineError and ModelError if the start fails or the engine is lost for good."""
@@ -87,6 +95,7 @@ class Session:
                 self._server,
                 backend=self._models or self._backend,
                 stop=self._stop,
+                listening=self._listening,
                 sock=sock,
                 tls=tls,
             ),
@@ -124,7 +133,9 @@ class Session:
 
     async def _start_and_watch(self) -> None:
         """Load the model, say that the doors are open, and return never but by an error."""
-        self._tell(await self._model.load())
+        info = await self._model.load()
+        await self._listening.wait()  # an engine that runs already may be quicker
+        self._tell(info)
         await self._model.wait()
 
     def _tell(self, info: EngineInfo) -> None:

@@ -26,7 +26,7 @@ NO_JAX = ("jax", "jaxlib", "flax", "optax")
 HOST_FILES = {
     "engine": {
         "__init__", "scheduler", "pages", "request", "errors", "config", "client", "local",
-        "rpc_server", "rpc_client", "replay", "process", "grammar",
+        "rpc_server", "rpc_client", "replay", "process", "grammar", "address", "affinity", "fleet", "replica", "replicas", "totals",
     },
     "models": {"__init__", "tokenizer", "hub", "demo", "errors", "config", "guidance"},
 }  # fmt: skip

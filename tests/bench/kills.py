@@ -17,9 +17,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -91,8 +92,24 @@ class Killing:
                 print(f"{self.count} kills", file=sys.stderr)
 
 
+class Disturbance(Protocol):
+    """What is done to a server under load."""
+
+    count: int
+    """How often it was done."""
+    news: asyncio.Event
+    """Set when somebody has heard something."""
+    pointless: bool
+    """Set when a stream went wrong."""
+
+    @property
+    def done(self) -> bool: ...
+
+    async def run(self) -> None: ...
+
+
 async def keep_asking(
-    client: httpx.AsyncClient, kind: Kind, as_before: Heard, killing: Killing, tally: Tally
+    client: httpx.AsyncClient, kind: Kind, as_before: Heard, killing: Disturbance, tally: Tally
 ) -> None:
     """One stream after another until the killing is over."""
     while not killing.done:
@@ -111,20 +128,42 @@ async def keep_asking(
         tally.tokens += now.tokens
 
 
-async def kill_under_load(served: Served, times: int, streams: int = 1) -> tuple[dict[str, Tally], Killing]:
-    """Kill the engine so many times under `streams` of each kind."""
-    async with httpx.AsyncClient(base_url=served.url, timeout=300, limits=httpx.Limits()) as client:
+async def under_load(url: str, disturbance: Disturbance, streams: int = 1) -> dict[str, Tally]:
+    """Disturb the server under `streams` of each kind."""
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits()) as client:
         undisturbed = await asyncio.gather(*(heard(client, kind) for kind in KINDS.values()))
-        tallies, killing = {name: Tally() for name in KINDS}, Killing(served, times)
+        tallies = {name: Tally() for name in KINDS}
         asking = [
-            keep_asking(client, KINDS[name], before, killing, tally)
+            keep_asking(client, KINDS[name], before, disturbance, tally)
             for (name, tally), before in zip(tallies.items(), undisturbed, strict=True)
             for _ in range(streams)
         ]
-        watching = asyncio.create_task(killing.watch())
-        await asyncio.gather(killing.run(), *asking)
-        watching.cancel()
+        await asyncio.gather(disturbance.run(), *asking)
+    return tallies
+
+
+async def kill_under_load(served: Served, times: int, streams: int = 1) -> tuple[dict[str, Tally], Killing]:
+    """Kill the engine so many times under `streams` of each kind."""
+    killing = Killing(served, times)
+    watching = asyncio.create_task(killing.watch())
+    tallies = await under_load(served.url, killing, streams)
+    watching.cancel()
     return tallies, killing
+
+
+def tell(tallies: Mapping[str, Tally]) -> dict[str, dict[str, int]]:
+    """Print a line for each kind, and return the same as numbers."""
+    for name, tally in tallies.items():
+        print(
+            f"{name:>18}: {tally.whole:5} streams whole, {tally.killed:5} of them disturbed (up to "
+            f"{tally.most_kills} times each), {tally.tokens:7,} tokens, {len(tally.wrong)} wrong"
+        )
+        for wrong in tally.wrong:
+            print(f"{'':>18}  {wrong}")
+    return {
+        name: {"whole": t.whole, "disturbed": t.killed, "tokens": t.tokens, "wrong": len(t.wrong)}
+        for name, t in tallies.items()
+    }
 
 
 def main() -> int:
@@ -143,21 +182,15 @@ def main() -> int:
         )
         with whole_server(Path(folder, "log"), *options) as served:
             tallies, killing = asyncio.run(kill_under_load(served, args.times, args.streams))
-    for name, tally in tallies.items():
-        print(
-            f"{name:>18}: {tally.whole:5} streams whole, {tally.killed:5} of them over kills (up to "
-            f"{tally.most_kills} each), {tally.tokens:7,} tokens, {len(tally.wrong)} wrong"
-        )
-        for wrong in tally.wrong:
-            print(f"{'':>18}  {wrong}")
+    told = tell(tallies)
     back = sorted(killing.back_s)
     summary = {
         "kills": killing.count,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "stood_still_s": round(killing.stood_still_s, 1),
         "back_s": {"median": round(back[len(back) // 2], 2), "most": round(back[-1], 2)},
-        **{name: {"whole": t.whole, "over_kills": t.killed, "tokens": t.tokens, "wrong": len(t.wrong)} for name, t in tallies.items()},
-    }  # fmt: skip
+        **told,
+    }
     print(json.dumps(summary))
     return int(any(tally.wrong for tally in tallies.values()))
 

@@ -78,10 +78,10 @@ def options() -> str:
 
 
 def metric_rows() -> Iterator[list[str]]:
-    """Every family that a server with keys and a living engine has."""
+    """Every family that a server with keys and living engines elsewhere has."""
     engine = FakeEngine()
     account = Account(key_of("name", "secret", Limits()))
-    now = Now(ready=True, in_flight=0, restarts=0, replays=0, accounts=(account,))
+    now = Now(ready=True, in_flight=0, restarts=0, replays=0, accounts=(account,), engines={"serving": 1})
     text = text_of(Metrics().families(asyncio.run(engine.stats()), engine.info_value, now)).decode()
     for name, what in re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE):
         kind = re.search(rf"^# TYPE {name} (\w+)$", text, re.MULTILINE)

@@ -50,5 +50,5 @@ def test_links_lead_somewhere(name: str):
 
 def test_files_that_are_named_are_there():
     named = re.findall(r"tpu/[\w-]+\.(?:yaml|sh)", text("deploy.md"))
-    assert {"tpu/startup.sh", "tpu/gke.yaml", "tpu/gke-multihost.yaml"} == set(named)
+    assert {"tpu/startup.sh", "tpu/gke.yaml", "tpu/gke-multihost.yaml", "tpu/gke-replicas.yaml"} == set(named)
     assert all((DOCS.parent / name).is_file() for name in named)

@@ -201,6 +201,12 @@ async def test_a_request_that_gets_nowhere_is_not_tried_for_ever():
     assert len(inner.asked) == 4
 
 
+async def test_an_engine_that_ended_in_order_or_was_not_reached_makes_nobody_a_suspect():
+    over = EngineLost("over", blameless=True)
+    inner = Scripted(*[[over]] * 9, [LOST], [out(1), over], [out(2, finish=FinishReason.LENGTH)])
+    assert ids_of(await collect(ReplayingClient(inner), make_request())) == [1, 2]
+
+
 async def test_a_new_token_ends_suspicion_but_not_for_ever():
     steps = [[out(n), LOST] for n in range(20)]
     with pytest.raises(RequestFailed, match="7 engines"):

@@ -202,6 +202,35 @@ def test_what_is_wrong_is_told_in_one_line(line: str, words: str):
     assert words in refused(line)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--engine tpu-1", "--engine: 'tpu-1' is no address of an engine: expected unix:/PATH"),
+        ("--engine a:1,b:1,a:1", "--engine names an engine twice"),
+        (
+            "--engine a:1 --max-total-tokens 9",
+            "--max-total-tokens is for the engines of --engine to be started with",
+        ),
+        ("--engine a:1 --sharded false", "--sharded is for the engines"),
+        ("--engine a:1 --lora-adapters a=/a", "--lora-adapters is for the engines"),
+        ("--engine a:1 --more-models b", "--more-models is about engines that this server starts"),
+        ("--engine a:1 --shard-uds-path /tmp/x", "--shard-uds-path is about"),
+    ],
+)
+def test_what_engines_elsewhere_decide_is_refused_by_name(line: str, words: str):
+    assert words in refused(f"serve {line}")
+
+
+def test_engines_elsewhere_leave_the_front_its_own_options():
+    settings = read(
+        "serve o/m --revision main --cache-dir none --port 1", {"XLANE_ENGINE": "unix:/x,dns:///e:9"}
+    )
+    assert settings.run.engines == ("unix:/x", "dns:///e:9")
+    assert "MAX_BATCH_SIZE is for the engines of XLANE_ENGINE" in refused(
+        "serve", {"XLANE_ENGINE": "e:9", "MAX_BATCH_SIZE": "4"}
+    )
+
+
 def test_every_bound_without_a_flag_can_be_moved():
     reachable = {flag.to for flag in (*ALL, *BOUNDS)}
     numbers = [f.name for f in dataclasses.fields(ServerConfig) if f.type in (int, float, "int", "float")]

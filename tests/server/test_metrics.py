@@ -64,6 +64,7 @@ def config() -> ServerConfig:
 @pytest.fixture
 def rig(rig: Rig) -> Rig:
     rig.client.headers["authorization"] = "Bearer k"
+    rig.backend.engines = {"serving": 2, "draining": 0, "away": 1, "refused": 0}
     return rig
 
 
@@ -152,6 +153,13 @@ def test_restarts_replays_and_readiness(rig: Rig):
     assert (found["xlane_replays_total"], found["xlane_engine_restarts_total"]) == (2, 3)
     rig.backend.down("gone")
     assert values(rig.client.get("/metrics").text)["xlane_ready"] == 0
+
+
+def test_several_engines_are_told_of_by_state(rig: Rig):
+    found = values(used(rig))
+    assert (found['xlane_engines{state="serving"}'], found['xlane_engines{state="away"}']) == (2, 1)
+    rig.backend.engines = {}
+    assert "xlane_engines" not in rig.client.get("/metrics").text
 
 
 def queried(node: Any) -> set[str]:

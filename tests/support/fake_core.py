@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from xlane.engine import (
     DeadlineExceeded,
@@ -40,6 +41,8 @@ from .arithmetic import choose, prompt_outputs
 
 VOCAB_SIZE = 1000
 MAX_TOTAL_TOKENS = 4096
+PAGES = 1024
+"""None of which is ever taken."""
 FAIL_TOKEN = 901
 """In a prompt: RequestFailed instead of the third token."""
 KILL_TOKEN = 902
@@ -90,9 +93,11 @@ class _Running:
 
 
 class FakeCore:
-    """See the module. `turn_s` is the pause between turns; `freeze` stops the turns, as a very slow device would."""
+    """See the module. `turn_s` is the pause between turns; `freeze` stops the turns, as a very slow device would. `says`
+    takes the place of what it would say of itself."""
 
-    def __init__(self, *, lanes: int = 8, max_queued: int = 64, turn_s: float = 0.001) -> None:
+    def __init__(self, *, lanes: int = 8, max_queued: int = 64, turn_s: float = 0.001, **says: Any) -> None:
+        self._says = says
         self._lanes, self._max_queued, self._turn_s = lanes, max_queued, turn_s
         self._changed = threading.Condition()
         self._requests: dict[str, _Running] = {}  # in order of arrival; the first `lanes` of them run
@@ -105,7 +110,7 @@ class FakeCore:
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo(
+        info = EngineInfo(
             model_id="fake",
             model_sha=None,
             dtype="float32",
@@ -116,12 +121,13 @@ class FakeCore:
             max_total_tokens=MAX_TOTAL_TOKENS,
             max_input_tokens=MAX_TOTAL_TOKENS - 1,
             lanes=self._lanes,
-            pages=0,
+            pages=PAGES,
             page_tokens=32,
             max_queued=self._max_queued,
             kernels="none: arithmetic",
             version="0",
         )
+        return replace(info, **self._says)
 
     def submit(self, request: Request, sink: Sink) -> None:
         with self._changed:

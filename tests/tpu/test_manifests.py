@@ -25,6 +25,12 @@ CHIPS_A_HOST = {"2x4": 8, "4x4": 4}
 """Topology of a v6e slice -> chips of each of its machines: one host has up to 8, each of several has 4."""
 
 
+def replicas() -> dict[tuple[str, str], dict[str, Any]]:
+    """Kind and name -> object of the engines and their front."""
+    found = yaml.safe_load_all((ROOT / "tpu" / "gke-replicas.yaml").read_text())
+    return {(item["kind"], item["metadata"]["name"]): item for item in found}
+
+
 def objects(name: str) -> dict[str, dict[str, Any]]:
     """Kind -> object."""
     found = list(yaml.safe_load_all((ROOT / "tpu" / name).read_text()))
@@ -32,6 +38,7 @@ def objects(name: str) -> dict[str, dict[str, Any]]:
     return {item["kind"]: item for item in found}
 
 
+REPLICAS = replicas()
 SINGLE, GROUP = objects("gke.yaml"), objects("gke-multihost.yaml")
 LEADER = GROUP["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
 WORKER = GROUP["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]["workerTemplate"]
@@ -64,6 +71,8 @@ def validated() -> Iterator[Any]:
         for kind, item in objects(name).items():
             if kind != "LeaderWorkerSet":
                 yield pytest.param(item, id=f"{name}:{kind}")
+    for (kind, name), item in REPLICAS.items():
+        yield pytest.param(item, id=f"gke-replicas.yaml:{kind} {name}")
     for role, template in TEMPLATES.items():
         pod = {
             "apiVersion": "v1",
@@ -173,3 +182,28 @@ def test_what_is_mounted_is_there(role: str):
     if "persistentVolumeClaim" in volumes["data"]:
         claim = SINGLE["PersistentVolumeClaim"]["metadata"]["name"]
         assert volumes["data"]["persistentVolumeClaim"]["claimName"] == claim
+
+
+def test_the_front_finds_the_engines_and_both_serve_the_same():
+    engines, front = (REPLICAS["Deployment", name]["spec"]["template"] for name in ("xlane-engine", "xlane"))
+    headless = REPLICAS["Service", "xlane-engine"]["spec"]
+    engine, asked = settings(engines), settings(front)
+    port = engine.options.plain("listen").rpartition(":")[2]
+    assert asked.run.engines == (f"dns:///xlane-engine:{port}",)
+    assert (headless["clusterIP"], [item["port"] for item in headless["ports"]]) == ("None", [int(port)])
+    assert engine.engine.model_id == asked.engine.model_id != "demo"
+    assert engine.engine.cache_dir == f"{container(engines)['volumeMounts'][0]['mountPath']}/xlane"
+    assert selects(headless["selector"], engines)
+    assert not selects(headless["selector"], front)
+    assert selects(REPLICAS["Service", "xlane"]["spec"]["selector"], front)
+    assert not selects(REPLICAS["Service", "xlane"]["spec"]["selector"], engines)
+    for template, last_s in (
+        (engines, engine.options.plain("drain_s")),
+        (front, asked.server.drain_delay_s + asked.server.graceful_termination_timeout_s),
+    ):
+        assert template["spec"]["terminationGracePeriodSeconds"] > last_s
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container(engines)[probe]["grpc"] == {"port": int(port)}
+    (rule,) = REPLICAS["NetworkPolicy", "xlane-engine"]["spec"]["ingress"]
+    assert [item["port"] for item in rule["ports"]] == [int(port)]
+    assert selects(rule["from"][0]["podSelector"]["matchLabels"], front)
