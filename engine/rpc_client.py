@@ -27,11 +27,13 @@ DRAIN_MARGIN_S = 5.0
 POLL_S = 0.05
 """Pause between two looks at an engine that is not ready yet."""
 
-_RECONNECT_OPTIONS = (
+_CLIENT_OPTIONS = (
     # While the engine is away gRPC tries again after 0.05 s, then ever later, at most each second.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # An engine is on a private network; a proxy that the environment names is for what is not.
+    ("grpc.enable_http_proxy", 0),
     # Clients do not share connections, and so neither their back-off.
     ("grpc.use_local_subchannel_pool", 1),
 )
@@ -113,7 +115,7 @@ class RpcClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, *_RECONNECT_OPTIONS])
+        self._channel = grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, *_CLIENT_OPTIONS])
         self._stub = xlane_pb2_grpc.EngineStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._connection: _Connection | None = None

@@ -5,6 +5,7 @@ First in this process, then with real ones that are restarted and killed under l
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
@@ -15,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake_core import FakeCore, expected_ids
+from tests.support.fake_core import KILL_TOKEN, FakeCore, expected_ids, token_at
 from xlane.engine import (
     EngineLost,
     EngineStopped,
     FinishReason,
     Overloaded,
     Request,
+    RequestFailed,
     SamplingParams,
     StepOutput,
 )
@@ -100,9 +102,9 @@ Rig = tuple[Replicas, Fleet, dict[str, Near]]
 
 
 @asynccontextmanager
-async def near(*addresses: str, **cores: FakeCore) -> AsyncIterator[Rig]:
+async def near(*addresses: str, kind: type[Near] = Near, **cores: FakeCore) -> AsyncIterator[Rig]:
     """Engines in this process, by the names of `cores`; `addresses` default to those."""
-    engines = {name: Near(core) for name, core in cores.items()}
+    engines = {name: kind(core) for name, core in cores.items()}
     fleet = Fleet(addresses or tuple(cores), "fake", connect=engines.__getitem__, look_s=0.005)
     client = Replicas(fleet)
     try:
@@ -314,8 +316,8 @@ async def test_a_name_is_resolved_again_and_again(
         return answer
 
     monkeypatch.setattr(fleet_module, "resolve", look_up)
-    cores = {name: FakeCore(turn_s=0.002) for name in "abc"}
-    async with near("dns:///engines:9000", **cores) as (client, fleet, engines):
+    a, b, c = (FakeCore(turn_s=0.002) for _ in range(3))
+    async with near("dns:///engines:9000", a=a, b=b, c=c) as (client, fleet, engines):
         await until(lambda: fleet.states["serving"] == 2)
         engines["b"].reached = False
         await until(lambda: fleet.states["away"] == 1)
@@ -335,6 +337,47 @@ async def test_a_name_is_resolved_again_and_again(
         answers[:] = [OSError("no name server")]
         await until(lambda: sum("cannot be resolved" in r.getMessage() for r in caplog.records) == 2)
         assert [replica.address for replica in fleet.all] == ["c"]
+
+
+class Mortal(Near):
+    """Simulates an engine that dies, with all that runs in it, when a request with KILL_TOKEN gets to its third token; the
+    next one is there at once. Times are random."""
+
+    deaths = 0
+    chance = random.Random(0)
+
+    async def submit(self, request: Request):
+        life = self.deaths
+        self.asked.append(request)
+        for position in range(len(request.resume_ids), request.sampling.max_tokens):
+            await asyncio.sleep(self.chance.choice([0, 0, 0.001]))
+            if life == self.deaths and KILL_TOKEN in request.prompt_ids:
+                self.deaths += position + self.chance.randrange(3) >= 2
+            if life != self.deaths:
+                raise EngineLost("killed")
+            last = position + 1 == request.sampling.max_tokens
+            yield StepOutput(
+                request.id, (token_at(request, position),), FinishReason.LENGTH if last else None
+            )
+
+
+async def test_one_request_that_kills_engine_after_engine_is_found_and_no_bystander_is_blamed():
+    async with near(kind=Mortal, a=FakeCore(), b=FakeCore(), c=FakeCore()) as (inner, _, engines):
+        for seed in range(10):
+            Mortal.chance.seed(seed)
+            before = sum(engine.deaths for engine in engines.values())  # type: ignore[attr-defined]
+            client = ReplayingClient(inner, max_losses=50)
+            good = [make_request(n, max_tokens=20, prompt=(n + 1,)) for n in range(9)]
+            bad = make_request(99, max_tokens=20, prompt=(KILL_TOKEN,))
+            *streams, end = await asyncio.gather(
+                *(collect(client, request) for request in [*good, bad]), return_exceptions=True
+            )
+            for request, outputs in zip(good, streams, strict=True):
+                assert not isinstance(outputs, BaseException), seed
+                assert ids_of(outputs) == expected_ids(request)
+            assert isinstance(end, RequestFailed)
+            deaths = sum(engine.deaths for engine in engines.values()) - before  # type: ignore[attr-defined]
+            assert 4 <= deaths <= 10, seed
 
 
 async def test_a_name_has_all_its_addresses():
