@@ -252,7 +252,7 @@ def _kernels(
     if platform == "tpu" and config.kernels in ("auto", "pallas"):
         from .kernels.pallas_tpu import PallasTpuKernels
 
-        return PallasTpuKernels(several), "pallas (decode attention; XLA's prefill and products)"
+        return PallasTpuKernels(several), "pallas (attention; XLA's products)"
     if config.kernels == "pallas":
         raise PlanError(f"--kernels pallas serves GPUs and TPUs, and this is {platform}: use --kernels auto")
     if platform != "cpu" or not placement.single or dtype != "float32":

@@ -1,11 +1,11 @@
-"""Decode attention for TPUs: one Pallas kernel a layer that walks over the pages which rows hold, and no others.
+"""Paged attention on TPUs: Pallas kernels for decode and for packed prefill, which read no page that a row does not hold.
 
-One loop goes over all blocks of all rows. While one block is computed the next one's pages travel from HBM, across the
-border between rows too, so the memory never rests. Everything else is plain XLA's. Knows arrays, no requests.
+Everything else is plain XLA's, and so is attention over pools and tables that the kernels cannot read. Knows arrays,
+no requests.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,19 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...models.attention import MASKED, XlaKernels, write
+from ...models.attention import MASKED, XlaKernels, in_parts, write
 from ...models.kernels import KvLayer, PagedBatch
 from ...sharding.mesh import Placement
+from .pallas_tpu_bodies import BLOCK_TOKENS, Form, blocks, decode_kernel, prefill_kernel
 
-BLOCK_TOKENS = 256
-"""Keys of a turn: large enough that a transfer outlasts its start, small enough to waste little at a row's end."""
 LANE = 128
-"""Head sizes are whole multiples: otherwise a pool is not laid out in the order that the kernel reads."""
+"""Head sizes are whole multiples: otherwise a pool is not laid out in the order that the kernels read."""
 SUBLANES = 16
 """Page sizes are whole multiples: pages lie side by side in a block, on the borders of bfloat16's tiles."""
 MOST_TABLE_BYTES = 2**19
 """The page table is read as scalars, from a memory that has room for this much of it."""
+QUERY_ROWS = 512
+"""Tokens times heads of one kv head that a prefill program computes: keys are read once for each such block."""
 
 
 class PallasTpuKernels(XlaKernels):
@@ -54,7 +55,7 @@ class PallasTpuKernels(XlaKernels):
         """See `Kernels.attend`."""
         tokens, kv_heads, members, head_dim = qkv.shape
         few_bits = kv.k_scales is not None
-        plain = one_token_rows != tokens or few_bits or value_dim is not None
+        plain = few_bits or value_dim is not None
         if plain or not fits(head_dim, kv.k.shape[2], batch.table.shape):
             return super().attend(
                 qkv, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
@@ -66,36 +67,34 @@ class PallasTpuKernels(XlaKernels):
         slope = jnp.asarray(np.array(slopes or np.zeros(by_head), np.float32).reshape(by_head))
         # A sink is a key already seen; one that weighs nothing stands where there is none.
         sink = jnp.full(by_head, MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-        attend = partial(
-            decode_attention, form=_Form(scale, softcap, window, bool(slopes)), interpret=self._interpret
+        form = Form(scale, softcap, window, bool(slopes), kv.k.shape[2], batch.table.shape[1])
+        decode, prefill = (
+            self._spread(partial(compute, form=form, interpret=self._interpret), table_by_token)
+            for compute, table_by_token in ((decode_attention, True), (prefill_attention, False))
         )
-        out = self._spread(attend)(qkv[:, :, :group], kv, batch, slope, sink)
+        parts = [
+            attend(qkv[part, :, :group], kv, own, slope, sink)
+            for attend, part, own in in_parts(batch, one_token_rows, decode, prefill)
+        ]
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return out.reshape(tokens, kv_heads * group, head_dim), kv
 
-    def _spread(self, attend: Any) -> Any:
-        """Each device attends with the kv heads, and the rows, that lie there."""
+    def _spread(self, attend: Any, table_by_token: bool) -> Any:
+        """Each device attends with the kv heads, and the part of the tokens, that lie there."""
         if self.placement is None:
             return attend
         axes = (("kv_heads",), ("tokens",), ("tokens", "kv_heads", None, None))
         specs: list[Any] = [self.placement.sharding(each).spec for each in axes]
-        heads, rows, queries = specs
-        inputs = (queries, KvLayer(heads, heads), PagedBatch(rows, rows, rows), heads, heads)
+        heads, by_token, queries = specs
+        table: Any = by_token if table_by_token else self.placement.replicated.spec
+        inputs = (queries, KvLayer(heads, heads), PagedBatch(by_token, by_token, table), heads, heads)
         return jax.shard_map(
             attend, mesh=self.placement.mesh, in_specs=inputs, out_specs=queries, check_vma=False
         )
 
 
-class _Form(NamedTuple):
-    """What is the same for all launches of a layer."""
-
-    scale: float
-    softcap: float | None
-    window: int | None
-    sloped: bool
-
-
 def fits(head_dim: int, page_tokens: int, table: tuple[int, ...]) -> bool:
-    """Can the kernel work on such a pool and table [R, Pmax]? Plain XLA can on any."""
+    """Can the kernels work on such a pool and table [R, Pmax]? Plain XLA can on any."""
     return (
         head_dim % LANE == 0
         and page_tokens % SUBLANES == 0
@@ -111,30 +110,20 @@ def decode_attention(
     slope: jax.Array,
     sink: jax.Array,
     *,
-    form: _Form,
+    form: Form,
     interpret: bool = False,
 ) -> jax.Array:
     """q [T, K, G, H], slope and sink float32[K, G] -> [T, K, G, H]; row t of the table is query t's."""
     _, kv_heads, group, head_dim = q.shape
-    pool = kv.k
-    block = (kv_heads, BLOCK_TOKENS, head_dim)
-    first, last = _blocks(batch.positions, form.window)
+    first, last = blocks(batch.positions, batch.positions, form.window)
     turns = (last - first + 1).sum().reshape(1)
     smem, vmem, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.VMEM, pl.ANY))
-    sums = pltpu.VMEM((kv_heads, group, 1), jnp.float32)
     return pl.pallas_call(
-        partial(_kernel, form=form, page_tokens=pool.shape[2], table_width=batch.table.shape[1]),
+        partial(decode_kernel, form=form),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         in_specs=[smem, smem, smem, vmem, vmem, vmem, hbm, hbm],
         out_specs=vmem,
-        scratch_shapes=[
-            pltpu.VMEM((2, *block), pool.dtype),
-            pltpu.VMEM((2, *block), pool.dtype),
-            pltpu.SemaphoreType.DMA((2, 2)),
-            sums,
-            sums,
-            pltpu.VMEM((kv_heads, group, head_dim), jnp.float32),
-        ],
+        scratch_shapes=[*_stream(kv.k, kv_heads), *_sums(kv_heads, group, head_dim)],
         interpret=pltpu.InterpretParams() if interpret else False,
         name="xlane_decode_attention",
     )(
@@ -142,97 +131,69 @@ def decode_attention(
     )  # fmt: skip
 
 
-def _blocks(position: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """The first and last block that a query at `position` sees; padding, at -1, has one of which it sees nothing."""
-
-    def block(at: jax.Array) -> jax.Array:
-        # Not `//`: of numbers below 0, which there are none, it would need to know the very chip.
-        return jax.lax.div(jnp.maximum(at, 0), jnp.int32(BLOCK_TOKENS))
-
-    last = block(position)
-    return (jnp.zeros_like(last) if window is None else block(position - window + 1)), last
-
-
-def _kernel(*refs: Any, form: _Form, page_tokens: int, table_width: int) -> None:
-    """The number of turns int32[1], the positions int32[T] and the flat table are scalars; the pools stay in HBM. Two buffers
-    of a block each take turns."""
-    turns, positions, table, q, slope, sink, k_pool, v_pool, out, *scratch = refs
-    k_buffer, v_buffer, arrived, maximum, total, acc = scratch
-    rows = positions.shape[0]
-    pages = BLOCK_TOKENS // page_tokens
-
-    def transfer(row: jax.Array, block: jax.Array, slot: jax.Array, act: str) -> None:
-        """Begin or await the pages of a block; those behind the row's last token are left out."""
-        for index in range(pages):
-            number = block * pages + index
-
-            @pl.when(number * page_tokens <= positions[row])
-            def _(index: int = index, number: jax.Array = number):
-                page = table[row * table_width + number]
-                place = pl.ds(index * page_tokens, page_tokens)
-                for which, (pool, buffer) in enumerate(((k_pool, k_buffer), (v_pool, v_buffer))):
-                    copy = pltpu.make_async_copy(
-                        pool.at[:, page], buffer.at[slot, :, place], arrived.at[which, slot]
-                    )
-                    getattr(copy, act)()
-
-    def turn(count: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        row, block = at
-        slot = jax.lax.rem(count, 2)
-        position = positions[row]
-        first, last = _blocks(position, form.window)
-        following = jnp.minimum(row + 1, rows - 1)
-        ends = block == last
-        next_row = jnp.where(ends, following, row)
-        next_block = jnp.where(ends, _blocks(positions[following], form.window)[0], block + 1)
-
-        @pl.when(count + 1 < turns[0])
-        def _():
-            transfer(next_row, next_block, 1 - slot, "start")
-
-        transfer(row, block, slot, "wait")
-
-        @pl.when(block == first)
-        def _():
-            maximum[...] = sink[...]
-            total[...] = jnp.where(sink[...] > MASKED, 1.0, 0.0)
-            acc[...] = jnp.zeros_like(acc)
-
-        _accumulate(q[row], k_buffer[slot], v_buffer[slot], slope[...], position, block, maximum, total, acc, form)  # fmt: skip
-
-        @pl.when(ends)
-        def _():
-            out[row] = (acc[...] / jnp.where(total[...] > 0, total[...], 1.0)).astype(out.dtype)
-
-        return next_row, next_block
-
-    start = jnp.int32(0), _blocks(positions[0], form.window)[0]
-    transfer(*start, jnp.int32(0), "start")
-    jax.lax.fori_loop(0, turns[0], turn, start)
+def prefill_attention(
+    q: jax.Array,
+    kv: KvLayer,
+    batch: PagedBatch,
+    slope: jax.Array,
+    sink: jax.Array,
+    *,
+    form: Form,
+    interpret: bool = False,
+) -> jax.Array:
+    """Tokens of several rows side by side: q [T, K, G, H], slope and sink float32[K, G] -> [T, K, G, H]."""
+    tokens, kv_heads, group, head_dim = q.shape
+    size = _query_tokens(group, tokens)
+    more = -tokens % size
+    # Heads lead, as in the pool: a head's queries are one matrix.
+    queries = jnp.pad(q.transpose(1, 2, 0, 3), ((0, 0), (0, 0), (0, more), (0, 0)))
+    positions, rows = jnp.pad(batch.positions, (0, more), constant_values=-1), jnp.pad(batch.rows, (0, more))
+    scalars = (positions, rows, _piece_ends(positions, rows, size), batch.table.reshape(-1))
+    block = pl.BlockSpec((None, group, size, head_dim), lambda k, t, *_: (k, 0, t, 0))
+    of_head = pl.BlockSpec((None, group, 1, 1), lambda k, t, *_: (k, 0, 0, 0))
+    pool = pl.BlockSpec(memory_space=pl.ANY)
+    out = pl.pallas_call(
+        partial(prefill_kernel, form=form),
+        out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(kv_heads, (tokens + more) // size),
+            in_specs=[block, of_head, of_head, pool, pool],
+            out_specs=block,
+            scratch_shapes=[
+                *_stream(kv.k, 1),
+                pltpu.SMEM((1,), jnp.int32),
+                *_sums(group, size, head_dim),
+            ],
+        ),
+        # One after the other: what a program computes with, the one before it has sent for.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        interpret=pltpu.InterpretParams() if interpret else False,
+        name="xlane_prefill_attention",
+    )(*scalars, queries, slope[..., None, None], sink[..., None, None], kv.k, kv.v)
+    return out[:, :, :tokens].transpose(2, 0, 1, 3)
 
 
-def _accumulate(q, k, v, slope, position, block, maximum, total, acc, form: _Form) -> None:
-    """One block of online softmax. q [K, G, H], k and v [K, S, H], sums in `maximum`, `total` [K, G, 1] and `acc` [K, G, H]."""
-    f32 = jnp.float32
-    scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=f32) * form.scale
-    if form.softcap is not None:
-        scores = form.softcap * jnp.tanh(scores / form.softcap)
-    key = block * BLOCK_TOKENS + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-    if form.sloped:
-        scores = scores + slope * (key - position).astype(f32)
-    seen = key <= position
-    if form.window is not None:
-        seen &= key > position - form.window
-    scores = jnp.where(seen, scores, MASKED)
-    highest = jnp.maximum(maximum[...], scores.max(axis=2, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - highest), 0.0)
-    fade = jnp.exp(maximum[...] - highest)
-    # What lies behind a row's last token is nobody's or another's: a weight of 0 does not silence a NaN.
-    held = block * BLOCK_TOKENS + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1) <= position
-    values = jnp.where(held, v, jnp.zeros_like(v))
-    sums = jax.lax.dot_general(
-        weights.astype(v.dtype), values, (((2,), (1,)), ((0,), (0,))), preferred_element_type=f32
-    )
-    acc[...] = acc[...] * fade + sums
-    total[...] = total[...] * fade + weights.sum(axis=2, keepdims=True)
-    maximum[...] = highest
+def _query_tokens(group: int, tokens: int) -> int:
+    """Tokens of a prefill program: a power of two, whole tiles, and no more than there are."""
+    most = min(QUERY_ROWS // group, pl.next_power_of_2(tokens))
+    return max(SUBLANES, 1 << (max(most, 1).bit_length() - 1))
+
+
+def _piece_ends(positions: jax.Array, rows: jax.Array, size: int) -> jax.Array:
+    """int32[T]: where the run of tokens of one row ends that each token is in. Padding is apart; so are blocks of `size`."""
+    at = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    same = (rows[1:] == rows[:-1]) & ((positions[1:] < 0) == (positions[:-1] < 0)) & (at[1:] % size > 0)
+    ends = jnp.append(jnp.where(same, at.size, at[1:]), jnp.int32(at.size))
+    return jax.lax.cummin(ends, reverse=True)
+
+
+def _stream(pool: jax.Array, heads: int) -> list[Any]:
+    """Two buffers of a block each for keys and for values, and what says that they are full."""
+    buffer = pltpu.VMEM((2, heads, BLOCK_TOKENS, pool.shape[3]), pool.dtype)
+    return [buffer, buffer, pltpu.SemaphoreType.DMA((2, 2))]
+
+
+def _sums(*shape: int) -> list[Any]:
+    """Of online softmax: maximum and total float32[A, B, 1], weighted values float32[A, B, H]."""
+    return [pltpu.VMEM((*shape[:2], last), jnp.float32) for last in (1, 1, shape[2])]
