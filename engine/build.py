@@ -154,7 +154,14 @@ def design(
     segments = min(SEGMENTS, lanes)
     kv_dtype = config.kv_dtype or dtype
     itemsize = jnp.dtype(dtype).itemsize
-    one_page = Shapes(lanes, 1, config.page_tokens, pages_for(most, config.page_tokens), model.vocab_size)
+    one_page = Shapes(
+        lanes=lanes,
+        pages=1,
+        page_tokens=config.page_tokens,
+        table_width=pages_for(most, config.page_tokens),
+        vocab=model.vocab_size,
+        kv_rows=None if model.latent else kernels.kv_rows(model.kv_heads, model.head_dim),
+    )
     rows = most_decode_rows(lanes, config.speculate, defaults.cheap_rows)
     rows -= rows % placement.data_size  # lanes divide, so there are still enough
     sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens, rows)
@@ -184,7 +191,7 @@ def design(
     limit = _limit(config, placement, platform, topology)
     memory = plan_pages(config, demand, limit, platform == "cpu", lanes, most)
     blueprint = replace(blueprint, shapes=one_page._replace(pages=memory.pages))
-    return blueprint, memory, note
+    return blueprint, memory, note + _refused(config, blueprint)
 
 
 def _asked_bits(config: EngineConfig, model: ModelConfig) -> Quant | None:
@@ -270,6 +277,22 @@ def _kernels(
     if config.kernels == "native":
         raise PlanError(f"--kernels native: {native}")
     return plain, f"xla ({native})"
+
+
+def _refused(config: EngineConfig, blueprint: Blueprint) -> str:
+    """What of the attention the chosen kernels leave to plain XLA, and why; empty if nothing."""
+    b, shapes = blueprint, blueprint.shapes
+    if b.config.latent:
+        return ""
+    programs: dict[str, list[str]] = {}
+    for size in b.sizes:
+        table = size.rows + b.segments(size), shapes.table_width
+        if why := b.kernels.refusal(shapes.page_tokens, table, b.kv_dtype):
+            programs.setdefault(why, []).append(size.name)
+    told = "; ".join(f"attention in {', '.join(names)} is XLA's: {why}" for why, names in programs.items())
+    if told and config.kernels == "pallas":
+        raise PlanError(f"--kernels pallas: {told}: use --kernels auto")
+    return told and f"; {told}"
 
 
 def _most_tokens(config: EngineConfig, model: ModelConfig) -> int:

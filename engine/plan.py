@@ -87,7 +87,7 @@ def _of_model(
         "dtype": blueprint.dtype,
         "quantize": blueprint.quantize or "none",
         "weights bytes": memory.weights_bytes,
-        "KV cache bytes per token": page_bytes(model, 1, blueprint.kv_dtype),
+        "KV cache bytes per token": page_bytes(model, 1, blueprint.kv_dtype, blueprint.shapes.kv_rows),
     }
 
 

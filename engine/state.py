@@ -52,17 +52,17 @@ class Shapes(NamedTuple):
     table_width: int
     """Pages of the longest request allowed."""
     vocab: int
+    kv_rows: tuple[int, int] | None = None
+    """How a token's keys lie in the pool (`Kernels.kv_rows`); None: a row of its own for each kv head."""
 
 
-def kv_shape(config: ModelConfig, shapes: Shapes) -> tuple[int, int, int, int]:
-    """[K, P, W, H]: head-major, what paged kernels of all platforms take, and what shards over heads."""
-    return (config.kv_heads, shapes.pages, shapes.page_tokens, config.head_dim)
-
-
-def page_bytes(config: ModelConfig, page_tokens: int, dtype: str) -> int:
+def page_bytes(
+    config: ModelConfig, page_tokens: int, dtype: str, kv_rows: tuple[int, int] | None = None
+) -> int:
     """Bytes of one page in all layers, keys and values, of int8 with their scales; in latent form keys alone."""
-    vector = config.head_dim * jnp.dtype(dtype).itemsize + (SCALE_BYTES if dtype == "int8" else 0)
-    return (1 if config.latent else 2) * config.layers * config.kv_heads * page_tokens * vector
+    rows, width = kv_rows or (config.kv_heads, config.head_dim)
+    vector = width * jnp.dtype(dtype).itemsize + (SCALE_BYTES if dtype == "int8" else 0)
+    return (1 if config.latent else 2) * config.layers * rows * page_tokens * vector
 
 
 def described(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -109,9 +109,11 @@ def abstract_state(shapes: Shapes, placement: Placement, *, adapters: bool = Fal
 
 
 def abstract_kv(config: ModelConfig, shapes: Shapes, dtype: str, placement: Placement) -> tuple[KvLayer, ...]:
-    """Shapes, types and placement of the pool, one entry a layer. int8 has its scales beside it. In latent form every device has
-    the whole of it."""
-    shape, axes = kv_shape(config, shapes), (kv_axis(latent=config.latent is not None), None, None, None)
+    """Shapes, types and placement of the pool, one entry a layer: head-major, what paged kernels of all platforms take, and
+    what shards over heads. int8 has its scales beside it. In latent form every device has the whole of it."""
+    rows, width = shapes.kv_rows or (config.kv_heads, config.head_dim)
+    shape = (rows, shapes.pages, shapes.page_tokens, width)
+    axes = (kv_axis(latent=config.latent is not None), None, None, None)
     pool = described(shape, dtype, placement.sharding(axes))
     scales = described(shape[:3], jnp.float32, placement.sharding(axes[:3])) if dtype == "int8" else None
     layer = KvLayer(pool, None, scales) if config.latent else KvLayer(pool, pool, scales, scales)

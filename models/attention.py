@@ -16,7 +16,7 @@ import numpy as np
 from ..sharding.axes import LogicalAxis
 from ..sharding.mesh import Placement
 from .grouped import in_turns, ragged
-from .kernels import KvLayer, PagedBatch, Weight
+from .kernels import AnyPool, KvLayer, PagedBatch, Weight
 from .quantize import operand, vectors_to_int8
 
 BLOCK_TOKENS = 128
@@ -26,7 +26,7 @@ MASKED = -1e30
 """Stands for minus infinity, but two of them subtract to 0 and not to NaN."""
 
 
-class XlaKernels:
+class XlaKernels(AnyPool):
     """`Kernels` in plain XLA, for any platform and mesh."""
 
     name = "xla"

@@ -22,7 +22,8 @@ class PagedBatch(NamedTuple):
     """int32[T]: position of each token in its sequence; -1 marks padding, which writes nothing and may return anything
     finite."""
     rows: jax.Array
-    """int32[T]: the row of `table` each token belongs to. Tokens of one row are adjacent and in order of position."""
+    """int32[T]: the row of `table` each token belongs to. Tokens of one row are adjacent, each a position behind the one
+    before it."""
     table: jax.Array
     """int32[R, Pmax]: page ids of each row in order of position. Pages beyond a row's tokens may hold anything."""
 
@@ -31,7 +32,7 @@ class KvLayer(NamedTuple):
     """The KV pool of one layer."""
 
     k: jax.Array
-    """[K, P, W, H]"""
+    """[K, P, W, H]; see `Kernels.kv_rows`."""
     v: jax.Array | None
     """[K, P, W, H]; None where values are a part of the keys (`Kernels.attend`)."""
     k_scales: jax.Array | None = None
@@ -50,6 +51,15 @@ class Kernels(Protocol):
     @property
     def packed(self) -> bool:
         """Weights are stored as panels (see `spec.pack`)."""
+        ...
+
+    def kv_rows(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """How a token's keys, and its values, lie in the pool that `attend` takes: the number of rows K and their width H. A
+        row is a head unless a platform wants wider ones."""
+        ...
+
+    def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
+        """Why `attend` leaves such pages and such a table [R, Pmax] to plain XLA; empty where it does not."""
         ...
 
     def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
@@ -94,3 +104,17 @@ class Kernels(Protocol):
         key is taken off. `sinks` [K, G] are scores of nothing: they take part in the softmax and add no value.
         """
         ...
+
+
+class AnyPool:
+    """What kernels have in common that take the pool as the model has it, a row for each head, whatever its sizes."""
+
+    __slots__ = ()
+
+    def kv_rows(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """See `Kernels.kv_rows`."""
+        return kv_heads, head_dim
+
+    def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
+        """See `Kernels.refusal`: nothing is."""
+        return ""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...models.attention import XlaKernels
-from ...models.kernels import KvLayer, PagedBatch, Weight
+from ...models.kernels import AnyPool, KvLayer, PagedBatch, Weight
 from ...models.spec import PANEL, Quantized
 from .build import build
 
@@ -33,7 +33,7 @@ _registered: list["NativeKernels"] = []  # XLA takes a target's name once per pr
 
 
 @dataclass(frozen=True, slots=True)
-class NativeKernels:
+class NativeKernels(AnyPool):
     """`models.kernels.Kernels`, computed by `native.cc`. A row's result is the same bits whatever shares its launch."""
 
     name: str

@@ -17,9 +17,8 @@ from ...models.attention import MASKED, XlaKernels, in_parts, write
 from ...models.kernels import KvLayer, PagedBatch
 from ...sharding.mesh import Placement
 from .pallas_tpu_bodies import BLOCK_TOKENS, Form, blocks, decode_kernel, prefill_kernel
+from .pallas_tpu_rows import WideRows
 
-LANE = 128
-"""Head sizes are whole multiples: otherwise a pool is not laid out in the order that the kernels read."""
 SUBLANES = 16
 """Page sizes are whole multiples: pages lie side by side in a block, on the borders of bfloat16's tiles."""
 MOST_TABLE_BYTES = 2**19
@@ -38,6 +37,25 @@ class PallasTpuKernels(XlaKernels):
 
     name = "pallas"
 
+    def kv_rows(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """See `Kernels.kv_rows`: heads that are no whole tiles share rows."""
+        rows = self._rows(kv_heads, head_dim)
+        return rows.count, rows.width
+
+    def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
+        """See `Kernels.refusal`."""
+        if kv_dtype == "int8":
+            return "keys and values in int8"
+        if page_tokens % SUBLANES or BLOCK_TOKENS % page_tokens:
+            return f"pages of {page_tokens} tokens, not of 16, 32, 64, 128 or 256"
+        if 4 * table[0] * table[1] > MOST_TABLE_BYTES:
+            most = MOST_TABLE_BYTES // (4 * table[0]) * page_tokens
+            return f"a page table of {table[0]} rows is too large for contexts beyond {most} tokens"
+        return ""
+
+    def _rows(self, kv_heads: int, head_dim: int) -> WideRows:
+        return WideRows(kv_heads, head_dim, 1 if self.placement is None else self.placement.model_size)
+
     def attend(
         self,
         qkv: jax.Array,
@@ -53,21 +71,44 @@ class PallasTpuKernels(XlaKernels):
         value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """See `Kernels.attend`."""
-        tokens, kv_heads, members, head_dim = qkv.shape
-        few_bits = kv.k_scales is not None
-        plain = few_bits or value_dim is not None
-        if plain or not fits(head_dim, kv.k.shape[2], batch.table.shape):
+        if value_dim is not None:
             return super().attend(
                 qkv, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
                 slopes=slopes, sinks=sinks, value_dim=value_dim,
             )  # fmt: skip
+        _, kv_heads, members, head_dim = qkv.shape
+        rows = self._rows(kv_heads, head_dim)
+        by_head = (kv_heads, members - 2)
+        with jax.ensure_compile_time_eval():
+            slope = rows.by_row(jnp.array(slopes or np.zeros(by_head), jnp.float32).reshape(by_head))
+        sink = None if sinks is None else rows.by_row(sinks.astype(jnp.float32))
+        packed = rows.pack(qkv)
+        if self.refusal(kv.k.shape[2], batch.table.shape, str(kv.k.dtype)):
+            out, kv = super().attend(
+                packed, kv, batch, window=window, scale=scale, one_token_rows=one_token_rows, softcap=softcap,
+                slopes=slopes and tuple(np.asarray(slope).reshape(-1)), sinks=sink,
+            )  # fmt: skip
+            return rows.unpack(out), kv
+        form = Form(scale, softcap, window, bool(slopes), kv.k.shape[2], batch.table.shape[1])
+        out, kv = self._attend(packed, kv, batch, slope, sink, form, one_token_rows)
+        return rows.unpack(out), kv
+
+    def _attend(
+        self,
+        qkv: jax.Array,
+        kv: KvLayer,
+        batch: PagedBatch,
+        slope: jax.Array,
+        sink: jax.Array | None,
+        form: Form,
+        one_token_rows: int,
+    ) -> tuple[jax.Array, KvLayer]:
+        """`attend` with the kernels: qkv [T, K, G+2, H] as wide as the pool, slope and sink float32[K, G] -> [T, K G, H]."""
+        tokens, _, members, width = qkv.shape
         group = members - 2
         kv = write(kv, qkv[:, :, group], qkv[:, :, group + 1], batch, self.placement)
-        by_head = (kv_heads, group)
-        slope = jnp.asarray(np.array(slopes or np.zeros(by_head), np.float32).reshape(by_head))
         # A sink is a key already seen; one that weighs nothing stands where there is none.
-        sink = jnp.full(by_head, MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-        form = Form(scale, softcap, window, bool(slopes), kv.k.shape[2], batch.table.shape[1])
+        sink = jnp.full_like(slope, MASKED) if sink is None else sink
         decode, prefill = (
             self._spread(partial(compute, form=form, interpret=self._interpret), table_by_token)
             for compute, table_by_token in ((decode_attention, True), (prefill_attention, False))
@@ -77,7 +118,7 @@ class PallasTpuKernels(XlaKernels):
             for attend, part, own in in_parts(batch, one_token_rows, decode, prefill)
         ]
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        return out.reshape(tokens, kv_heads * group, head_dim), kv
+        return out.reshape(tokens, -1, width), kv
 
     def _spread(self, attend: Any, table_by_token: bool) -> Any:
         """Each device attends with the kv heads, and the part of the tokens, that lie there."""
@@ -91,16 +132,6 @@ class PallasTpuKernels(XlaKernels):
         return jax.shard_map(
             attend, mesh=self.placement.mesh, in_specs=inputs, out_specs=queries, check_vma=False
         )
-
-
-def fits(head_dim: int, page_tokens: int, table: tuple[int, ...]) -> bool:
-    """Can the kernels work on such a pool and table [R, Pmax]? Plain XLA can on any."""
-    return (
-        head_dim % LANE == 0
-        and page_tokens % SUBLANES == 0
-        and BLOCK_TOKENS % page_tokens == 0
-        and 4 * table[0] * table[1] <= MOST_TABLE_BYTES
-    )
 
 
 def decode_attention(

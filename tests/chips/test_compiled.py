@@ -25,6 +25,7 @@ COMPILERS = os.environ.get("XLANE_COMPILERS", "")
 
 CASES = [
     ("v6e-1", "8b", 1),
+    ("v5e-1", "1b", 1),
     ("v5e-4", "8b", 1),
     ("v6e-8", "8b", 2),
     ("h200", "8b", 2),

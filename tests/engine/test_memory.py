@@ -1,5 +1,6 @@
 """The memory plan by hand, and what it refuses."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -72,7 +73,7 @@ def test_design_by_hand(model) -> None:
     assert memory.weights_bytes == 4 * (embedding + 2 * layer + 32)
     assert memory.pages == 3 * 8
     assert memory.kv_bytes == 3 * 8 * 4 * KV_BYTES_PER_TOKEN
-    assert blueprint.shapes == (3, 24, 4, 8, VOCAB)
+    assert blueprint.shapes == (3, 24, 4, 8, VOCAB, (2, 16))
     # No chunk is longer than the longest request, rounded up.
     names = "decode[1] decode[2] decode[3] mixed[1+8] mixed[3+8] mixed[1+16] prefill[32] mixed[3+32]"
     assert [size.name for size in blueprint.sizes] == names.split()
@@ -152,6 +153,24 @@ def test_a_tpu_attends_with_its_own_kernel_unless_told_otherwise(model) -> None:
     asked = EngineConfig(model_id="m", page_tokens=16)
     blueprint, _, note = design(asked, model, topology=find_topology("v6e"))
     assert isinstance(blueprint.kernels, PallasTpuKernels)
-    assert note == "pallas (decode attention; XLA's prefill and products)"
+    assert note == "pallas (attention; XLA's products)"
+    # Its two heads of 16 lie in one row of 128, of which they fill a quarter.
+    assert blueprint.shapes.kv_rows == (1, 128)
     blueprint, _, note = design(replace(asked, kernels="xla"), model, topology=find_topology("v6e"))
     assert (blueprint.kernels.name, note) == ("xla", "xla (asked for)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"page_tokens": 4}, "attention in decode[1], {most} is XLA's: pages of 4 tokens"),
+        ({"kv_dtype": "int8"}, "attention in decode[1], {most} is XLA's: keys and values in int8"),
+    ],
+)
+def test_what_a_kernel_leaves_to_xla_is_told_and_refused_where_it_was_asked_for(model, changes, why) -> None:
+    asked = EngineConfig(**{"model_id": "m", "lanes": 1, "page_tokens": 16, **changes})
+    blueprint, _, note = design(asked, model, topology=find_topology("v6e"))
+    told = why.format(most=", ".join(size.name for size in blueprint.sizes[1:]))
+    assert told in note
+    with pytest.raises(PlanError, match=f"--kernels pallas: {re.escape(told)}"):
+        design(replace(asked, kernels="pallas"), model, topology=find_topology("v6e"))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from xlane.engine.kernels import pallas_tpu
-from xlane.engine.kernels.pallas_tpu import PallasTpuKernels, fits
+from xlane.engine.kernels.pallas_tpu import PallasTpuKernels
 from xlane.engine.kernels.pallas_tpu_bodies import BLOCK_TOKENS
+from xlane.engine.kernels.pallas_tpu_rows import WideRows
 from xlane.models.attention import XlaKernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.sharding.mesh import make_placement
@@ -34,6 +35,18 @@ KINDS = {
     "wide": (1, 3, 256, {}),
     "window over a block's border": (2, 2, 128, {"window": BLOCK_TOKENS}),
     "window of few": (1, 2, 128, {"window": 10}),
+    "two heads in a row": (2, 3, 64, {}),
+    "a head alone in a row": (1, 2, 96, {}),
+    "three heads in two rows": (
+        3,
+        2,
+        64,
+        {
+            "window": 300,
+            "slopes": (0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
+            "sinks": np.linspace(-1, 4, 6).reshape(3, 2),
+        },
+    ),
     "all": (
         2,
         2,
@@ -89,15 +102,33 @@ def test_attention_is_what_plain_xla_makes_of_it(name: str, kind: str):
     compare(PallasTpuKernels(interpret=True), LAUNCHES[name], shape, form)
 
 
-def compare(kernels, where, shape, form):
-    given = launch(where, *shape)
+def in_rows(pool: jax.Array, kernels, split: int = 1) -> jax.Array:
+    """A pool [K, P, W, H] as the kernels have it: heads side by side, zeros where none is."""
+    kv_heads, *_, head_dim = pool.shape
+    rows, width = kernels.kv_rows(kv_heads, head_dim)
+    here, rows_here = kv_heads // split, rows // split
+    shared = -(-here // rows_here)
+    wide = np.where(
+        np.isnan(pool[:1, ..., :1]), np.nan, np.zeros((rows, *pool.shape[1:3], width), pool.dtype)
+    )
+    for head in range(kv_heads):
+        row = head // here * rows_here + head % here // shared
+        begin = head % here % shared * head_dim
+        wide[row, ..., begin : begin + head_dim] = pool[head]
+    return jnp.asarray(wide, pool.dtype)
+
+
+def compare(kernels, where, shape, form, split=1):
+    qkv, kv, batch = given = launch(where, *shape)
     expected, expected_kv = attend(XlaKernels("cpu"), where, given, **form)
+    given = qkv, KvLayer(in_rows(kv.k, kernels, split), in_rows(kv.v, kernels, split)), batch
     got, got_kv = attend(kernels, where, given, **form)
     real = np.array(where[0]) >= 0
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], rtol=2e-5, atol=2e-5)
     assert np.isfinite(got).all()
     assert "sinks" in form or (np.asarray(got)[~real] == 0).all()
-    jax.tree.map(np.testing.assert_array_equal, got_kv, expected_kv)
+    for mine, reference in ((got_kv.k, expected_kv.k), (got_kv.v, expected_kv.v)):
+        np.testing.assert_array_equal(mine, in_rows(reference, kernels, split))
 
 
 def test_lanes_that_decode_beside_prompts():
@@ -112,24 +143,47 @@ def test_bfloat16_is_as_near_as_bfloat16_is():
     np.testing.assert_allclose(got, expected, rtol=0.01, atol=0.03)
 
 
-def test_devices_attend_with_what_lies_there():
-    compare(PallasTpuKernels(make_placement(2, 2), interpret=True), MIXED, (2, 2, 128), {})
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 128), (6, 64)])
+def test_devices_attend_with_what_lies_there(kv_heads: int, head_dim: int):
+    kernels = PallasTpuKernels(make_placement(2, 2), interpret=True)
+    compare(kernels, MIXED, (kv_heads, 2, head_dim), {}, split=2)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "page_tokens", "rows", "can"),
+    ("heads", "split", "rows"),
     [
-        (128, 32, 64, True),
-        (256, 16, 64, True),
-        (64, 32, 64, False),  # pages of such a pool lie innermost
-        (128, 4, 64, False),
-        (128, 48, 64, False),  # a block is no whole number of pages
-        (128, 32, 1024, False),  # 1024 rows of 256 pages are 1 MiB of table
+        ((8, 128), 8, (8, 128)),  # as it is
+        ((8, 64), 1, (4, 128)),  # Llama 3.2 1B
+        ((8, 64), 4, (4, 128)),
+        ((8, 64), 8, (8, 128)),  # a device's one head has a row to itself
+        ((3, 64), 1, (2, 128)),  # SmolLM2 135M
+        ((32, 96), 1, (32, 128)),  # Phi 3 mini
+        ((4, 32), 1, (1, 128)),
+        ((1, 192), 1, (1, 256)),
     ],
 )
-def test_what_the_kernels_cannot_do_is_plain_xlas(head_dim: int, page_tokens: int, rows: int, can: bool):
-    assert fits(head_dim, page_tokens, (rows, 256)) == can
+def test_rows_of_the_pool_are_whole_tiles(heads: tuple[int, int], split: int, rows: tuple[int, int]):
+    assert (WideRows(*heads, split).count, WideRows(*heads, split).width) == rows
 
 
-def test_a_small_head_is_attended_by_plain_xla():
-    compare(PallasTpuKernels(interpret=True), DECODE, (2, 2, 64), {})
+@pytest.mark.parametrize(
+    ("page_tokens", "rows", "kv_dtype", "why"),
+    [
+        (32, 64, "bfloat16", ""),
+        (16, 64, "float32", ""),
+        (32, 64, "int8", "int8"),
+        (4, 64, "bfloat16", "pages of 4 tokens"),
+        (48, 64, "bfloat16", "pages of 48 tokens"),  # a block is no whole number of them
+        (32, 1024, "bfloat16", "1024 rows is too large for contexts beyond 4096 tokens"),  # 1 MiB of table
+    ],
+)
+def test_what_the_kernels_cannot_do_is_plain_xlas(page_tokens: int, rows: int, kv_dtype: str, why: str):
+    told = PallasTpuKernels().refusal(page_tokens, (rows, 256), kv_dtype)
+    assert why in told
+    assert bool(why) == bool(told)
+
+
+def test_plain_xla_attends_in_wide_rows_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pallas_tpu, "MOST_TABLE_BYTES", 0)
+    *shape, form = KINDS["three heads in two rows"]
+    compare(PallasTpuKernels(interpret=True), MIXED, shape, form)
