@@ -68,6 +68,7 @@ class Row:
 def main(config: EngineConfig, path: Path, options: Mapping[str, Any]) -> int:
     """Measure and print. Returns the exit code."""
     engine = start(config, path)
+    engine.wait_loaded()
     ceilings = measure_ceilings(engine.info.platform, engine.info.dtype)
     prompt, output = options["prompt_tokens"], options["output_tokens"]
     rows = []

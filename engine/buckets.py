@@ -1,5 +1,6 @@
 """The padded sizes programs are compiled for. Few, because each costs compile time; fine, because padding costs work."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .turn import Size
@@ -66,3 +67,8 @@ def launch_sizes(
     mixed = {Size(some, count) for some, counts in beside for count in counts}
     sizes = {Size(some, 0) for some in (*rows, *guessing)} | mixed | {Size(0, count) for count in tokens[2:]}
     return tuple(sorted(sizes, key=lambda size: (sum(size), size)))
+
+
+def largest_of_each(sizes: Sequence[Size]) -> tuple[Size, ...]:
+    """The largest launch of each kind (lanes, prompts, both), of sizes that ascend."""
+    return tuple({(size.rows > 0, size.tokens > 0): size for size in sizes}.values())

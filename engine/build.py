@@ -29,6 +29,7 @@ from .config import EngineConfig, texts_folder
 from .errors import PlanError
 from .heads import heads_shape, load_heads
 from .kernels.native import native_kernels
+from .manifest import read_manifest
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
 from .programs import Programs, abstract_weights, compile_all, param_sharding
@@ -102,7 +103,8 @@ def compile_within(
         # tried yet.
         keeps = config.processes == 1 and blueprint.placement.device.platform == "cpu"
         texts = texts_folder(config) if keeps else None
-        return compile_all(blueprint, lambda done, total: report("programs", done, total), texts)
+        known = read_manifest(config, blueprint, jax.__version__) if config.processes == 1 else ()
+        return compile_all(blueprint, lambda done, total: report("programs", done, total), texts, known)
 
     programs = compiled(blueprint)
     temp_bytes = max(info.temp_bytes for info in programs.infos) * blueprint.placement.mesh.size
@@ -116,6 +118,7 @@ def compile_within(
         temp_bytes=memory.temp_bytes,
     )
     memory = plan_pages(config, demand, memory.limit_bytes, False, memory.lanes, memory.max_total_tokens)
+    programs.close()
     smaller = replace(blueprint, shapes=blueprint.shapes._replace(pages=memory.pages))
     return compiled(smaller), memory
 

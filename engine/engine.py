@@ -79,7 +79,7 @@ class Engine:
         self._arrivals = itertools.count()
         self._leader = leader
         self._grammars = None if guidance is None else Grammars(guidance, model.vocab_size)
-        launcher = Launcher(built.programs, built.params)
+        self._launcher = launcher = Launcher(built.programs, built.params)
         self._keeper = _keeper(config, model_sha, launcher, self._pages)
         runner = Runner(blueprint, launcher, None if leader is None else leader.publish)
         self._loop = Loop(runner, self._scheduler, self._counters, pace.observe)
@@ -216,9 +216,14 @@ class Engine:
             self._loop.cancel_all()
             self._loop.wait_idle(timeout_s=5.0)
 
+    def wait_loaded(self) -> None:
+        """Until every program is here: until then some work is done by larger ones than it needs."""
+        self._launcher.wait()
+
     def stop(self) -> None:
         """See `EngineCore.stop`."""
         self._loop.stop()
+        self._launcher.close()
         keeper, self._keeper = self._keeper, None
         if keeper is not None and self._loop.ended:
             keeper.save()

@@ -45,6 +45,18 @@ class Launcher:
         }
         """By number of rows: what is passed where no row is masked. It lies on the device, so it costs no transfer."""
 
+    def smallest(self, rows: int, tokens: int) -> Size:
+        """See `Programs.smallest`."""
+        return self._programs.smallest(rows, tokens)
+
+    def wait(self) -> None:
+        """Until every program is here."""
+        self._programs.wait()
+
+    def close(self) -> None:
+        """Load no more programs."""
+        self._programs.close()
+
     def launch(self, size: Size, plan: np.ndarray, mask: np.ndarray | None) -> Made:
         """Start a program on its packed plan and the masks of its rows (None: of no row) -> what it will make. Returns at
         once."""

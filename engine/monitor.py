@@ -5,6 +5,7 @@ import threading
 import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+_MISS = "/jax/compilation_cache/cache_misses"
 
 
 class CompileCounter:
@@ -25,3 +26,20 @@ class CompileCounter:
         if self._listening:
             self._listening = False
             jax.monitoring.unregister_event_duration_listener(self._heard)
+
+
+class CacheMisses:
+    """Counts programs that jax's persistent cache did not have, while it is entered."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> "CacheMisses":
+        jax.monitoring.register_event_listener(self._heard)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        jax.monitoring.unregister_event_listener(self._heard)
+
+    def _heard(self, event: str, **kwargs: str | int) -> None:
+        self.count += event == _MISS

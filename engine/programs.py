@@ -1,14 +1,16 @@
 """The compiled programs: one launch each, for a few numbers of lanes that decode and of prompt tokens beside them.
 
 State and KV are donated. All are compiled ahead (`compile_all`), in parallel, through the persistent caches; afterwards only
-compiled objects are called, which refuse other shapes instead of compiling anew. What a launch does is in `step`. Knows no
-policy and no requests.
+compiled objects are called, which refuse other shapes instead of compiling anew. Where the cache has them all, a few that can
+do any work are loaded first, and the others while those serve. What a launch does is in `step`. Knows no policy and no
+requests.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 from ..models.spec import ParamSpec
 from ..sharding.mesh import Placement
 from .batch import plan_size
+from .buckets import largest_of_each
+from .monitor import CacheMisses
 from .request import ProgramInfo
 from .sampler import mask_width
 from .state import LaneState, abstract_kv, abstract_state, described
@@ -26,51 +30,118 @@ from .step import Blueprint, Kv, Params, step
 from .traced import TracedTexts
 from .turn import Size
 
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 4
+"""Programs that are compiled at a time."""
+
 
 class Programs:
     """The compiled programs of one engine. Calling one CONSUMES state and KV."""
 
     def __init__(
-        self, blueprint: Blueprint, compiled: dict[str, Any], infos: tuple[ProgramInfo, ...]
+        self,
+        blueprint: Blueprint,
+        compiled: dict[str, Any],
+        infos: tuple[ProgramInfo, ...],
+        loader: ThreadPoolExecutor | None = None,
     ) -> None:
+        """`compiled`: by name; a Future of one that `loader` is still to bring."""
         self.blueprint = blueprint
         self.infos = infos
         self._compiled = compiled
+        self._loader = loader
 
     def __getitem__(self, name: str) -> Any:
-        """A compiled program by the name its info has, to look into."""
-        return self._compiled[name]
+        """A compiled program by the name its info has, to look into. Waits for it."""
+        found = self._compiled[name]
+        if isinstance(found, Future):
+            found = self._compiled[name] = found.result()
+        return found
 
     def __call__(
         self, size: Size, params: Params, kv: Kv, state: LaneState, plan: jax.Array, mask: jax.Array
     ) -> tuple[Kv, LaneState, tuple[jax.Array, jax.Array | None]]:
         """One launch, see `step.step`: a plan int32[plan_size] and a mask int32[R, mask_width] -> (kv, state,
         (int32[R, RESULT_WIDTH], int32[tokens, SCORE_WIDTH] or None)), where R are the rows, then the segments."""
-        return self._compiled[size.name](params, kv, state, plan, mask)
+        return self[size.name](params, kv, state, plan, mask)
+
+    def smallest(self, rows: int, tokens: int) -> Size:
+        """The smallest size for so many rows and prompt tokens whose program is here."""
+        holding = [size for size in self.blueprint.sizes if size.holds(rows, tokens)]
+        return next((size for size in holding if self._is_here(size)), holding[0])
+
+    def _is_here(self, size: Size) -> bool:
+        found = self._compiled[size.name]
+        return not isinstance(found, Future) or found.done()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        for name in self._compiled:
+            self[name]
+
+    def close(self) -> None:
+        """Load no more."""
+        if self._loader is not None:
+            self._loader.shutdown(cancel_futures=True)
 
 
 def compile_all(
-    blueprint: Blueprint, progress: Callable[[int, int], None] | None = None, texts: Path | None = None
+    blueprint: Blueprint,
+    progress: Callable[[int, int], None] | None = None,
+    texts: Path | None = None,
+    known: Sequence[ProgramInfo] = (),
 ) -> Programs:
     """Compile every program, smallest first, a few at a time. `progress(done, total)` is called at first and after each.
-    `texts`: a folder that keeps what was traced."""
+    `texts`: a folder that keeps what was traced.
+
+    `known` says what the programs are where they were compiled before: then those that can do any work are waited for, and
+    if the cache had these, the others come later.
+    """
+    kept = None if texts is None else TracedTexts(texts, blueprint)
     sizes = blueprint.sizes
-    done = 0
+    # Any work fits into the largest of a kind; the smallest of all is for whoever comes first, and is alone.
+    first = [*{sizes[0], *largest_of_each(sizes)}] if known else sizes
+    later = [size for size in sizes if size not in first]
+    with CacheMisses() as misses:
+        made = _compile_some(blueprint, first, kept, progress)
+    if later and misses.count:
+        made |= _compile_some(blueprint, later, kept, progress)
+        later = []
+    infos = known if later else [made[size.name][1] for size in sizes]
+    compiled: dict[str, Any] = {name: program for name, (program, _) in made.items()}
+    if not later:
+        return Programs(blueprint, compiled, tuple(infos))
+    loader = ThreadPoolExecutor(1, thread_name_prefix="programs")
+    compiled |= {size.name: loader.submit(_load, blueprint, size, kept) for size in later}
+    return Programs(blueprint, compiled, tuple(infos), loader)
+
+
+def _compile_some(
+    blueprint: Blueprint,
+    sizes: Sequence[Size],
+    kept: TracedTexts | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, tuple[Any, ProgramInfo]]:
     if progress is not None:
         progress(0, len(sizes))
-    compiled: dict[str, Any] = {}
-    infos: list[ProgramInfo] = []
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        kept = None if texts is None else TracedTexts(texts, blueprint)
+    made: dict[str, tuple[Any, ProgramInfo]] = {}
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         lowered = ((size.name, _lower(blueprint, size, kept)) for size in sizes)
         futures = [(name, pool.submit(_compile, name, program)) for name, program in lowered]
         for name, future in futures:
-            compiled[name], info = future.result()
-            infos.append(info)
-            done += 1
+            made[name] = future.result()
             if progress is not None:
-                progress(done, len(sizes))
-    return Programs(blueprint, compiled, tuple(infos))
+                progress(len(made), len(sizes))
+    return made
+
+
+def _load(blueprint: Blueprint, size: Size, kept: TracedTexts | None) -> Any:
+    with CacheMisses() as misses:
+        program = _lower(blueprint, size, kept).compile()
+    if misses.count:
+        logger.warning("%s was gone from the cache and compiled while the engine served", size.name)
+    return program
 
 
 def _lower(blueprint: Blueprint, size: Size, kept: TracedTexts | None) -> Any:

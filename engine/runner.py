@@ -90,7 +90,7 @@ class Runner:
             return None
         b = self._blueprint
         count = sum(len(segment.tokens) for segment in turn.segments)
-        size = next(size for size in b.sizes if size.holds(len(turn.rows), count))
+        size = self._launcher.smallest(len(turn.rows), count)
         packed = pack_plan(
             turn.rows, turn.segments, size, b.prefill_segments, b.shapes.table_width, b.shapes.lanes
         )

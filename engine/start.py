@@ -78,6 +78,8 @@ def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] 
 
     blueprint, memory, _ = design(config, opened.config)
     programs, _ = compile_within(config, blueprint, memory, report)
+    programs.wait()
+    programs.close()
     return write_manifest(config, programs, jax.__version__)
 
 

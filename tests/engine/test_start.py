@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from xlane.engine.manifest import write_manifest
 from xlane.engine.plan import describe
 from xlane.engine.programs import Programs
 from xlane.engine.start import start, warm
+from xlane.engine.step import Blueprint
 from xlane.engine.step import step as plain_step
+from xlane.engine.turn import Size
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
 
@@ -142,6 +145,49 @@ def test_a_second_start_compiles_nothing(model: Path, cache: Path, events: Cache
         ids(output) for output in run(second, *(request(prompt, max_tokens=5) for prompt in asked))
     ] == made
     assert first.stats().compiles_after_ready == second.stats().compiles_after_ready == 0
+
+
+def test_a_second_start_serves_while_most_programs_are_still_loaded(
+    model: Path, cache: Path, events: CacheEvents, started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(cache, lanes=4, prefill_chunk_tokens=32)
+
+    def answers(engine: Engine) -> list[list[int]]:
+        requests = [request(prompt, max_tokens=5) for prompt in ([1, 2, 3], [4] * 17, [5], [6, 7])]
+        return [ids(output) for output in run(engine, *requests)]
+
+    first = started(asked, model)
+    made = answers(first)
+    may, loaded, load = threading.Event(), list[str](), programs._load
+
+    def late(blueprint: Blueprint, size: Size, kept: object) -> object:
+        assert may.wait(60)
+        loaded.append(size.name)
+        return load(blueprint, size, kept)
+
+    monkeypatch.setattr(programs, "_load", late)
+    events.taken()
+    second = started(asked, model)
+    assert second.info.programs == first.info.programs
+    assert answers(second) == made
+    assert not loaded
+    may.set()
+    second.wait_loaded()
+    assert answers(second) == made
+    at_once = {"decode[1]", "decode[4]", "prefill[32]", "mixed[4+32]"}
+    assert {*loaded} == {info.name for info in second.info.programs} - at_once != set()
+    assert events.taken()[1] == second.stats().compiles_after_ready == 0
+
+
+def test_programs_that_the_cache_lost_are_all_compiled_before_anybody_is_served(
+    model: Path, tmp_path: Path, started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm(config(tmp_path, lanes=4), model)
+    shutil.rmtree(tmp_path / "programs")
+    compilation_cache.reset_cache()
+    monkeypatch.setattr(programs, "_load", lambda *args: pytest.fail("nothing may come later"))
+    engine = started(config(tmp_path, lanes=4), model)
+    assert len(programs_in(tmp_path)) == len(engine.info.programs) > 4
 
 
 def test_a_second_start_traces_nothing(
