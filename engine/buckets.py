@@ -17,15 +17,17 @@ class Defaults:
     chunk_tokens: int
     least_tokens: int
     """Of the smallest piece of a prompt: what all streams wait for while others ask much."""
+    few_tokens: int
+    """Of the smallest piece beside few streams, whose steps are quick."""
     cheap_rows: int
     """Rows of a decode step up to which it costs about what one row does, because reading the weights takes longer than
     computing: where lanes leave some of them free, guesses may have them."""
 
 
 DEFAULTS = {
-    "cpu": Defaults(16, 128, 8, 16),
-    "gpu": Defaults(128, 2048, 64, 128),
-    "tpu": Defaults(64, 1024, 64, 128),
+    "cpu": Defaults(16, 128, 8, 4, 16),
+    "gpu": Defaults(128, 2048, 64, 64, 128),
+    "tpu": Defaults(64, 1024, 64, 64, 128),
 }
 
 
@@ -54,16 +56,23 @@ def prefill_tokens(chunk_tokens: int, smallest: int) -> tuple[int, ...]:
 
 
 def launch_sizes(
-    lanes: int, data: int, chunk_tokens: int, least_tokens: int, most_rows: int | None = None
+    lanes: int,
+    data: int,
+    chunk_tokens: int,
+    least_tokens: int,
+    few_tokens: int | None = None,
+    most_rows: int | None = None,
 ) -> tuple[Size, ...]:
     """Everything to compile, smallest first: decodes, prompts, and both in one launch.
 
     Of these there are few: the smallest piece of a prompt beside one lane, a quarter of them or all; twice as much beside one,
-    four times as much beside all. A prompt that fits beside one lane has no program of its own.
+    four times as much beside all; `few_tokens`, if that is less, beside one and a quarter. A prompt that fits beside one lane
+    has no program of its own.
     """
     rows, tokens = decode_rows(lanes, data), prefill_tokens(chunk_tokens, least_tokens)
     guessing = decode_rows(most_rows or lanes, data)  # nobody guesses beside prompts
-    beside = (rows[0], tokens[:2]), (rows[max(0, len(rows) - 3)], tokens[:1]), (lanes, tokens[:3:2])
+    one, quarter, few = rows[0], rows[max(0, len(rows) - 3)], min(few_tokens or tokens[0], tokens[0])
+    beside = (one, (few, *tokens[:2])), (quarter, (few, tokens[0])), (lanes, tokens[:3:2])
     mixed = {Size(some, count) for some, counts in beside for count in counts}
     sizes = {Size(some, 0) for some in (*rows, *guessing)} | mixed | {Size(0, count) for count in tokens[2:]}
     return tuple(sorted(sizes, key=lambda size: (sum(size), size)))

@@ -167,7 +167,7 @@ def design(
     )
     rows = most_decode_rows(lanes, config.speculate, defaults.cheap_rows)
     rows -= rows % placement.data_size  # lanes divide, so there are still enough
-    sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens, rows)
+    sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens, defaults.few_tokens, rows)
     temp_bytes = estimate_temp_bytes(
         model, max(map(sum, sizes)), max(block_rows(lanes), rows, lanes + segments), itemsize
     )
