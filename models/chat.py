@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TokenizerError
+from .unadvised import unadvised
 
 FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
 """What transformers lets templates call, beside what Jinja does."""
@@ -57,7 +58,8 @@ class ChatTemplates:
         """
         template = self._choose(bool(tools))
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
+            with unadvised():
+                from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise TokenizerError(f"chat templates need transformers and jinja2: {error}") from error
         try:

@@ -15,6 +15,7 @@ from .chat import named_templates, read_object, templates_of_directory
 from .errors import TokenizerError
 from .gguf_file import GgufFile
 from .gguf_tokenizer import tokenizer_from_gguf
+from .unadvised import unadvised
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _UNLIMITED = 10**9
@@ -150,7 +151,8 @@ def _frame_like_llama(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
 
 def _through_transformers(directory: Path) -> Tokenizer:
     """A tokenizer in one of the older formats, converted by transformers."""
-    from transformers import AutoTokenizer
+    with unadvised():
+        from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)

@@ -21,6 +21,7 @@ from .bench_client import Answer, Endpoint, call, exchange
 from .bench_plot import check_plot, draw, panels_of
 from .bench_prompts import Prompts, Wanted, choose, read_workload
 from .bench_report import Result, Slo, line, summarise, table
+from .console import Console
 from .options import UsageError
 
 REQUEST_TIMEOUT_S = 600.0
@@ -94,7 +95,28 @@ async def open_loop(asks: Sequence[Ask], rate: float, seed: int, send: Send) -> 
     return list(await asyncio.gather(*tasks))
 
 
-async def measure(load: Load, tell: Callable[[str], None]) -> list[Result]:
+Progress = Callable[[str, int, int], None]
+"""Told the load of a run, how many of its requests are answered, and how many there are."""
+
+
+def counted(send: Send, load: str, total: int, progress: Progress) -> Send:
+    """The same, with each answer counted."""
+    done = 0
+    progress(load, done, total)
+
+    async def send_and_count(ask: Ask) -> Answer:
+        nonlocal done
+        answer = await send(ask)
+        done += 1
+        progress(load, done, total)
+        return answer
+
+    return send_and_count
+
+
+async def measure(
+    load: Load, tell: Callable[[str], None], progress: Progress = lambda load, done, total: None
+) -> list[Result]:
     """All runs of a load. Raises ConnectionError if the server cannot be used at all."""
     api = APIS[load.api]
     endpoint = Endpoint.parse(load.url, load.api_key)
@@ -118,10 +140,14 @@ async def measure(load: Load, tell: Callable[[str], None]) -> list[Result]:
             raise ConnectionError(f"{load.url}{api.path}: {answer.error}")
     results: list[Result] = []
     for rate in load.rate:
-        answers = await open_loop(await asks(load.requests or DEFAULT_OPEN_REQUESTS), rate, load.seed, send)
+        made = await asks(load.requests or DEFAULT_OPEN_REQUESTS)
+        count = counted(send, f"{rate:g}/s", len(made), progress)
+        answers = await open_loop(made, rate, load.seed, count)
         results.append(summarise(answers, api.counts, rate=rate, slo=load.slo))
     for clients in load.concurrency:
-        answers = await closed_loop(await asks(load.requests or max(16, 4 * clients)), clients, send)
+        made = await asks(load.requests or max(16, 4 * clients))
+        count = counted(send, f"{clients} clients", len(made), progress)
+        answers = await closed_loop(made, clients, count)
         results.append(summarise(answers, api.counts, concurrency=clients, slo=load.slo))
     if not prompts.exact:
         tell(f"{load.url} has no /tokenize: a word of a prompt was taken for a token")
@@ -184,8 +210,12 @@ def bench(options: Mapping[str, Any]) -> int:
     load = load_of(given)
     if plot is not None:
         check_plot(plot)
+    # Plain lines: a bar that is drawn again and again would be in the way of what is measured.
+    console = Console(sys.stderr, live=False)
     try:
-        results = uvloop.run(measure(load, lambda text: print(f"note: {text}", file=sys.stderr)))
+        results = uvloop.run(
+            measure(load, lambda text: print(f"note: {text}", file=sys.stderr), console.progress)
+        )
     except (ConnectionError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

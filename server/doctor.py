@@ -24,6 +24,7 @@ from .hosts import open_to_all
 from .machine import machine
 from .model import DEMO, find_model
 from .serve import environment
+from .several import configs_of
 from .sockets import bind
 
 HUB_TIMEOUT_S = 3.0
@@ -65,7 +66,7 @@ def doctor(
 def examine(
     engine: EngineConfig, server: ServerConfig, run: RunConfig, environ: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """One finding after the other, what is quick first."""
+    """One finding after the other, what is quick first. Raises UsageError for what no server of several models can be."""
     yield versions()
     yield variables(environ)
     yield access(server)
@@ -80,12 +81,16 @@ def examine(
         yield Finding("hub", "ok", f"{hub.endpoint} answers")
     yield room("cache", Path(engine.cache_dir) if engine.cache_dir else default_cache_dir(), "--cache-dir")
     yield room("models", Path(run.hub_cache or hub.cache_dir), "--huggingface-hub-cache")
-    model, finding = _model(engine, run, hub)
-    yield finding
+    found: dict[str, tuple[EngineConfig, Path]] = {}
+    for name, config in configs_of(engine, server, run).items():
+        path, finding = _model(config, run, hub)
+        yield finding
+        if path is not None:
+            found[name if server.more_models else ""] = (config, path)
     if run.engines:
         yield engines(run, engine.model_id)
     else:
-        yield from machine(engine, model)
+        yield from machine(engine, found)
 
 
 def versions() -> Finding:
@@ -171,5 +176,5 @@ def _model(engine: EngineConfig, run: RunConfig, hub: HubState) -> tuple[Path | 
     try:
         model = find_model(replace(engine, load_format="dummy"), run.hub_cache, ask=not hub.error)
     except ModelError as error:
-        return None, Finding("model", "fail", str(error))
+        return None, Finding("model", "fail", f"{engine.model_id}: {error}")
     return model.path, Finding("model", "ok", f"{engine.model_id}, described in {model.path}")

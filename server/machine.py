@@ -1,4 +1,4 @@
-"""The devices, who computes on them, and whether a model fits: findings of `xlane doctor`.
+"""The devices, who computes on them, and whether the models fit: findings of `xlane doctor`.
 
 Asked in a process of its own, because a broken driver hangs or kills whoever asks it. Knows no jax: what is asked is
 `engine/look.py`'s.
@@ -21,13 +21,17 @@ TIMEOUTS_S = {"devices": 60, "kernels": 330, "fit": 120}
 _ACCELERATORS = (("/dev/nvidia0", "NVIDIA GPU", "cuda"), ("/dev/accel0", "TPU", "tpu"), ("/dev/vfio/0", "TPU", "tpu"))  # fmt: skip
 
 
+Plans = Mapping[str, tuple[EngineConfig, Path]]
+"""How each model is run, and where it lies, by its name; of one that is alone none is needed."""
+
+
 def machine(
-    engine: EngineConfig, model: Path | None, look: Callable[..., None] | None = None
+    engine: EngineConfig, models: Plans, look: Callable[..., None] | None = None
 ) -> Iterator[Finding]:
-    """The devices, who computes on them, and whether the model fits. `look` runs in a process of its own."""
+    """The devices, who computes on them, and whether each model fits. `look` runs in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=look or _look, args=(theirs, engine, model), daemon=True)
+    process = context.Process(target=look or _look, args=(theirs, engine, models), daemon=True)
     process.start()
     theirs.close()
     awaited = "devices"
@@ -54,11 +58,11 @@ def machine(
         process.join()
 
 
-def _look(told: Connection, engine: EngineConfig, model: Path | None) -> None:
+def _look(told: Connection, engine: EngineConfig, models: Plans) -> None:
     try:
         from ..engine.look import look
 
-        for piece in look(engine, model):
+        for piece in look(engine, models):
             told.send(piece)
         told.send(("end", None))
     except (EngineError, ModelError, RuntimeError, OSError) as error:
@@ -84,6 +88,9 @@ def judged(what: str, facts: Mapping[str, Any]) -> Finding:
         return Finding(
             "kernels", "warn", f"XLA's own, several times slower: {facts['why']}", "install g++ or clang++"
         )
+    of = f"{facts['name']}: " if facts["name"] else ""
+    if what == "unfit":
+        return Finding("fit", "fail", of + facts["why"].splitlines()[0])
     return Finding("fit", "ok",
-        f"weights {bytes_text(facts['weights bytes'])} and {bytes_text(facts['KV cache bytes'])} of KV cache in "
+        f"{of}weights {bytes_text(facts['weights bytes'])} and {bytes_text(facts['KV cache bytes'])} of KV cache in "
         f"{bytes_text(facts['memory bytes'])}: {facts['lanes']} lanes, {facts['KV cache tokens']:,} tokens")  # fmt: skip

@@ -207,7 +207,10 @@ def test_the_command_prints_a_table_and_one_json_line_last(
     argv = f"bench serve --url {url} --concurrency 1,2 --requests 4 --prompt-tokens 12 --output-tokens 4"
     words = [*argv.split(), "--slo", "ttft_ms=60000,itl_ms=60000", "--plot", str(plot), "--api-key", "secret"]
     assert run(words, {}) == 0
-    *shown, last = capsys.readouterr().out.splitlines()
+    written = capsys.readouterr()
+    *shown, last = written.out.splitlines()
+    counts = [line.partition(" in ")[0] for line in written.err.splitlines()]
+    assert counts == [f"{clients} clients: {done}/4" for clients in (1, 2) for done in (0, 4)]
     assert [line.split()[:3] for line in shown if "clients" in line] == [
         ["1", "clients", "4"],
         ["2", "clients", "4"],

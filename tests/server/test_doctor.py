@@ -99,6 +99,8 @@ def test_a_machine_is_examined(model: Path, taken: int, hub: StubHub, tmp_path: 
         "--json",
         "--port",
         str(taken),
+        "--more-models",
+        f"twin={model},lost={tmp_path}",
         *CHOICES,
     ]
     environ = os.environ | {
@@ -111,7 +113,15 @@ def test_a_machine_is_examined(model: Path, taken: int, hub: StubHub, tmp_path: 
     assert done.returncode == 1, done.stderr
     told = json.loads(done.stdout)
     assert not told["ok"]
-    found = {finding["name"]: finding for finding in told["findings"]}
+    fits = [finding["found"] for finding in told["findings"] if finding["name"] == "fit"]
+    assert [text.partition(": ")[0] for text in fits] == [str(model), "twin"], (
+        "each of several, and not the first only"
+    )
+    models = [finding for finding in told["findings"] if finding["name"] == "model"]
+    assert [(each["status"], "lost" in each["found"] or str(tmp_path) in each["found"]) for each in models] == [
+        ("ok", False), ("ok", False), ("fail", True),
+    ]  # fmt: skip
+    found = {finding["name"]: finding for finding in told["findings"]} | {"model": models[0]}
     assert {name: finding["status"] for name, finding in found.items()} == {
         "versions": "ok", "variables": found["variables"]["status"], "access": "ok", "port": "fail", "hub": "ok",
         "cache": found["cache"]["status"], "models": found["models"]["status"], "model": "ok", "devices": "ok", "fit": "ok",
@@ -172,22 +182,24 @@ def test_variables_that_matter():
     assert doctor.variables({"HOME": "/h"}).status == "ok"
 
 
-def dies(told: Connection, engine: EngineConfig, model: Path | None) -> None:
+def dies(told: Connection, engine: EngineConfig, models: machine.Plans) -> None:
     told.send(("devices", {"platform": "tpu", "kind": "TPU v5e", "count": 4}))
     os._exit(7)
 
 
-def hangs(told: Connection, engine: EngineConfig, model: Path | None) -> None:
+def hangs(told: Connection, engine: EngineConfig, models: machine.Plans) -> None:
     time.sleep(60)
 
 
-def refuses(told: Connection, engine: EngineConfig, model: Path | None) -> None:
+def refuses(told: Connection, engine: EngineConfig, models: machine.Plans) -> None:
     told.send(("devices", {"platform": "gpu", "kind": "H200", "count": 1}))
-    told.send(("error", "needs 3 GB, has 2 GB"))
+    for name in models:
+        told.send(("unfit", {"name": name, "why": "needs 3 GB, has 2 GB\nat once"}))
+    told.send(("end", None))
 
 
-def seen(look: Any, model: Path | None = None) -> list[tuple[str, str, str]]:
-    found = machine.machine(EngineConfig(model_id="m"), model, look)
+def seen(look: Any, models: machine.Plans | None = None) -> list[tuple[str, str, str]]:
+    found = machine.machine(EngineConfig(model_id="m"), models or {}, look)
     return [(finding.name, finding.status, finding.found) for finding in found]
 
 
@@ -204,7 +216,11 @@ def test_a_device_that_does_not_answer(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_model_that_does_not_fit(tmp_path: Path):
-    assert seen(refuses, tmp_path)[1:] == [("fit", "fail", "needs 3 GB, has 2 GB")]
+    of = (EngineConfig(model_id="m"), tmp_path)
+    assert seen(refuses, {"": of})[1:] == [("fit", "fail", "needs 3 GB, has 2 GB")]
+    assert [found for *_, found in seen(refuses, {"m": of, "n": of})[1:]] == [
+        f"{name}: needs 3 GB, has 2 GB" for name in "mn"
+    ]
 
 
 def test_an_accelerator_that_jax_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
