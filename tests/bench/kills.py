@@ -8,24 +8,22 @@ word for the one request it serves is taken to die of that, see `engine/replay.p
 was lost, or said anything else.
 """
 
-import argparse
 import asyncio
 import json
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 
+from tests.bench.shaken import arguments, shaken_server
 from tests.support.traffic import KINDS, Heard, Kind, heard
-from tests.support.whole_server import Served, whole_server
+from tests.support.whole_server import Served
 
 EARLY = 0.1
 """Share of the kills that hit an engine before it is ready. (Five of those in a row end the server, rightly.)"""
@@ -167,21 +165,10 @@ def tell(tallies: Mapping[str, Tally]) -> dict[str, dict[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--times", type=int, default=100)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--streams", type=int, default=2)
-    args = parser.parse_args()
+    args = arguments(__doc__, times=100, streams=2)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        options = (
-            *("--model-id", args.model, "--speculate", "4", "--kv-bytes", str(2**29)),
-            *("--limit", "template_timeout_s=600"),  # whatever else the machine is busy with
-        )
-        with whole_server(Path(folder, "log"), *options) as served:
-            tallies, killing = asyncio.run(kill_under_load(served, args.times, args.streams))
+    with shaken_server(args.model) as served:
+        tallies, killing = asyncio.run(kill_under_load(served, args.times, args.streams))
     told = tell(tallies)
     back = sorted(killing.back_s)
     summary = {

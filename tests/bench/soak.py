@@ -1,7 +1,7 @@
 """Mixed traffic for a long time, with clients that leave or stand still, bad requests and killed engines: what is held at the
 end is what was held before.
 
-    python -m tests.bench.soak [--minutes 10] [--model demo] [--clients 12] [--kill-every 60]
+    python -m tests.bench.soak [--minutes 10] [--model demo] [--clients 12] [--kill-every SECONDS, on average: 60]
 
 A fifth of the time warms up; then all ends, and what server and engine hold is noted. After the rest of the time all ends again,
 and it is noted again. Engines are killed all along but for the last third, so that the one looked at has served a while, and so
@@ -9,14 +9,12 @@ has the one looked at first. Every whole stream must say what it says undisturbe
 more is held, or a request ended otherwise than it must.
 """
 
-import argparse
 import asyncio
 import json
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,8 +22,9 @@ from typing import Any
 
 import httpx
 
+from tests.bench.shaken import arguments, shaken_server
 from tests.support.traffic import KINDS, Heard, Kind, events, heard
-from tests.support.whole_server import Served, whole_server
+from tests.support.whole_server import Served
 
 WARM_UP, LAST_QUIET = 0.2, 0.35
 """Shares of the time: before the first look, and without kills before each."""
@@ -195,29 +194,9 @@ async def soak(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--kill-every", type=float, default=60, help="seconds, on average")
-    args = parser.parse_args()
-    options = (
-        *("--model-id", args.model, "--speculate", "4", "--kv-bytes", str(2**29)),
-        *(
-            "--limit",
-            "write_timeout_s=5",
-            "--limit",
-            "keep_alive_timeout_s=5",
-            "--limit",
-            "template_timeout_s=600",
-        ),
-    )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        whole_server(Path(folder, "log"), *options, module="tests.support.telling_server") as served,
-    ):
+    args = arguments(__doc__, minutes=10.0, clients=12, kill_every=60.0)
+    options = ("--limit", "write_timeout_s=5", "--limit", "keep_alive_timeout_s=5")
+    with shaken_server(args.model, *options, module="tests.support.telling_server") as served:
         traffic, before, after = asyncio.run(soak(served, args.minutes, args.clients, args.kill_every))
     more = [name for name in before if after[name] > allowed(name, before[name])]
     print(f"{'':>20}  after warm-up   at the end")
