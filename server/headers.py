@@ -29,18 +29,18 @@ class Clock:
         return perf_counter() - self._start
 
 
-def stream_headers(serving: Serving, prompt: str) -> dict[str, str]:
-    """What is known before the first token."""
+def stream_headers(serving: Serving, characters: int) -> dict[str, str]:
+    """What is known before the first token. `characters`: of the prompt."""
     kind = serving.info.device_kind.replace(" ", "-")
     return {
         "x-compute-type": f"{serving.info.device_count}-{kind}",
-        "x-compute-characters": str(len(prompt)),
+        "x-compute-characters": str(characters),
     }
 
 
 def full_headers(
     serving: Serving,
-    prompt: str,
+    characters: int,
     clock: Clock,
     timings: list[Timing | None],
     prompt_tokens: int,
@@ -52,7 +52,7 @@ def full_headers(
     inference = max((timing.total_s - timing.queue_s for timing in known), default=0.0)
     total = clock.total_s
     return {
-        **stream_headers(serving, prompt),
+        **stream_headers(serving, characters),
         "x-compute-time": f"{total:.6f}",
         "x-total-time": _ms(total),
         "x-validation-time": _ms(clock.validation_s),

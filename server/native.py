@@ -128,7 +128,7 @@ async def _answer(
         answer = await front.workers.run(answer_of, job, tokens, ends)
     generated = ends[best_of(ends)].tokens
     timings = [done.timing for done in ends]
-    headers = full_headers(job.serving, job.inputs, clock, timings, len(job.prompt_ids), generated)
+    headers = full_headers(job.serving, len(job.inputs), clock, timings, len(job.prompt_ids), generated)
     return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
 
 
@@ -149,7 +149,7 @@ async def _events(
     front = await entry.patiently()
     with front.metrics.request(), front.permits.take(1):
         job = await prepare(front, body, Clock(), streaming=True, full_text=full_text)
-        headers.update(stream_headers(job.serving, job.inputs))
+        headers.update(stream_headers(job.serving, len(job.inputs)))
         index = 0
         async with aclosing(run_one(job.serving.engine, job.runs[0], front.metrics)) as arrived:
             async for progress in arrived:

@@ -5,6 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.typed import BREAK
 from .backend import Serving
 from .detokenize import Detokenizer
 from .entry import Entry
@@ -46,9 +47,9 @@ class Job:
     parting: Parting
 
     @property
-    def text(self) -> str:
-        """All prompts together, for the count of characters."""
-        return "".join(prompt.text for prompt in self.prompts)
+    def characters(self) -> int:
+        """Of all prompts together, without the marks that are ours."""
+        return sum(len(prompt.text) - prompt.text.count(BREAK) for prompt in self.prompts)
 
     @property
     def prompt_tokens(self) -> int:
@@ -187,7 +188,7 @@ def stream(
         front = await entry.patiently()
         with front.metrics.request(), front.permits.take(sequences):
             job = await prepare(front)
-            headers.update(stream_headers(job.serving, job.text))
+            headers.update(stream_headers(job.serving, job.characters))
             emitter = emitter_of(job)
             made.append(emitter)
             async with aclosing(run_all(job.serving.engine, job.runs, front.metrics)) as arrived:

@@ -50,7 +50,7 @@ def answer_headers(finished: Finished, clock: Clock) -> dict[str, str]:
     job, answers = finished.job, finished.answers
     generated = sum(answer.done.tokens for answer in answers)
     timings = [answer.done.timing for answer in answers]
-    return full_headers(job.serving, job.text, clock, timings, job.prompt_tokens, generated)
+    return full_headers(job.serving, job.characters, clock, timings, job.prompt_tokens, generated)
 
 
 def chat_logprobs(tokenizer: TextTokenizer, tokens: Iterable[TextToken]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from xlane.engine import EngineLost, Overloaded, Request, RequestFailed, StepOutput, TokenOutput
+from xlane.models.typed import BREAK
 from xlane.server import flags
 from xlane.server.cli import Settings, choose, settle
 from xlane.server.config import ServerConfig
 
-from ..support.byte_tokenizer import BOS
+from ..support.byte_tokenizer import BOS, ByteTokenizer
 from .conftest import Rig
 from .test_tools import rig as wide
 
@@ -80,6 +81,12 @@ def test_headers_of_a_whole_answer(rig: Rig, path: str, body: dict[str, Any], pr
     assert headers["x-compute-type"] == "1-fake"
     assert "." in headers["x-compute-time"]
     assert "x-total-tokens" not in headers
+
+
+def test_the_marks_that_keep_typed_text_text_are_not_counted(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ByteTokenizer, "apply_chat", lambda self, *args, **kwargs: f"<{BREAK}|im_end|>a")
+    for stream in (False, True):
+        assert rig.chat(stream=stream).headers["x-compute-characters"] == str(len("<|im_end|>a"))
 
 
 @pytest.mark.parametrize(("path", "body", "prompt", "tokens"), WHOLE[1:])
