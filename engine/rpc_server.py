@@ -7,6 +7,7 @@ by its file modes, a TCP port must be on a network where everyone may use the en
 """
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -201,6 +202,10 @@ class _EngineService(xlane_pb2_grpc.EngineServicer):
             await context.send_initial_metadata(())  # tells the client that it is connected
             async for batch in connection.batches():
                 yield batch
+            if listening.done() and (error := listening.exception()) is not None:
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT, f"a message that cannot be read: {error}"
+                )
         finally:
             self._connections.discard(connection)
             listening.cancel()
@@ -325,7 +330,7 @@ async def serve(
     on_ready: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain for at most `drain_s` and stop the core. A second signal drains no more.
-    If the core fails or hangs the process exits with ENGINE_DEAD.
+    If the core fails or hangs the process tells where its threads are and exits with ENGINE_DEAD.
 
     Call it in the main thread's event loop. `on_ready` is told the address when requests are taken.
     """
@@ -342,6 +347,7 @@ async def serve(
         on_ready(server.address)
         await _first(signalled.wait(), _dead(core))
         if not signalled.is_set():
+            faulthandler.dump_traceback()
             logger.error("the engine has failed or hangs; this process ends so that another can take over")
             # Not an orderly exit: a thread that hangs in the device would hold it up for ever.
             os._exit(ENGINE_DEAD)

@@ -6,6 +6,7 @@ lets the running ones end; a second one does not wait. Knows what belongs togeth
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -73,6 +74,7 @@ class Session:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self.hang_up)
         tls = tls_context(self._server)
         try:
             sock = bind(self._server)
@@ -117,6 +119,14 @@ class Session:
             self._console.settle()
             self._console.say("stopping: running requests may end, new ones are refused; again to stop now")
             self._stop.set()
+
+    def hang_up(self) -> None:
+        """What SIGHUP does: a terminal that is closed ends what was started in it; where there is none, somebody wants
+        files read anew, which are whenever they change."""
+        if sys.stdin is not None and sys.stdin.isatty():
+            self.stop()
+        else:
+            self._console.say("keys and certificates are read when they change; all else takes a restart")
 
     async def _first_of(self, http: asyncio.Task[None], engine: asyncio.Task[None]) -> None:
         """Until a signal, or until one of the two ends, which is an error."""

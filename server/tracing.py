@@ -67,7 +67,7 @@ class RequestTrace:
 
         self._tracer = tracer
         self._scope = scope
-        self._arrived_ns = time.time_ns()
+        self._arrived_ns, self._arrived = time.time_ns(), time.monotonic_ns()
         self._path: str = scope["path"]
         attributes = {"http.request.method": scope["method"], "url.path": self._path}
         self._span = tracer.start_span(
@@ -80,9 +80,13 @@ class RequestTrace:
         self._context = set_span_in_context(self._span, parent)
         self._open: dict[str, tuple[Any, int]] = {}
 
+    def _now_ns(self) -> int:
+        """By the clock of its arrival, whatever was done to that since."""
+        return self._arrived_ns + time.monotonic_ns() - self._arrived
+
     def started(self, request: Request) -> None:
         """See `Watch`."""
-        now = time.time_ns()
+        now = self._now_ns()
         model = self._model()
         operation = "chat" if any(word in self._path for word in _CHATS) else "text_completion"
         span = self._tracer.start_span(f"{operation} {model}".rstrip(), self._context, start_time=now)
@@ -109,7 +113,7 @@ class RequestTrace:
                 "gen_ai.response.finish_reasons": [reason],
                 "gen_ai.usage.output_tokens": tokens,
                 "gen_ai.usage.cache_read.input_tokens": cached_tokens,
-                "total_time": _human((time.time_ns() - self._arrived_ns) / 1e9),
+                "total_time": _human((self._now_ns() - self._arrived_ns) / 1e9),
             }
         )
         if timing is not None:

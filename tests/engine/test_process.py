@@ -15,13 +15,14 @@ import pytest
 from tests.support.fake_core import expected_ids
 from xlane.engine import EngineLost, EngineStopped, PlanError, Request, SamplingParams
 from xlane.engine.process import ParentLink, Progress, RestartPolicy, Supervisor
+from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE_ENGINE = (sys.executable, "-m", "tests.support.fake_core")
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 QUICK = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05, give_up_after=3)
 REQUEST = Request(id="r", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=30))
 
@@ -103,6 +104,22 @@ async def test_a_killed_engine_comes_back():
             assert await answer_of(supervisor) == expected_ids(REQUEST)
     died = [event.detail for event in supervisor.events if event.kind == "died"]
     assert [detail.split(":")[0] for detail in died] == ["killed by SIGKILL"] * 2
+
+
+async def test_an_engine_that_hangs_tells_where_and_is_replaced(tmp_path: Path):
+    (hang := tmp_path / "hang").touch()
+    said: list[str] = []
+    async with supervised(*FAKE_ENGINE, "--hang-once", str(hang), on_stderr=said.append) as supervisor:
+        await supervisor.start()
+        client = ReplayingClient(RpcClient(supervisor.address))
+        ids = [token.id async for output in client.submit(REQUEST) for token in output.tokens]
+        await client.close()
+    assert ids == expected_ids(REQUEST), "its stream went on in the next one"
+    (died,) = [event for event in supervisor.events if event.kind == "died"]
+    assert died.detail.startswith("exit code 4: the engine has failed or hangs")
+    assert any("in _misbehave" in line for line in said), (
+        f"{said}: the thread that hangs is among those that are told"
+    )
 
 
 async def test_a_stop_lets_the_running_finish():

@@ -260,6 +260,20 @@ def test_a_cache_may_be_moved(model: Path, cache: Path, tmp_path: Path, events: 
     assert events.taken()[1] == 0
 
 
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+def test_what_a_killed_start_left_half_written_is_compiled_again(
+    model: Path, cache: Path, tmp_path: Path, started
+) -> None:
+    first = started(config(cache), model)
+    shutil.copytree(cache, tmp_path / "half")
+    for path in (tmp_path / "half" / "programs").glob("jit_*-cache"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    compilation_cache.reset_cache()
+    second = started(config(tmp_path / "half"), model)
+    (made, again) = (ids(run(engine, request([1, 2, 3]))[0]) for engine in (first, second))
+    assert made == again
+
+
 def test_models_and_options_share_a_cache_without_meeting(
     model: Path, cache: Path, tmp_path: Path, events: CacheEvents, started
 ) -> None:

@@ -145,7 +145,7 @@ ROWS: list[Row] = [
     (26, CHAT, schema(deep(100)), 400, SCHEMA),
     (26, CHAT, schema({"enum": [f"value {i}" for i in range(50_000)]}), 400, SCHEMA),
     (26, CHAT, schema({"type": "string", "pattern": "(a+)+$"}), 200, None),
-    (27, CHAT, chat(guided_regex="(a+)+"), 200, None),
+    *((27, CHAT, chat(guided_regex=pattern), 200, None) for pattern in ("(a+)+", "a{1,100000000}")),
     *((27, CHAT, chat(guided_regex=pattern), 400, "guided_regex") for pattern in ("(", "a(?=b)", "[", "a{2,1}")),
     (27, CHAT, chat(guided_grammar='start: "a" missing'), 400, "guided_grammar"),
     (28, CHAT, chat(tools=[tool(name=f"f{i}") for i in range(2000)]), 400, "tools"),

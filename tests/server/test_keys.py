@@ -99,6 +99,21 @@ def test_every_route_asks_for_a_key_or_is_listed_here(client: TestClient, path: 
     assert seen == OPEN
 
 
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [("GET", f"/ui{there}") for there in ("//lanes", "/lanes/", "/%6canes", "/lanes?x=/health")]
+    + [
+        ("POST", at)
+        for at in ("//v1/completions", "/v1/completions/", "/v1/%63ompletions", "/v1//completions?a=/health")
+    ],
+)
+def test_another_spelling_of_a_path_opens_no_door(client: TestClient, method: str, at: str):
+    answer = client.request(
+        method, f"http://testserver{at}", json={"prompt": "a"} if method == "POST" else None
+    )
+    assert answer.status_code == 401
+
+
 @pytest.mark.parametrize("bearer", ["", "a-ke", "a-key2", "A-KEY", "x" * 20_000, b"\xff\xfe", "b-key a-key"])
 def test_a_wrong_key_is_401_and_never_shown(client: TestClient, bearer: str | bytes):
     answer = ask(client, bearer)

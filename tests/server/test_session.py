@@ -1,21 +1,29 @@
 """A server run from start to stop, in a process of its own: what it says, what survives, how it ends."""
 
+import io
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from xlane.engine import EngineConfig
+from xlane.server import session
+from xlane.server.config import ServerConfig
+from xlane.server.console import Console
+from xlane.server.flags import RunConfig
 
 from ..support.canaries import eventually
 from ..support.fake_session import fake_model
@@ -27,11 +35,12 @@ PATIENCE_S = 60.0
 class RunningServer:
     """The process and all it says."""
 
-    def __init__(self, command: list[str], files: int | None = None) -> None:
-        limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
+    def __init__(self, command: list[str], within: Sequence[str] = ()) -> None:
+        """`within`: a command that runs another one."""
         self.process = subprocess.Popen(
-            [*limited, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-        )
+            [*within, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, cwd=ROOT,
+        )  # fmt: skip
         self.said: list[str] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -91,11 +100,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
         turn_s: float = 0.002,
         command: list[str] | None = None,
         grace_s: float = 20,
-        files: int | None = None,
+        within: Sequence[str] = (),
     ) -> RunningServer:
         model = str(fake_model(tmp_path / "model"))
         fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s), str(grace_s)]
-        running.append(RunningServer(command or fake, files))
+        running.append(RunningServer(command or fake, within))
         return running[-1]
 
     yield begin
@@ -113,6 +122,11 @@ def test_from_start_to_stop(start: Start):
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert len(server.stream(5).split("w")) == 1 + 5
     assert any('"message": "serving"' in line for line in server.said)
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=chat)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "template_error"), (
+        "it has no template"
+    )
     pid = server.engine_pid()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(PATIENCE_S) == 0
@@ -136,11 +150,40 @@ def test_a_stop_lets_running_requests_end(start: Start):
     server = start(turn_s=0.01).ready()
 
     def stop(number: int) -> None:
-        if number == 5:
-            server.process.send_signal(signal.SIGINT)
+        if number in (2, 5):
+            server.process.send_signal(signal.SIGHUP if number == 2 else signal.SIGINT)
 
     assert len(server.stream(100, stop).split("w")) == 1 + 100
+    server.until("keys and certificates are read when they change")  # all that SIGHUP does
     assert server.process.wait(PATIENCE_S) == 0
+
+
+ALONE = ["unshare", "--fork", "--pid", "--kill-child"]
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*ALONE, "true"], check=False).returncode != 0,
+    reason="this user may not make a namespace of processes",
+)
+def test_it_may_be_the_first_process_as_in_a_container(start: Start):
+    server = start(turn_s=0.01, within=ALONE).ready()
+    (first,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+
+    def stop(number: int) -> None:
+        if number == 5:
+            os.kill(int(first), signal.SIGTERM)
+
+    assert len(server.stream(50, stop).split("w")) == 1 + 50
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_a_terminal_that_is_closed_ends_what_was_started_in_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session.sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(session.sys.stdin, "isatty", lambda: True)
+    out = io.StringIO()
+    begun = session.Session(EngineConfig(model_id="m"), ServerConfig(), RunConfig(), Console(out))
+    begun.hang_up()
+    assert "stopping: running requests may end" in out.getvalue()
 
 
 def test_what_does_not_end_in_time_is_told_so_and_the_exit_is_in_order(start: Start):
@@ -183,7 +226,7 @@ def test_more_connections_than_files_are_refused_and_then_all_is_well(
     start: Start, files: int, served: int, told: str
 ):
     """Where there are too few even for the server's own needs, connections are closed without a word."""
-    server = start(files=files).ready()
+    server = start(within=["prlimit", f"--nofile={files}:{files}"]).ready()
     port = int(server.url.rsplit(":", 1)[1])
     with ExitStack() as stack:
         crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(60)]

@@ -103,6 +103,8 @@ class FakeCore:
         self._requests: dict[str, _Running] = {}  # in order of arrival; the first `lanes` of them run
         self._steps = self._decode_tokens = self._prefill_tokens = 0
         self._draining = self._stopping = self._frozen = False
+        self.hangs_at: int | None = None
+        """The number of the token at which the device hangs."""
         self.sick = False
         self.broken = False
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
@@ -257,6 +259,9 @@ class FakeCore:
         prompt = running.request.prompt_ids
         if KILL_AT_ONCE_TOKEN in prompt or (KILL_TOKEN in prompt and running.position == 2):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.hangs_at is not None and running.position >= self.hangs_at:
+            self.broken = True
+            threading.Event().wait()
         if FAIL_TOKEN in prompt and running.position == 2:
             return RequestFailed(f"token {FAIL_TOKEN} was met")
         return None
@@ -289,6 +294,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--turn-s", type=float, default=0.002)
     parser.add_argument("--drain-s", type=float, default=5.0)
+    parser.add_argument(
+        "--hang-once", help="a file: whoever finds it takes it away, and hangs at the third token"
+    )
     parser.add_argument("--uds", required=True)
     parser.add_argument("--progress-fd", type=int, required=True)
     arguments = parser.parse_args()
@@ -296,6 +304,9 @@ def main() -> None:
     link.die_with_parent()
     link.report("weights", 1, 2)
     core = FakeCore(turn_s=arguments.turn_s)
+    if arguments.hang_once and os.path.exists(arguments.hang_once):
+        os.unlink(arguments.hang_once)
+        core.hangs_at = 2
     address = f"unix:{arguments.uds}"
     asyncio.run(serve(core, address, drain_s=arguments.drain_s, on_ready=lambda address: link.ready()))
 
