@@ -204,9 +204,6 @@ class Models:
         """Load a model when it is its turn and there is room. What goes wrong is noted in it."""
         try:
             async with self._turn:
-                if model.state == "leaving":  # another one left in its stead
-                    model.state = "loaded"
-                    return
                 await self._make_room(model)
                 with contextlib.suppress(Exception):
                     await self._start(model)
@@ -218,6 +215,7 @@ class Models:
             self._news.clear()
             there = [other for other in self.all.values() if other.state in ("loaded", "leaving")]
             if len(there) < self._most:
+                self._keep(there)
                 return
             if free := [other for other in there if other.free]:
                 await self._evict(min(free, key=lambda other: (other.state != "leaving", other.used_at)))
@@ -234,6 +232,14 @@ class Models:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await self._news.wait()
+
+    def _keep(self, there: Sequence[ServedModel]) -> None:
+        """Room was made by another one than the one that was to leave."""
+        for model in there:
+            if model.state == "leaving":
+                model.state = "loaded"
+                if "load" in model.tasks:
+                    model.tasks["load"].cancel()  # who waits for that finds it loaded
 
     async def _evict(self, model: ServedModel) -> None:
         assert model.held is not None, "it is loaded"

@@ -21,7 +21,8 @@ def arguments(doc: str | None, **numbers: float) -> argparse.Namespace:
 @contextmanager
 def shaken_server(model: str, *options: str, module: str = "xlane.server") -> Iterator[Served]:
     """The model, with guesses on, and patient with whatever else the machine is busy with."""
-    whole = ("--model-id", model, "--speculate", "4", "--kv-bytes", str(2**29), "--limit", "template_timeout_s=600")  # fmt: skip
+    patient = [f"--limit={name}=600" for name in ("template_timeout_s", "grammar_timeout_s", "header_timeout_s", "body_timeout_s")]  # fmt: skip
+    whole = ("--model-id", model, "--speculate", "4", "--kv-bytes", str(2**29), *patient)
     with (
         tempfile.TemporaryDirectory() as folder,
         whole_server(Path(folder, "log"), *whole, *options, module=module) as served,

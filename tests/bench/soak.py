@@ -61,7 +61,7 @@ class Traffic:
             act = chance.choice(self._acts)
             try:
                 await act(chance)
-            except (AssertionError, httpx.HTTPError) as error:
+            except (AssertionError, httpx.HTTPError, OSError) as error:
                 self.wrong.append(f"{act.__name__}: {error!r:.400}")
                 await asyncio.sleep(1)
             self.done[act.__name__] += 1

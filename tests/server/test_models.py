@@ -407,6 +407,30 @@ async def test_who_runs_in_a_model_that_leaves_is_not_cut_off_and_who_comes_then
 
 
 @alone
+async def test_a_model_that_was_to_leave_stays_if_another_one_is_idle_first() -> None:
+    models, stands = made(most=2, turn_s=0.01)
+    await models.load()
+    a, b, c = models.all.values()
+    await models.enter(a)
+    await models.enter(c)
+    stands["b"].gate.clear()
+    to_b = asyncio.create_task(models.enter(b))
+    while a.state != "leaving":
+        await asyncio.sleep(0.005)
+    to_a = asyncio.create_task(models.enter(a))
+    await some_turns()
+    assert not to_a.done()
+    models.release(c)
+    await to_a
+    assert (a.state, b.state, c.state) == ("loaded", "loading", "not loaded"), (
+        "it does not wait for the other's loading"
+    )
+    stands["b"].gate.set()
+    await to_b
+    assert [stands[name].events for name in "abc"] == [["load"], ["load"], ["load", "unload"]]
+
+
+@alone
 async def test_a_stop_ends_the_waits_of_the_most_patient() -> None:
     models, stands = made(wait_s=0.01)
     await models.load()

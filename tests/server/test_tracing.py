@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from starlette.testclient import TestClient
 
 from xlane.engine import RequestFailed
-from xlane.server import flags
+from xlane.server import flags, tracing
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.cli import choose, settle
@@ -131,6 +131,14 @@ def test_every_sequence_has_a_span(collector: Collector, config: ServerConfig):
     told = attributes(next(s for s in spans if s.parent_span_id == collector.named("POST /generate").span_id))
     assert told["seed"] == str(2**64 - 1)
     assert "gen_ai.request.seed" not in told
+
+
+def test_a_collector_that_is_down_fails_no_request(collector: Collector, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tracing, "EXPORT_TIMEOUT_S", 1)
+    answers = run(
+        collector, ServerConfig(otlp_endpoint="http://127.0.0.1:9"), *[("/v1/chat/completions", CHAT)] * 20
+    )
+    assert [answer.status_code for answer in answers] == [200] * 20
 
 
 def test_failures_are_told(collector: Collector, config: ServerConfig):
