@@ -3,8 +3,8 @@
     python -m tests.bench.kills [--times 100] [--model demo] [--streams 2]
 
 Serves the model with guesses on (`--speculate 4`), listens to each kind of stream undisturbed, then keeps `--streams` of each
-going while the engine is killed: up to 3 s after somebody heard of it, or before it is ready. (An engine that dies three times without a
-word for the one request it serves is taken to die of that, see `engine/replay.py`.) One JSON line last; exit code 1 if a stream
+going while the engine is killed: up to 3 s after somebody heard of it, or before it is ready. (A request that twice loses an
+engine in which nothing else ran is taken to be what it died of, see `engine/replay.py`.) One JSON line last; exit code 1 if a stream
 was lost, or said anything else.
 """
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Traffic:
     def __init__(self, served: Served, client: httpx.AsyncClient, undisturbed: dict[str, Heard]) -> None:
         self._served, self._client, self._undisturbed = served, client, undisturbed
         self.done: Counter[str] = Counter()
+        self.news = asyncio.Event()
+        """An engine has made a token for somebody."""
         self.wrong: list[str] = []
         self._acts = [self.stream] * 4 + [
             self.whole, self.long_prompt, self.leave, self.leave, self.leave_early, self.bad, self.bad, self.stall,
@@ -71,24 +74,27 @@ class Traffic:
 
     async def stream(self, chance: random.Random) -> None:
         name, kind = self._any(chance)
-        now = await heard(self._client, kind)
+        now = await heard(self._client, kind, self.news.set)
         assert now.like(self._undisturbed[name]), (name, now, self._undisturbed[name])
 
     async def whole(self, chance: random.Random) -> None:
         _, kind = self._any(chance)
         body = {name: value for name, value in kind.body.items() if not name.startswith("stream")}
         answer = await self._client.post(kind.path.removesuffix("_stream"), json=body)
+        self.news.set()
         assert answer.status_code == 200, answer.text
 
     async def long_prompt(self, chance: random.Random) -> None:
         body = {"prompt": f"{chance.random()} {LONG}", "max_tokens": 4}
         answer = await self._client.post("/v1/completions", json=body)
+        self.news.set()
         assert answer.status_code == 200, answer.text
 
     async def leave(self, chance: random.Random) -> None:
         _, kind = self._any(chance)
         left = chance.randrange(1, 30)
         async for _ in events(self._client, kind):
+            self.news.set()
             if not (left := left - 1):
                 break
 
@@ -116,14 +122,21 @@ class Traffic:
         writer.transport.abort()
 
 
-async def kill_often(served: Served, every_s: float, until: float, done: Counter[str]) -> None:
-    """`kill -9` of the engine at random moments, so often on average."""
+async def kill_often(served: Served, every_s: float, until: float, traffic: Traffic) -> None:
+    """`kill -9` of the engine at random moments, about so long after it was there again, and after somebody had a token from
+    it: a request that twice loses an engine in which nothing else runs is rightly taken for the killer."""
     chance = random.Random(1)
     while time.monotonic() + every_s < until:
+        while not await asyncio.to_thread(served.healthy):
+            await asyncio.sleep(0.2)
+        traffic.news.clear()
         await asyncio.sleep(chance.uniform(0.5, 1.5) * every_s)
-        if (pid := served.engine_pid()) is not None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await traffic.news.wait()
+        if (pid := served.engine_pid()) is not None and time.monotonic() < until:
             os.kill(pid, signal.SIGKILL)
-            done["kill"] += 1
+            traffic.done["kill"] += 1
 
 
 def process_holds(pid: int) -> dict[str, float]:
@@ -186,7 +199,7 @@ async def soak(
             took_s = 60 * minutes * share
             until = time.monotonic() + took_s
             await asyncio.gather(
-                kill_often(served, kill_every_s, until - LAST_QUIET * took_s, traffic.done),
+                kill_often(served, kill_every_s, until - LAST_QUIET * took_s, traffic),
                 *(traffic.go_on(100 * number + n, until) for n in range(clients)),
             )
             looks.append(await holds(served))
