@@ -183,6 +183,11 @@ class TextTokenizer:
         self._chat.warm()
 
 
+def unmarked(text: str) -> str:
+    """What `apply_chat` made, as people see it: without the marks that keep their words from being control tokens."""
+    return text.replace(BREAK, "")
+
+
 def _valid(text: str) -> str:
     """Lone surrogates (JSON can carry them) are no text and would fail deep inside."""
     try:

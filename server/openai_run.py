@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.typed import BREAK
+from ..models.tokenizer import unmarked
 from .backend import Serving
 from .detokenize import Detokenizer
 from .entry import Entry
@@ -49,7 +49,7 @@ class Job:
     @property
     def characters(self) -> int:
         """Of all prompts together, without the marks that are ours."""
-        return sum(len(prompt.text) - prompt.text.count(BREAK) for prompt in self.prompts)
+        return sum(len(unmarked(prompt.text)) for prompt in self.prompts)
 
     @property
     def prompt_tokens(self) -> int:

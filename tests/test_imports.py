@@ -117,3 +117,16 @@ def test_nothing_heavy_is_imported_before_the_first_line(command: str):
     assert done.returncode == 0, done.stderr
     # The last shows that the probe would see a module that is there.
     assert json.loads(done.stdout) == ["xlane.server.cli"]
+
+
+UNADVISED = """
+import sys
+sys.modules |= dict.fromkeys(("torch", "tensorflow", "flax"))  # as if they were not installed
+from xlane.models.chat import ChatTemplates
+print(ChatTemplates({"default": "{{ messages[0].content }}!"}, {}).render([{"role": "user", "content": "hi"}]))
+"""
+
+
+def test_nobody_is_told_to_install_what_nothing_here_computes_with():
+    done = subprocess.run([sys.executable, "-c", UNADVISED], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("hi!\n", "")

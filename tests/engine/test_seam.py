@@ -9,7 +9,7 @@ import socket
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from xlane.engine import (
 from xlane.engine.local import EngineCore, LocalClient, Sink
 from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
-from xlane.engine.rpc_server import MAX_MESSAGE_BYTES, RpcServer
+from xlane.engine.rpc_server import RpcServer
 
 pytestmark = pytest.mark.anyio
 
@@ -376,46 +376,6 @@ async def test_only_this_user_may_use_the_socket(served: Served, tmp_path: Path)
     async with connect("unix", served.core, tmp_path / "private"):
         assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
         assert stat.S_IMODE((tmp_path / "private/engine.sock").stat().st_mode) == 0o600
-
-
-def nested(levels: int) -> bytes:
-    """A message in a message in a message: field 1 each."""
-    inner = b""
-    for _ in range(levels):
-        size = len(inner)
-        inner = (
-            b"\x0a"
-            + bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21])
-            + inner
-        )
-    return inner
-
-
-@pytest.mark.parametrize(
-    ("message", "code"),
-    [
-        (b"\0" * (MAX_MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (nested(100_000), grpc.StatusCode.INVALID_ARGUMENT),
-        (b"\x0b" * 100_000, grpc.StatusCode.INVALID_ARGUMENT),  # groups that begin and never end
-    ],
-    ids=["large", "deep", "endless"],
-)
-async def test_a_message_without_bounds_ends_its_own_call_alone(
-    served: Served, tmp_path: Path, message: bytes, code: grpc.StatusCode
-):
-    async with connect("unix", served.core, tmp_path) as client:
-        running = make_request(max_tokens=40)
-        outputs = client.submit(running)
-        first = await anext(outputs)
-        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/engine.sock") as channel:
-            call = channel.stream_stream("/xlane.engine.v1.Engine/Generate")()
-            with suppress(grpc.aio.AioRpcError):
-                await call.write(message)
-                await call.done_writing()
-                await call.read()
-            assert await call.code() is code
-        rest = [output async for output in outputs]
-        assert ids_of([first, *rest]) == served.expected(running)
 
 
 async def test_an_address_that_is_taken_is_an_error(served: Served, tmp_path: Path):

@@ -486,16 +486,3 @@ def test_how_answers_are_to_be_read_is_what_the_files_declare(tmp_path: Path):
 def test_importing_is_light():
     code = "import sys, xlane.models.tokenizer; print({'jax', 'torch', 'transformers', 'gguf'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
-UNADVISED = """
-import sys
-sys.modules |= dict.fromkeys(("torch", "tensorflow", "flax"))  # as if they were not installed
-from xlane.models.chat import ChatTemplates
-print(ChatTemplates({"default": "{{ messages[0].content }}!"}, {}).render([{"role": "user", "content": "hi"}]))
-"""
-
-
-def test_nobody_is_told_to_install_what_nothing_here_computes_with():
-    done = subprocess.run([sys.executable, "-c", UNADVISED], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("hi!\n", "")
