@@ -19,6 +19,7 @@ from ..models.decoder import DecoderGraph
 from ..models.demo import default_cache_dir
 from ..models.kernels import Kernels
 from ..models.loader import dummy_params, load_params
+from ..models.lora_weights import AdaptedWeights, AdapterArrays
 from ..models.spec import Quant
 from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, imagined_placement, make_placement
@@ -58,6 +59,8 @@ class Built:
     """Of options that cost speed; empty if none does."""
     chunk_tokens: int
     max_input_tokens: int
+    adapter_arrays: AdapterArrays | None
+    """Makes what the slots of adapters hold; None where none can be loaded."""
 
 
 def build(
@@ -89,6 +92,9 @@ def build(
         max_input_tokens=min(
             config.max_input_tokens or memory.max_total_tokens - 1, memory.max_total_tokens - 1
         ),
+        adapter_arrays=source.arrays
+        if isinstance(source, AdaptedWeights) and config.processes == 1
+        else None,
     )
 
 

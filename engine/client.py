@@ -23,7 +23,20 @@ class EngineClient(Protocol):
         ...
 
     async def info(self) -> EngineInfo:
-        """What is served. Raises EngineLost if no engine answers."""
+        """What is served; constant but for its adapters. Raises EngineLost if no engine answers."""
+        ...
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Serve an adapter (PEFT) that lies in a folder on the engine's host. One of this name is replaced, for requests to come;
+        those that have begun keep theirs. The engines that come after this one are made to have it too.
+
+        Raises InvalidRequest if the folder holds none that fits the model and a slot, or no slot is free; EngineLost.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more; requests that have begun keep it to their end. Raises InvalidRequest if it is not there;
+        EngineLost."""
         ...
 
     async def stats(self) -> EngineStats:

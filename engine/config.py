@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .errors import PlanError
+
+ADAPTER_PLACES = {"slots": 256, "rank": 1024}
+"""What may be said of adapters to come among `lora_adapters`, and at most."""
+DEFAULT_ADAPTER_RANK = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -57,7 +63,8 @@ class EngineConfig:
     speculate: int = 0
     """Most tokens guessed at a time for a sequence, and verified in the step that samples its next one; 0 guesses none."""
     lora_adapters: tuple[str, ...] = ()
-    """Adapters (PEFT) that requests may ask for, each NAME=FOLDER."""
+    """Adapters (PEFT) that requests may ask for, each NAME=FOLDER. `slots=N` keeps places for N more that are loaded while serving,
+    `rank=N` says of which rank at most."""
     draft_model: str | None = None
     """File of draft heads made for this model, which guess where the text so far gives no hint."""
     max_queued: int = 128
@@ -81,7 +88,30 @@ class EngineConfig:
     def adapters(self) -> tuple[tuple[str, str], ...]:
         """Name and folder of each adapter; what is not named has its folder as its name."""
         parted = [adapter.partition("=") for adapter in self.lora_adapters]
-        return tuple((name, folder or name) for name, _, folder in parted)
+        return tuple((name, folder or name) for name, _, folder in parted if name not in ADAPTER_PLACES)
+
+    @property
+    def adapter_slots(self) -> int:
+        """Places for adapters that are loaded while serving."""
+        return self._adapter_places("slots", 0)
+
+    @property
+    def adapter_rank(self) -> int:
+        """Largest rank of those."""
+        return self._adapter_places("rank", DEFAULT_ADAPTER_RANK)
+
+    def _adapter_places(self, asked: str, default: int) -> int:
+        """Raises PlanError."""
+        for name, _, value in (adapter.partition("=") for adapter in self.lora_adapters):
+            if name != asked:
+                continue
+            if not value.isdecimal() or not 1 <= int(value) <= ADAPTER_PLACES[name]:
+                raise PlanError(
+                    f"--lora-adapters {name}={value}: expected a whole number from 1 to {ADAPTER_PLACES[name]} ({name} of adapters "
+                    f"that are loaded while serving; none can be called {name!r})"
+                )
+            return int(value)
+        return default
 
 
 def programs_folder(config: EngineConfig) -> Path | None:

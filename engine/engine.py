@@ -5,6 +5,7 @@ Everything a request can get wrong is refused here, at the door, before it may t
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llguidance import LLTokenizer
 from ..models.config import ModelConfig
 from ..models.spec import parameters
 from ..models.weights import WeightSource
+from .adapters import Adapters
 from .build import Built, Progress, build
 from .config import EngineConfig
 from .draft import Drafter
@@ -63,7 +65,6 @@ class Engine:
         blueprint = built.programs.blueprint
         self.memory = built.memory
         self._max_queued = config.max_queued
-        self._adapter_digests = () if model.lora is None else model.lora.digests
         self._guesses, self._heads = config.speculate, blueprint.heads is not None
         self._pages = PageAllocator(built.memory.pages)
         limits = Limits(
@@ -83,8 +84,11 @@ class Engine:
         self._keeper = _keeper(config, model_sha, launcher, self._pages)
         runner = Runner(blueprint, launcher, None if leader is None else leader.publish)
         self._loop = Loop(runner, self._scheduler, self._counters, pace.observe)
+        self._adapters = Adapters(
+            model.lora, built.adapter_arrays, blueprint.graph.specs, launcher, self._loop.computes_with
+        )
         device = blueprint.placement.device
-        self.info = EngineInfo(
+        self._info = EngineInfo(
             model_id=config.model_id,
             model_sha=model_sha,
             dtype=blueprint.dtype,
@@ -108,7 +112,6 @@ class Engine:
             kv_bytes=built.memory.kv_bytes,
             temp_bytes=built.memory.temp_bytes,
             speculate=config.speculate,
-            adapters=() if model.lora is None else model.lora.names,
             programs=built.programs.infos,
             version=version("xlane"),
         )
@@ -129,34 +132,37 @@ class Engine:
         """Load, compile and start. Raises PlanError and ModelError."""
         return cls(config, model, build(config, model, source, progress), model_sha, guidance=guidance)
 
+    @property
+    def info(self) -> EngineInfo:
+        """See `EngineCore.info`."""
+        return replace(self._info, adapters=self._adapters.names)
+
     def submit(self, request: Request, sink: Sink) -> None:
         """See `EngineCore.submit`. A new grammar is compiled here, which may take a second."""
         self._check(request)
         budget = request.sampling.max_tokens + len(request.prompt_ids)
-        most = min(budget, self.info.max_total_tokens)
-        number, digest = self._adapter(request.adapter)
-        sequence = Sequence(request, sink, next(self._arrivals), most, number, digest)
+        most = min(budget, self._info.max_total_tokens)
+        with self._adapters.found(request.adapter) as slot:
+            self._enter(Sequence(request, sink, next(self._arrivals), most, slot.number, slot.digest))
+
+    def _enter(self, sequence: Sequence) -> None:
         if self._guesses and not sequence.counts:  # penalties look at tokens, which must be known
             sequence.drafter = Drafter(sequence.tokens, self._guesses, self._heads)
-        most_live = self.info.lanes + self._max_queued
-        if request.grammar is not None:
+        grammar, most_live = sequence.request.grammar, self._info.lanes + self._max_queued
+        if grammar is not None:
             if self._loop.live >= most_live:  # what would be refused in the end need not be compiled first
                 raise self._full()
-            self._guide(sequence, request.grammar)
+            self._guide(sequence, grammar)
         if not self._loop.submit(sequence, most_live):
             raise self._full()
 
-    def _adapter(self, name: str) -> tuple[int, str]:
-        """Its number from 1 up, and its digest. Raises InvalidRequest if there is none of this name."""
-        if not name:
-            return 0, ""
-        names = self.info.adapters
-        if name not in names:
-            raise InvalidRequest(
-                f"there is no adapter {name!r} here (--lora-adapters): {', '.join(names) or 'none'}"
-            )
-        number = names.index(name)
-        return number + 1, self._adapter_digests[number]
+    def load_adapter(self, name: str, folder: str, digest: str = "") -> str:
+        """See `EngineCore.load_adapter`."""
+        return self._adapters.load(name, folder, digest)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `EngineCore.unload_adapter`."""
+        self._adapters.unload(name)
 
     def _guide(self, sequence: Sequence, grammar: str) -> None:
         """Make the sequence keep to a grammar. Raises InvalidRequest."""
@@ -250,15 +256,15 @@ class Engine:
         prompt = len(request.prompt_ids)
         if not prompt:
             raise InvalidRequest("the prompt is empty: give at least one token")
-        if prompt > self.info.max_input_tokens:
+        if prompt > self._info.max_input_tokens:
             raise InvalidRequest(
-                f"the prompt has {prompt} tokens; at most {self.info.max_input_tokens} are taken (--max-input-tokens)"
+                f"the prompt has {prompt} tokens; at most {self._info.max_input_tokens} are taken (--max-input-tokens)"
             )
         for token in itertools.chain(request.prompt_ids, request.resume_ids):
-            if not 0 <= token < self.info.vocab_size:
-                raise InvalidRequest(f"token id {token} is outside the vocabulary of {self.info.vocab_size}")
+            if not 0 <= token < self._info.vocab_size:
+                raise InvalidRequest(f"token id {token} is outside the vocabulary of {self._info.vocab_size}")
         if prompt + len(request.resume_ids) >= min(
-            self.info.max_total_tokens, prompt + request.sampling.max_tokens
+            self._info.max_total_tokens, prompt + request.sampling.max_tokens
         ):
             raise InvalidRequest(
                 f"nothing is left to generate: {len(request.resume_ids)} tokens resumed, max_tokens={request.sampling.max_tokens}"
@@ -272,7 +278,7 @@ class Engine:
             raise InvalidRequest(f"prompt_logprobs={top} is outside 0 … {MAX_TOP_LOGPROBS}")
         if top is not None:
             check_prompt_scores(prompt, top)
-        check_sampling(request.sampling, self.info.vocab_size)
+        check_sampling(request.sampling, self._info.vocab_size)
 
 
 def _keeper(

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..models.opened import open_model
 from ..sharding.processes import ProcessError, all_equal, join_processes
 from ..tpu.runtime import set_gpu_defaults, use_compile_cache
 from .build import Built, Progress, build
@@ -23,6 +22,7 @@ from .errors import PlanError
 from .group import Follower
 from .identity import depends_on
 from .launcher import Launcher
+from .opening import open_served
 from .step import Blueprint
 from .turn import Size
 
@@ -52,7 +52,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     set_gpu_defaults(os.environ, config.memory_fraction)
     meet(config)
     use_compile_cache(programs_folder(config))
-    opened = open_model(path, weights=config.load_format != "dummy", adapters=config.adapters)
+    opened = open_served(config, path)
     follower = Follower(group_address(config), config.process_id, end_process)
 
     def join(blueprint: Blueprint) -> None:

@@ -69,6 +69,16 @@ class Launcher:
         self.kv, self._state, made = self._programs(size, self.params, self.kv, self._state, placed, masks)
         return Made(*made)
 
+    def write(self, place: int, values: np.ndarray, axis: int, start: int) -> None:
+        """Put values from `start` on along an axis of a parameter, for the launches to come. Any one thread may do so: launches
+        under way have the array as it was."""
+        before = self.params[place]
+        assert isinstance(before, jax.Array), "none in few bits is written"
+        whole = np.array(before)
+        whole[(slice(None),) * axis + (slice(start, start + values.shape[axis]),)] = values
+        after = jax.device_put(whole, before.sharding)
+        self.params = (*self.params[:place], after, *self.params[place + 1 :])
+
     def _put_decode(self, plan: np.ndarray) -> jax.Array:
         """Plans are equal for many steps in a row; the one on the device serves again."""
         key = plan.tobytes()

@@ -44,7 +44,16 @@ class EngineCore(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What is served; constant."""
+        """What is served; constant but for its adapters."""
+        ...
+
+    def load_adapter(self, name: str, folder: str, digest: str = "") -> str:
+        """See `EngineClient.load_adapter` -> its digest. Blocks while it is read. With `digest` only this very adapter will do; if it is
+        there already nothing is done."""
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """See `EngineClient.unload_adapter`."""
         ...
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -241,6 +250,14 @@ class LocalClient:
     async def info(self) -> EngineInfo:
         """See `EngineClient.info`."""
         return self._core.info
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """See `EngineClient.load_adapter`."""
+        await asyncio.to_thread(self._core.load_adapter, name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `EngineClient.unload_adapter`."""
+        self._core.unload_adapter(name)
 
     async def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""

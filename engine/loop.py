@@ -73,6 +73,11 @@ class Loop:
         """Requests not yet ended."""
         return len(self._live)
 
+    def computes_with(self, adapter: int) -> bool:
+        """Whether any request, running or waiting, has the adapter of this number."""
+        with self._wake:
+            return any(sequence.adapter == adapter for sequence in self._live.values())
+
     def submit(self, sequence: Sequence, most_live: int | None = None) -> bool:
         """Hand over a new sequence; False, and nothing done, if `most_live` requests are inside already.
 

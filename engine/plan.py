@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..models.config import ModelConfig
-from ..models.opened import open_model
 from ..models.spec import parameters
 from ..tpu.chips import Topology, TopologyError, chip_of, compile_only_devices, find_topology
 from .audit import faults
@@ -19,6 +18,7 @@ from .build import compile_within, design
 from .config import EngineConfig
 from .errors import PlanError
 from .memory import MemoryPlan
+from .opening import open_served
 from .roofline import Roofline
 from .state import page_bytes
 from .step import Blueprint
@@ -39,7 +39,7 @@ def describe(
     Names say the unit. `progress(done, total)` counts programs. `compiled` compiles the largest programs, takes the compiler's figures for the estimates, and
     refuses if it did something else than was meant. Raises PlanError, ModelError.
     """
-    model = open_model(path, weights=False, adapters=config.adapters).config
+    model = open_served(config, path, weights=False).config
     try:
         topology = None if topology_name is None else find_topology(topology_name)
         devices = compile_only_devices(topology) if topology is not None and compiled else ()

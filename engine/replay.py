@@ -302,6 +302,14 @@ class ReplayingClient:
         """See `EngineClient.info`."""
         return await self._inner.info()
 
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """See `EngineClient.load_adapter`."""
+        await self._inner.load_adapter(name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `EngineClient.unload_adapter`."""
+        await self._inner.unload_adapter(name)
+
     async def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
         return await self._inner.stats()

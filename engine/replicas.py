@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from .affinity import Affinity
-from .errors import EngineError, EngineLost, EngineStopped, Overloaded
+from .errors import EngineError, EngineLost, EngineStopped, InvalidRequest, Overloaded
 from .fleet import Fleet
 from .replica import Held, Replica
 from .request import EngineInfo, EngineStats, FinishReason, Request, StepOutput
@@ -22,6 +22,7 @@ NOTABLY = 0.25
 """How much more load an engine may have than the least one, and still get the requests that begin as those it had."""
 FRESH_S = 1.0
 """How long statistics wait for news of an engine; then what it said last serves."""
+NOT_OURS = "engines that run elsewhere (--engine) have their adapters from their start: name them there with --lora-adapters"
 ABORT_S = 5.0
 """Time in which requests that are ended have to be gone."""
 
@@ -75,6 +76,14 @@ class Replicas:
         if (info := self._fleet.info) is None:
             raise EngineLost(f"none of the engines answers: {self._fleet.told}")
         return info
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """See `EngineClient.load_adapter`. Refused: engines come and go, and others use them too."""
+        raise InvalidRequest(NOT_OURS)
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `EngineClient.unload_adapter`. Refused, too."""
+        raise InvalidRequest(NOT_OURS)
 
     async def stats(self) -> EngineStats:
         """See `EngineClient.stats`. Of all engines together; their lanes are numbered through."""

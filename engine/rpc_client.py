@@ -5,23 +5,28 @@ ends with EngineLost; running them again is `replay`'s business. Knows the wire;
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, NamedTuple
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from .errors import EngineError, EngineLost
+from .errors import EngineError, EngineLost, InvalidRequest
 from .local import Streams
 from .proto import codec, xlane_pb2_grpc
 from .proto import xlane_pb2 as pb
 from .request import EngineInfo, EngineStats, Request, StepOutput
 from .rpc_server import CHANNEL_OPTIONS, SERVICE
 
+logger = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_S = 10.0
 """How long a request waits for a connection to an engine that does not refuse it."""
 CALL_TIMEOUT_S = 5.0
 """How long `info`, `stats` and `health` wait for their answer."""
+LOAD_TIMEOUT_S = 120.0
+"""How long an adapter may take to be loaded."""
 DRAIN_MARGIN_S = 5.0
 """How much longer than the drain itself we wait for its answer."""
 POLL_S = 0.05
@@ -42,11 +47,15 @@ _CLIENT_OPTIONS = (
 class _Connection:
     """One call of `Generate`, from its opening until it breaks."""
 
-    def __init__(self, stub: xlane_pb2_grpc.EngineStub, address: str) -> None:
+    def __init__(
+        self, stub: xlane_pb2_grpc.EngineStub, address: str, prepare: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`prepare` is called once it answers, and is done, or has raised EngineLost, before any request."""
         self._address = address
+        self._prepare = prepare
         self._outbox: asyncio.Queue[pb.ClientMessage | None] = asyncio.Queue()
         self._call = stub.Generate(self._messages())
-        self._answered = asyncio.Event()
+        self._answered, self._prepared = asyncio.Event(), asyncio.Event()
         self._reading = asyncio.ensure_future(self._read())
         self._loss = ""
         self.streams = Streams()
@@ -57,11 +66,12 @@ class _Connection:
         return EngineLost(self._loss, blameless=True) if self._loss else None
 
     async def opened(self) -> None:
-        """Return when the engine has answered. Raises EngineLost if it cannot be reached or has gone again."""
+        """Return when the engine has answered and is prepared. Raises EngineLost if it cannot be reached or has gone again."""
         try:
             await asyncio.wait_for(self._answered.wait(), CONNECT_TIMEOUT_S)
         except TimeoutError:
             self._cancel(f"it did not answer in {CONNECT_TIMEOUT_S:g} s")
+        await self._prepared.wait()
         if self.lost is not None:
             raise self.lost
 
@@ -78,8 +88,12 @@ class _Connection:
         try:
             await self._call.wait_for_connection()
             self._answered.set()
+            await self._prepare()
+            self._prepared.set()
             async for batch in self._call:
                 self.streams.deliver(codec.decode_batch(batch))
+        except EngineLost as error:
+            reason = str(error)
         except grpc.RpcError as error:
             reason = _reason(error)
         except asyncio.CancelledError:
@@ -91,6 +105,7 @@ class _Connection:
         if not self._loss:
             self._loss = f"the connection to the engine at {self._address} is lost: {reason}"
             self._answered.set()
+            self._prepared.set()
             self._outbox.put_nowait(None)
             self.streams.fail(self._loss)
 
@@ -110,6 +125,13 @@ class _Connection:
         self._reading.cancel()  # a call that was never connected does not wake those who wait for it
 
 
+class _LoadedAdapter(NamedTuple):
+    """Where an adapter came from, and what it was."""
+
+    folder: str
+    digest: str
+
+
 class RpcClient:
     """An `EngineClient` for an engine at `unix:/path` or `host:port`. Made and used in one event loop."""
 
@@ -119,6 +141,8 @@ class RpcClient:
         self._stub = xlane_pb2_grpc.EngineStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._connection: _Connection | None = None
+        self._adapters: dict[str, _LoadedAdapter | None] = {}
+        """What this client had loaded, and None for what it had unloaded: an engine that comes anew is told again."""
         self._closed = False
 
     async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -144,10 +168,26 @@ class RpcClient:
         """The connection that lives, or a new one."""
         self._refuse_if_closed()
         if self._connection is None or self._connection.lost:
-            self._connection = _Connection(self._stub, self.address)
+            self._connection = _Connection(self._stub, self.address, self._restore_adapters)
         connection = self._connection
         await connection.opened()
         return connection
+
+    async def _restore_adapters(self) -> None:
+        """Give an engine that may be a new one the adapters that the last one had, before any request. What cannot be
+        loaded any more is missed by the requests that ask for it, and by nobody else. Raises EngineLost."""
+        if not self._adapters:
+            return
+        there = (await self.info()).adapters
+        for name in there:
+            if name in self._adapters and self._adapters[name] is None:
+                await self._unload(name)
+        for name, loaded in [*self._adapters.items()]:
+            try:
+                if loaded is not None:
+                    await self._load(name, *loaded)
+            except InvalidRequest as error:
+                logger.error("the engine that came anew is without the adapter %r: %s", name, error)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return when the engine answers and is healthy. Raises EngineLost after `timeout_s`."""
@@ -162,6 +202,30 @@ class RpcClient:
     async def info(self) -> EngineInfo:
         """See `EngineClient.info`."""
         return codec.decode_info(await self._ask(self._stub.Info, pb.InfoRequest(), CALL_TIMEOUT_S))
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """See `EngineClient.load_adapter`."""
+        await self._connected()  # what an engine is made to have again comes before what is new
+        self._adapters[name] = _LoadedAdapter(folder, await self._load(name, folder, ""))
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `EngineClient.unload_adapter`."""
+        await self._connected()
+        await self._unload(name)
+        self._adapters[name] = None
+
+    async def _load(self, name: str, folder: str, digest: str) -> str:
+        question = pb.LoadAdapterRequest(name=name, folder=folder, digest=digest)
+        return (await self._adapt(self._stub.LoadAdapter, question)).digest
+
+    async def _unload(self, name: str) -> None:
+        await self._adapt(self._stub.UnloadAdapter, pb.UnloadAdapterRequest(name=name))
+
+    async def _adapt(self, method: Callable[..., Any], question: object) -> pb.AdapterResponse:
+        answer: pb.AdapterResponse = await self._ask(method, question, LOAD_TIMEOUT_S)
+        if answer.HasField("error"):
+            raise codec.decode_error(answer.error).error
+        return answer
 
     async def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""

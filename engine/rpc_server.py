@@ -217,9 +217,30 @@ class _EngineService(xlane_pb2_grpc.EngineServicer):
     async def Stats(self, request: pb.StatsRequest, context: grpc.aio.ServicerContext) -> pb.EngineStats:
         return codec.encode_stats(self._core.stats())
 
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AdapterResponse:
+        return await _adapter_response(
+            request.name,
+            lambda: self._core.load_adapter(request.name, request.folder, request.digest),
+        )
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AdapterResponse:
+        return await _adapter_response(request.name, lambda: self._core.unload_adapter(request.name))
+
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
         await asyncio.to_thread(self._core.drain, request.timeout_s)
         return pb.DrainResponse()
+
+
+async def _adapter_response(name: str, work: Callable[[], str | None]) -> pb.AdapterResponse:
+    """What comes of loading or unloading an adapter on another thread."""
+    try:
+        return pb.AdapterResponse(digest=await asyncio.to_thread(work) or "")
+    except EngineError as error:
+        return pb.AdapterResponse(error=codec.encode_error(RequestError(name, error)))
 
 
 class _Health(health_pb2_grpc.HealthServicer):

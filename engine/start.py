@@ -13,7 +13,6 @@ import jax
 from llguidance import LLTokenizer
 
 from ..models.guidance import guidance_tokenizer
-from ..models.opened import open_model
 from ..models.tokenizer import TextTokenizer
 from ..tpu.runtime import set_gpu_defaults, use_compile_cache
 from .build import Progress, build, compile_within, design
@@ -23,6 +22,7 @@ from .errors import PlanError
 from .follow import check_all_built, decisions, end_process, group_address, meet
 from .group import Leader
 from .manifest import write_manifest
+from .opening import open_served
 from .step import Blueprint
 
 
@@ -38,7 +38,7 @@ def start(
             f"process {config.process_id} does not take requests: process 0 does, the others follow it"
         )
     _prepare(config)
-    opened = open_model(path, weights=config.load_format != "dummy", adapters=config.adapters)
+    opened = open_served(config, path)
     leader = None
     if config.processes > 1:
         leader = Leader(group_address(config, bind=True), config.processes, end_process)
@@ -70,7 +70,7 @@ def start(
 def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] | None = None) -> Path | None:
     """Compile every program into the cache and write the manifest; weights are not read."""
     _prepare(config)
-    opened = open_model(path, weights=False, adapters=config.adapters)
+    opened = open_served(config, path, weights=False)
 
     def report(phase: str, done: int, total: int) -> None:
         if progress is not None:

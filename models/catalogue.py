@@ -49,7 +49,14 @@ each token and head. What both cost and bring: performance.md.
 `--lora-adapters` takes LoRA adapters in PEFT's form (safetensors) for the projections of attention and feed-forward of every
 family, experts excepted, over quantised weights too. A request names one or none, those of one batch are computed in
 one launch, and each answers as the model with its adapter merged does. DoRA, biases, modules that were trained whole and ranks by pattern are refused
-by name. What adapters cost grows with the ranks of all that are named: each reads and multiplies them all.
+by name. What adapters cost grows with the ranks of all slots, empty ones too: each launch reads and multiplies them all.
+
+`--lora-adapters slots=4,rank=16` keeps slots for 4 adapters, of rank 16 at most, that come while requests run; each that is named fills
+one more. `POST /v1/load_lora_adapter` with `lora_name` and `lora_path` (a directory on the server's host, or a Hub repository) fills one,
+`POST /v1/unload_lora_adapter` with `lora_name` empties it, as in vLLM: nothing is compiled, and other streams go on as they were. Requests that
+have begun keep their adapter to their end, and its slot with it; with `load_inplace` the new one of a name takes another slot. An engine that
+dies is followed by one with the same adapters, if their files are still the same. Several processes
+(`--num-processes`) and engines elsewhere (`--engine`) have their adapters from the start.
 
 | family | `architectures` | what it is |
 |---|---|---|

@@ -135,12 +135,15 @@ class Lora:
     """Adapters that tokens may be computed with, one or none each."""
 
     names: tuple[str, ...]
+    """Of those that are there from the start, in the first slots."""
     digests: tuple[str, ...]
     """What each one's numbers are known by."""
+    slots: int
+    """How many there may be at once."""
     rank: int
     """The largest; smaller ones are filled up with zeros."""
     maps: tuple[tuple[str, int], ...]
-    """Path of each linear map that any of them changes, and how many tensors are fused in it."""
+    """Path of each linear map that any of them may change, and how many tensors are fused in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
     def _chosen(self, adapters: jax.Array | None) -> jax.Array | None:
         if adapters is None or self.config.lora is None:
             return None
-        return jax.nn.one_hot(adapters - 1, len(self.config.lora.names), dtype=jnp.float32)
+        return jax.nn.one_hot(adapters - 1, self.config.lora.slots, dtype=jnp.float32)
 
     def _embedded(self, tokens: jax.Array, batch: PagedBatch) -> jax.Array:
         x = self.embed(tokens)
@@ -261,7 +261,7 @@ def _adapt(decoder: Decoder, lora: Lora, style: Style) -> None:
     for path, module in nnx.iter_modules(decoder):
         parts = maps.get(".".join(map(str, path)))
         if parts and isinstance(module, Linear):
-            module.adapt(style.dtype, len(lora.names) * parts * lora.rank)
+            module.adapt(style.dtype, lora.slots * parts * lora.rank)
 
 
 @dataclass(frozen=True, slots=True)

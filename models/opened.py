@@ -12,7 +12,8 @@ from .config import ModelConfig
 from .gguf import GgufTensors
 from .gguf_config import config_from_gguf
 from .gguf_file import GgufFile
-from .lora import AdaptedWeights, Adapter, lora_of
+from .lora import Adapter, changeable, lora_of
+from .lora_weights import AdaptedWeights, AdapterArrays
 from .registry import Family, config_from_hf, family_for, read_config, read_json
 from .schemes import read_schemes
 from .weights import Weights, WeightSource
@@ -27,17 +28,27 @@ class OpenedModel:
     """None if the weights were not asked for."""
 
 
-def open_model(path: Path, *, weights: bool = True, adapters: Sequence[tuple[str, str]] = ()) -> OpenedModel:
-    """Open a directory in Hugging Face's layout or a GGUF file, and adapters by name and folder. Without `weights` only the
-    configuration is read.
+def open_model(
+    path: Path,
+    *,
+    weights: bool = True,
+    adapters: Sequence[tuple[str, str]] = (),
+    adapter_slots: int = 0,
+    adapter_rank: int = 0,
+) -> OpenedModel:
+    """Open a directory in Hugging Face's layout or a GGUF file, and adapters by name and folder, beside which so many more, of
+    at most this rank, may come later. Without `weights` only the configuration is read.
 
     Raises UnsupportedModel, CheckpointError.
     """
     family, config, source = _open(path, weights)
     opened = [Adapter.open(name, Path(folder)) for name, folder in adapters]
-    config = replace(config, lora=lora_of(opened, family.WEIGHTS, config.layers))
+    maps = changeable(family.WEIGHTS, config.layers)
+    lora = lora_of(opened, maps, adapter_slots, adapter_rank)
+    if lora is None or source is None:
+        return OpenedModel(replace(config, lora=lora), source)
     return OpenedModel(
-        config, AdaptedWeights(source, opened, family.WEIGHTS) if source and opened else source
+        replace(config, lora=lora), AdaptedWeights(source, AdapterArrays.of(lora, maps), opened)
     )
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..engine import EngineError
-from . import anthropic, docs, kserve, misc, native, sagemaker, tokens, vertex
+from . import adapters, anthropic, docs, kserve, misc, native, sagemaker, tokens, vertex
 from .auth import RequireKey
 from .backend import Backend
 from .config import ServerConfig
@@ -94,6 +94,8 @@ def routes(config: ServerConfig) -> list[Route]:
         *(Route(path, tokens.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, tokens.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         Route("/chat_tokenize", tokens.chat_tokenize, methods=["POST"]),
+        Route("/v1/load_lora_adapter", adapters.load_adapter, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", adapters.unload_adapter, methods=["POST"]),
         *(Route(path, list_models) for path in ("/v1/models", "/models")),
         *(Route(path, show_model) for path in ("/v1/models/{model:path}", "/models/{model:path}")),
         Route("/info", misc.info),

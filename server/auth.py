@@ -1,17 +1,19 @@
 """The door: with keys configured, every POST needs one, and keeps to its limits. GET routes (health, metrics, lists) are open,
-but for those that tell of single requests.
+but for those that tell of single requests. What changes the server itself takes a key that may do that.
 
 By method, not by a list of paths, so that a new route cannot be forgotten. Decides on nothing but method and header.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import RateLimited, Unauthorized, error_response, speaks_anthropic
+from .errors import Forbidden, RateLimited, Unauthorized, error_response, speaks_anthropic
 from .keys import ACCOUNT, Account, Keys
 
 OPEN_METHODS = ("GET", "HEAD", "OPTIONS")
 GUARDED = ("/ui/lanes",)
 """What asks for the key all the same."""
+FOR_ADMINS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""What not every key may do: it changes what all are served."""
 
 
 class RequireKey:
@@ -28,6 +30,13 @@ class RequireKey:
         account = self._account(scope)
         if account is None:
             error = Unauthorized("A valid key is required: send `Authorization: Bearer <key>`")
+            await error_response(error, scope["path"])(scope, receive, send)
+            return
+        if scope["path"] in FOR_ADMINS and not account.key.admin:
+            error = Forbidden(
+                f"The key {account.key.name!r} may not change what is served: --api-key may, and in --api-key-file each that is "
+                "marked `admin`"
+            )
             await error_response(error, scope["path"])(scope, receive, send)
             return
         if scope["method"] in OPEN_METHODS:  # to look costs nobody's allowance

@@ -40,7 +40,9 @@ class Serving:
 class Backend:
     """The one changing thing between the starter of the engine and the routes. Used from one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, hub_cache: str | None = None) -> None:
+        """`hub_cache` is where what comes from the Hub is kept; None for its client's own place."""
+        self.hub_cache = hub_cache
         self._serving: Serving | None = None
         self._info: EngineInfo | None = None
         self._reason = "starting"
@@ -66,7 +68,7 @@ class Backend:
         self._info, self._reason = info, ""
 
     def update(self, info: EngineInfo) -> None:
-        """What is served has other sizes now: engines came or went."""
+        """What is served has other sizes or adapters now: engines or adapters came or went."""
         if self._serving is not None:
             self._serving = replace(self._serving, info=info)
             self._info = info

@@ -9,6 +9,7 @@ ServerError
 ├── TemplateFailed      the chat template is missing or refused these messages
 ├── NoSuchModel         another model or an adapter was asked for
 ├── Unauthorized        no key, or a wrong one
+├── Forbidden           a key that may not do this
 ├── NoSuchRoute, WrongMethod, WrongContentType, BodyTooLarge
 ├── Busy                every permit is taken
 │   └── RateLimited     this key has had what it may
@@ -83,6 +84,10 @@ class Unauthorized(ServerError):
     """The key is missing or wrong."""
 
 
+class Forbidden(ServerError):
+    """The key is right, and may not do this."""
+
+
 class NoSuchRoute(ServerError):
     """Nothing is served at this path."""
 
@@ -149,6 +154,7 @@ _TABLE: dict[type[Exception], _Row] = {
     TemplateFailed: _Row(422, "template_error", "Template error: ", 400, _CLIENT, "template_error"),
     NoSuchModel: _Row(404, "validation", "", 404, _CLIENT, "model_not_found"),
     Unauthorized: _Row(401, "unauthorized", "", 401, "authentication_error", "invalid_api_key"),
+    Forbidden: _Row(403, "forbidden", "", 403, "permission_error", "forbidden"),
     NoSuchRoute: _Row(404, "not_found", "", 404, _CLIENT, "not_found"),
     WrongMethod: _Row(405, "method_not_allowed", "", 405, _CLIENT, "method_not_allowed"),
     WrongContentType: _Row(415, "validation", "", 415, _CLIENT, "unsupported_media_type"),

@@ -108,7 +108,8 @@ MODEL = (
 LIMITS = (
     _tgi(
         "lora-adapters", "engine.lora_adapters",
-        "PEFT adapters that requests may ask for by name: NAME=DIRECTORY, or a Hub repository, OWNER/NAME or OWNER/NAME@REVISION.",
+        "PEFT adapters that requests may ask for by name: NAME=DIRECTORY, or a Hub repository, OWNER/NAME or OWNER/NAME@REVISION. "
+        "slots=N keeps places for N that are loaded while serving, rank=N for their largest rank (16).",
         "list"
     ),
     _tgi(
@@ -200,7 +201,7 @@ HTTP = (
     _tgi("api-key", "server.api_key", "Bearer key every POST must carry. The variable does not show in `ps`.", secret=True),
     _own(
         "api-key-file", "server.api_key_file",
-        "More keys: lines NAME KEY [requests_per_min=N] [tokens_per_min=N] [concurrency=N] [weight=N]. Read anew when it changes."
+        "More keys: lines NAME KEY [requests_per_min=N] [tokens_per_min=N] [concurrency=N] [weight=N] [admin]. Read anew when it changes."
     ),
     _own("ssl-certfile", "server.ssl_certfile", "Speak HTTPS with this certificate (PEM). Read anew when it changes."),
     _own("ssl-keyfile", "server.ssl_keyfile", "Its key, if it lies in a file of its own."),

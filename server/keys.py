@@ -1,6 +1,6 @@
 """Who may ask for work, and how much: keys by name, each with its limits, and what each has used.
 
-A file has one key a line, NAME KEY [LIMIT=NUMBER …] [weight=NUMBER], and is read again when it changes. Keys are kept as digests; neither
+A file has one key a line, NAME KEY [LIMIT=NUMBER …] [weight=NUMBER] [admin], and is read again when it changes. Keys are kept as digests; neither
 they nor anything made from them but the name is ever logged or shown. Knows no HTTP.
 """
 
@@ -23,7 +23,7 @@ from .options import UsageError
 
 MAX_KEYS = 1_000
 """Every key is compared with what was sent, and every name is a label of the metrics."""
-WEIGHT = "weight"
+WEIGHT, ADMIN = "weight", "admin"
 MAX_WEIGHT = 1_000
 MINUTE_S = 60.0
 DEFAULT = "default"
@@ -54,12 +54,23 @@ class Key:
     """Keeps its cached prompts apart from other keys', whose requests cannot know it."""
     weight: int = 1
     """Its share beside other keys while both wait, up to MAX_WEIGHT."""
+    admin: bool = False
+    """Whether it may change what is served."""
 
 
-def key_of(name: str, text: str, limits: Limits = Limits(), *, apart: bool = False, weight: int = 1) -> Key:
+def key_of(
+    name: str,
+    text: str,
+    limits: Limits = Limits(),
+    *,
+    apart: bool = False,
+    weight: int = 1,
+    admin: bool = False,
+) -> Key:
     """A key from its text. `apart`: whether there are others to be kept apart from."""
     digest = _digest(text.encode())
-    return Key(name, digest, limits, hashlib.sha256(b"cache" + digest).hexdigest() if apart else "", weight)
+    salt = hashlib.sha256(b"cache" + digest).hexdigest() if apart else ""
+    return Key(name, digest, limits, salt, weight, admin)
 
 
 def read_keys(path: str) -> tuple[Key, ...]:
@@ -89,11 +100,13 @@ def _parse(place: str, words: Sequence[str]) -> Key:
     name, *rest = words
     if not _NAME.fullmatch(name) or not rest:
         raise UsageError(
-            f"{place}: expected NAME KEY [LIMIT=NUMBER …] [weight=NUMBER], the name of letters, digits, '.', '_' and '-'"
+            f"{place}: expected NAME KEY [LIMIT=NUMBER …] [weight=NUMBER] [admin], the name of letters, digits, '.', '_' and '-'"
         )
     known = [*(field.name for field in fields(Limits)), WEIGHT]
     given: dict[str, float] = {}
     for word in rest[1:]:
+        if word == ADMIN:
+            continue
         limit, _, raw = word.partition("=")
         if limit not in known:
             raise UsageError(f"{place}: {limit[:40]} is no limit; there are {', '.join(known)}")
@@ -103,7 +116,7 @@ def _parse(place: str, words: Sequence[str]) -> Key:
     weight = int(given.pop(WEIGHT, 1))
     if weight > MAX_WEIGHT:
         raise UsageError(f"{place}: {WEIGHT} has to be at most {MAX_WEIGHT}")
-    return key_of(name, rest[0], Limits(**given), apart=True, weight=weight)
+    return key_of(name, rest[0], Limits(**given), apart=True, weight=weight, admin=ADMIN in rest[1:])
 
 
 class Account:
@@ -170,7 +183,7 @@ class Keys:
         """Raises UsageError."""
         if key == "":
             raise UsageError("--api-key is empty; leave it out to ask for none")
-        self._own = () if key is None else (key_of(DEFAULT, key),)
+        self._own = () if key is None else (key_of(DEFAULT, key, admin=True),)
         self._path = path
         self._watched = None if path is None else Watched([path])
         self.accounts: dict[str, Account] = {}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..engine.config import EngineConfig
+from ..engine.config import ADAPTER_PLACES, EngineConfig
 from ..models.demo import default_cache_dir, demo_model
 from ..models.hub import Progress, ResolvedModel, resolve, resolve_adapter
 
@@ -28,4 +28,5 @@ def with_adapters(config: EngineConfig, hub_cache: str | None) -> EngineConfig:
     found = (
         f"{name.partition('@')[0]}={resolve_adapter(place, hub_cache)}" for name, place in config.adapters
     )
-    return replace(config, lora_adapters=tuple(found))
+    places = (said for said in config.lora_adapters if said.partition("=")[0] in ADAPTER_PLACES)
+    return replace(config, lora_adapters=(*found, *places))

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from .answers_anthropic import AnthropicProblem
 from .answers_openai import OpenAIProblem
 from .answers_tgi import Problem
-from .auth import GUARDED
+from .auth import FOR_ADMINS, GUARDED
 from .errors import speaks_anthropic, speaks_openai
 from .operations import OPERATIONS, Operation
 
@@ -30,7 +30,8 @@ _GENERATION = {
     504: "A deadline has passed",
 }  # fmt: skip
 _NO_MODEL = {404: "No such model"}
-_REASONS = {200: "Done", **_NO_MODEL, **_READ, **_BODY, **_GENERATION}
+_ADMIN = {403: "The key may not do this"}
+_REASONS = {200: "Done", **_NO_MODEL, **_ADMIN, **_READ, **_BODY, **_GENERATION}
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 
 
@@ -145,6 +146,8 @@ def _responses(path: str, operation: Operation, kinds: _Kinds) -> dict[str, obje
         statuses |= _BODY
     if path in GUARDED:
         statuses[401] = _BODY[401]
+    if path in FOR_ADMINS:
+        statuses |= _ADMIN
     if operation.generates:
         statuses |= _READ | _GENERATION | _NO_MODEL
     if not operation.both_errors:

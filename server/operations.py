@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import adapters, anthropic, docs, kserve, misc, native, openai_models, sagemaker, tokens, vertex
 from . import answers_anthropic as claude
 from . import answers_openai as openai
 from . import answers_tgi as tgi
-from . import anthropic, docs, kserve, misc, native, openai_models, sagemaker, tokens, vertex
 from .answers_responses import ModelResponse, ResponseEvent
 from .openai_chat import chat_completions
 from .openai_completions import completions
 from .responses import responses
+from .schema_adapters import LoadAdapterBody, UnloadAdapterBody
 from .schema_anthropic import CountBody, MessagesBody
 from .schema_openai import ChatBody, CompletionBody
 from .schema_platforms import InferBody, VertexBody
@@ -86,6 +87,14 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
     openai_models.list_models: Operation(group="OpenAI", summary="List the models", answer=openai.ModelList),
     openai_models.show_model: Operation(
         group="OpenAI", summary="Describe a model", answer=openai.Model, also={404: openai.OpenAIProblem}
+    ),
+    adapters.load_adapter: Operation(
+        group="Operation", summary="Serve another LoRA adapter, as in vLLM", body=LoadAdapterBody, media=TEXT,
+        also={503: openai.OpenAIProblem}, example={"lora_name": "law", "lora_path": "."},
+    ),
+    adapters.unload_adapter: Operation(
+        group="Operation", summary="Serve a LoRA adapter no more, as in vLLM", body=UnloadAdapterBody, media=TEXT,
+        also={404: openai.OpenAIProblem, 503: openai.OpenAIProblem}, example={"lora_name": "law"},
     ),
     native.generate: Operation(
         group="TGI", summary="Generate a text", body=GenerateBody, answer=tgi.Generated, generates=True,

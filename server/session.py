@@ -44,7 +44,7 @@ class Session:
     ) -> None:
         """`command` runs the engine; default this program's own `engine` command for the model found."""
         self._server, self._console = server, console
-        self._backend = Backend()
+        self._backend = Backend(run.hub_cache)
         self._models: Models | None = None
         if server.more_models:  # The engine of one that is alone shall not wait for what it does not need.
             from .several import several

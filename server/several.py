@@ -34,7 +34,7 @@ def several(
     """
     served: list[ServedModel] = []
     for name, config in configs_of(engine, server, run).items():
-        behind = Backend() if served else backend
+        behind = Backend(run.hub_cache) if served else backend
         if served:
             behind.down(UNASKED, comes_back=True)
         make = partial(LoadedModel, config, run, behind, console, command=command)

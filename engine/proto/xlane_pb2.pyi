@@ -272,6 +272,30 @@ class EngineInfo(_message.Message):
     adapters: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., dtype: _Optional[str] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_count: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., lanes: _Optional[int] = ..., pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_queued: _Optional[int] = ..., kernels: _Optional[str] = ..., programs: _Optional[_Iterable[_Union[ProgramInfo, _Mapping]]] = ..., version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., temp_bytes: _Optional[int] = ..., quantize: _Optional[str] = ..., parameters: _Optional[int] = ..., warning: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., speculate: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class LoadAdapterRequest(_message.Message):
+    __slots__ = ("name", "folder", "digest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    folder: str
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., folder: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class UnloadAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class AdapterResponse(_message.Message):
+    __slots__ = ("error", "digest")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    error: RequestError
+    digest: str
+    def __init__(self, error: _Optional[_Union[RequestError, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -50,6 +50,16 @@ class EngineStub(object):
                 request_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.StatsRequest.SerializeToString,
                 response_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.EngineStats.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/xlane.engine.v1.Engine/LoadAdapter',
+                request_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.AdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/xlane.engine.v1.Engine/UnloadAdapter',
+                request_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.AdapterResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/xlane.engine.v1.Engine/Drain',
                 request_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.DrainRequest.SerializeToString,
@@ -82,6 +92,19 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Answers when requests may ask for it, or may no longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Answers when nothing runs any more.
         """
@@ -106,6 +129,16 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.StatsRequest.FromString,
                     response_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.EngineStats.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.AdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=xlane_dot_engine_dot_proto_dot_xlane__pb2.AdapterResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -195,6 +228,60 @@ class Engine(object):
             '/xlane.engine.v1.Engine/Stats',
             xlane_dot_engine_dot_proto_dot_xlane__pb2.StatsRequest.SerializeToString,
             xlane_dot_engine_dot_proto_dot_xlane__pb2.EngineStats.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xlane.engine.v1.Engine/LoadAdapter',
+            xlane_dot_engine_dot_proto_dot_xlane__pb2.LoadAdapterRequest.SerializeToString,
+            xlane_dot_engine_dot_proto_dot_xlane__pb2.AdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xlane.engine.v1.Engine/UnloadAdapter',
+            xlane_dot_engine_dot_proto_dot_xlane__pb2.UnloadAdapterRequest.SerializeToString,
+            xlane_dot_engine_dot_proto_dot_xlane__pb2.AdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -90,6 +90,10 @@ class Scripted:
     async def info(self) -> EngineInfo:
         return FakeCore().info
 
+    async def load_adapter(self, name: str, folder: str) -> None: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+
     async def stats(self) -> EngineStats:
         raise LOST
 

@@ -143,6 +143,8 @@ def test_what_is_read_is_as_told(rig: Rig, place: tuple[str, str]):
 def test_every_example_works_and_its_answer_is_as_told(rig: Rig, place: tuple[str, str]):
     body = OPERATIONS_BY_PLACE[place]["requestBody"]["content"]["application/json"]
     assert complaints(body["schema"], body["example"]) == []
+    if place[0] == "/v1/unload_lora_adapter":
+        rig.post("/v1/load_lora_adapter", **body["example"], lora_path=".")
     response = rig.post(url(place), **body["example"])
     assert response.status_code == 200
     check(response, place)

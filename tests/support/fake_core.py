@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from xlane.engine import (
@@ -107,6 +108,8 @@ class FakeCore:
         """The number of the token at which the device hangs."""
         self.sick = False
         self.broken = False
+        self.adapters: dict[str, str] = {"named": "0"}
+        """Name and digest, which is the content of the folder."""
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
         self._thread.start()
 
@@ -128,8 +131,25 @@ class FakeCore:
             max_queued=self._max_queued,
             kernels="none: arithmetic",
             version="0",
+            adapters=tuple(self.adapters),
         )
         return replace(info, **self._says)
+
+    def load_adapter(self, name: str, folder: str, digest: str = "") -> str:
+        if self.adapters.get(name) == digest:
+            return digest
+        try:
+            found = Path(folder, "weights").read_text()
+        except OSError as error:
+            raise InvalidRequest(f"{folder} has no weights") from error
+        if digest not in ("", found):
+            raise InvalidRequest(f"{folder} has other weights")
+        self.adapters[name] = found
+        return found
+
+    def unload_adapter(self, name: str) -> None:
+        if self.adapters.pop(name, None) is None:
+            raise InvalidRequest(f"there is no adapter {name!r}")
 
     def submit(self, request: Request, sink: Sink) -> None:
         with self._changed:
@@ -144,6 +164,8 @@ class FakeCore:
     def _validate(self, request: Request) -> None:
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is in the engine")
+        if request.adapter and request.adapter not in self.adapters:
+            raise InvalidRequest(f"there is no adapter {request.adapter!r}")
         if not request.prompt_ids:
             raise InvalidRequest("the prompt is empty")
         if (largest := max(request.prompt_ids)) >= VOCAB_SIZE:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xlane.engine import (
     DeadlineExceeded,
@@ -33,6 +33,10 @@ from .byte_tokenizer import EOS, VOCAB_SIZE
 from .obedient import obedient_ids
 
 LETTERS = range(ord("a"), ord("z") + 1)
+
+
+SLOTS = 3
+"""Most adapters at once."""
 
 
 def fake_info(max_total_tokens: int = 512, max_input_tokens: int = 400) -> EngineInfo:
@@ -94,6 +98,8 @@ class FakeEngine:
     submitted: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     """Ids of requests whose iterator was closed before its end."""
+    loaded: list[tuple[str, str]] = field(default_factory=list)
+    """Name and folder of adapters."""
     active: int = 0
     lanes: dict[int, LaneStats] = field(default_factory=dict)
     """What runs, by lane: the first that is free. A token of the prompt is computed, or found, before its first output."""
@@ -189,6 +195,17 @@ class FakeEngine:
 
     async def info(self) -> EngineInfo:
         return self.info_value
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Of what the folder holds nothing is asked."""
+        if len(self.info_value.adapters) == SLOTS:
+            raise InvalidRequest("no slot is free")
+        self.info_value = replace(self.info_value, adapters=(*self.info_value.adapters, name))
+        self.loaded.append((name, folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        left = tuple(there for there in self.info_value.adapters if there != name)
+        self.info_value = replace(self.info_value, adapters=left)
 
     async def stats(self) -> EngineStats:
         return EngineStats(
