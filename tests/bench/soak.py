@@ -182,7 +182,7 @@ def allowed(name: str, before: float) -> float:
     to what was needed at once."""
     if name.endswith("memory_mb"):
         return before * 1.1 + 10
-    return before + 4 if name.endswith("threads") else before
+    return before + 16 if name.endswith("threads") else before
 
 
 async def soak(
