@@ -6,7 +6,6 @@ Each engine gets SIGTERM, has `--drain` seconds for its streams, must exit with 
 when the front uses it. One JSON line last; exit code 1 if a stream was lost, or said anything else.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import httpx
 
 from tests.bench.kills import tell, under_load
+from tests.bench.shaken import arguments
 from tests.support.whole_server import whole_server
 
 
@@ -109,14 +109,7 @@ def engines_of(count: int, folder: Path, options: list[str]) -> Iterator[list[En
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (("engines", 3), ("rounds", 2), ("streams", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--drain", type=float, default=2.0)
-    parser.add_argument("--model", default="demo")
-    args = parser.parse_args()
+    args = arguments(__doc__, engines=3, rounds=2, streams=2, drain=2.0)
     options = ["--model-id", args.model, "--kv-bytes", str(2**29), "--drain", str(args.drain)]
     with tempfile.TemporaryDirectory() as folder, engines_of(args.engines, Path(folder), options) as engines:
         addresses = ",".join(engine.address for engine in engines)
