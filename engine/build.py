@@ -298,7 +298,10 @@ def _refused(config: EngineConfig, blueprint: Blueprint) -> str:
         table = size.rows + b.segments(size), shapes.table_width
         if why := b.kernels.refusal(shapes.page_tokens, table, b.kv_dtype):
             programs.setdefault(why, []).append(size.name)
-    told = "; ".join(f"attention in {', '.join(names)} is XLA's: {why}" for why, names in programs.items())
+    told = "; ".join(
+        f"attention in {'all programs' if len(names) == len(b.sizes) else ', '.join(names)} is XLA's: {why}"
+        for why, names in programs.items()
+    )
     if told and config.kernels == "pallas":
         raise PlanError(f"--kernels pallas: {told}: use --kernels auto")
     return told and f"; {told}"

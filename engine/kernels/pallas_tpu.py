@@ -50,7 +50,10 @@ class PallasTpuKernels(XlaKernels):
             return f"pages of {page_tokens} tokens, not of 16, 32, 64, 128 or 256"
         if 4 * table[0] * table[1] > MOST_TABLE_BYTES:
             most = MOST_TABLE_BYTES // (4 * table[0]) * page_tokens
-            return f"a page table of {table[0]} rows is too large for contexts beyond {most} tokens"
+            return (
+                f"a page table of {table[0]} rows is too large for contexts beyond {most} tokens (lower --max-total-tokens or "
+                "raise --page-tokens)"
+            )
         return ""
 
     def _rows(self, kv_heads: int, head_dim: int) -> WideRows:

@@ -8,6 +8,7 @@ import pytest
 from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 from xlane.engine import EngineConfig, PlanError
 from xlane.engine.build import design
+from xlane.engine.kernels import pallas_tpu
 from xlane.engine.kernels.pallas_tpu import PallasTpuKernels
 from xlane.engine.memory import GIB, Demand, MemoryPlan, machine_bytes, plan_pages
 from xlane.models.opened import open_model
@@ -75,7 +76,7 @@ def test_design_by_hand(model) -> None:
     assert memory.kv_bytes == 3 * 8 * 4 * KV_BYTES_PER_TOKEN
     assert blueprint.shapes == (3, 24, 4, 8, VOCAB, (2, 16))
     # No chunk is longer than the longest request, rounded up.
-    names = "decode[1] decode[2] decode[3] mixed[1+8] mixed[3+8] mixed[1+16] prefill[32] mixed[3+32]"
+    names = "decode[1] decode[2] decode[3] mixed[1+4] mixed[1+8] mixed[3+8] mixed[1+16] prefill[32] mixed[3+32]"
     assert [size.name for size in blueprint.sizes] == names.split()
     assert blueprint.prefill_segments == 3
     assert note == "xla (asked for)"
@@ -161,16 +162,24 @@ def test_a_tpu_attends_with_its_own_kernel_unless_told_otherwise(model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "told"),
     [
-        ({"page_tokens": 4}, "attention in decode[1], {most} is XLA's: pages of 4 tokens"),
-        ({"kv_dtype": "int8"}, "attention in decode[1], {most} is XLA's: keys and values in int8"),
+        ({"page_tokens": 4}, "attention in all programs is XLA's: pages of 4 tokens"),
+        ({"kv_dtype": "int8"}, "attention in all programs is XLA's: keys and values in int8"),
+        # 4 pages of 4 bytes a row, and room for one row.
+        (
+            {},
+            "attention in {mixed} is XLA's: a page table of 2 rows is too large for contexts beyond 32 tokens",
+        ),
     ],
 )
-def test_what_a_kernel_leaves_to_xla_is_told_and_refused_where_it_was_asked_for(model, changes, why) -> None:
+def test_what_a_kernel_leaves_to_xla_is_told_and_refused_where_it_was_asked_for(
+    model, changes, told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pallas_tpu, "MOST_TABLE_BYTES", 16)
     asked = EngineConfig(**{"model_id": "m", "lanes": 1, "page_tokens": 16, **changes})
     blueprint, _, note = design(asked, model, topology=find_topology("v6e"))
-    told = why.format(most=", ".join(size.name for size in blueprint.sizes[1:]))
+    told = told.format(mixed=", ".join(size.name for size in blueprint.sizes if size.rows and size.tokens))
     assert told in note
     with pytest.raises(PlanError, match=f"--kernels pallas: {re.escape(told)}"):
         design(replace(asked, kernels="pallas"), model, topology=find_topology("v6e"))
