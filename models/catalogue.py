@@ -9,7 +9,7 @@ from types import ModuleType
 
 from .families.hf_rope import KINDS
 from .gguf import READABLE
-from .gguf_config import ARCHITECTURES as GGUF_ARCHITECTURES
+from .gguf_architectures import ARCHITECTURES as GGUF_ARCHITECTURES
 from .registry import ARCHITECTURES
 
 HEADING = """# Models

@@ -1,11 +1,10 @@
-"""The tensors of a GGUF file under Hugging Face's names, dequantised row by row. Knows no parameters and no device.
+"""The tensors of a GGUF file, dequantised row by row. Knows no parameters and no device.
 
 llama.cpp rotates neighbouring pairs of a head where Hugging Face rotates its two halves, so for architectures of the
 llama kind its converter reorders the rows of the query and key projections: [2, pairs] -> [pairs, 2] in each head. Rows
-are handed out here in Hugging Face's order again.
+are handed out here in Hugging Face's order again; and scales of norms to which it added 1 without it.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,34 +13,18 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from .errors import CheckpointError
-from .gguf_config import ROPE_FREQS, architecture_of, config_from_gguf, head_counts
+from .gguf_config import architecture_of, config_from_gguf, head_counts
 from .gguf_file import GgufFile, StoredTensor
 
 __all__ = ["GgufFile", "GgufTensors", "config_from_gguf"]
 
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+READABLE = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M",
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
 """Storage types that are dequantised here; every other is refused."""
 JOINED_VALUES = 8192
 """`dequantize` works on 16 rows at a time: short rows are joined to about this many values, which is up to twice as fast."""
-
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +35,36 @@ class _Tensor:
     """uint8[rows, bytes a row], mapped; a vector is one row."""
     heads: int
     """Heads whose rows are to be put back in order; 0 for none."""
+    added: float
+    """What is to be taken off again."""
 
 
 class GgufTensors:
     """A `TensorSource` over one GGUF file. Everything is float32; reading is thread-safe."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Name and bound every tensor. Raises CheckpointError for one that is unknown, unreadable or cut off."""
+        """Bound every tensor. Raises CheckpointError for one that is unreadable or cut off."""
         self._file = file
-        heads = head_counts(file) if architecture_of(file).permuted else {}
+        architecture = architecture_of(file)
+        heads = head_counts(file) if architecture.permuted else {}
         self._tensors: dict[str, _Tensor] = {}
         for stored in file.tensors.values():
-            if stored.name == ROPE_FREQS:  # translated by config_from_gguf
-                continue
-            name = self._hf_name(stored.name)
-            reordered = next((heads[part] for part in heads if f".{part}." in name), 0)
+            reordered = next((heads[part] for part in heads if f".{part}." in stored.name), 0)
+            added = 1.0 if architecture.norms_plus_one and stored.name.endswith("norm.weight") else 0.0
             kind, data = self._locate(stored)
             if reordered and stored.shape[0] % (2 * reordered):
                 raise file.broken(
                     f"tensor {stored.name}: {stored.shape[0]} rows are not {reordered} heads of pairs"
                 )
-            self._tensors[name] = _Tensor(stored, kind, data, reordered)
+            self._tensors[stored.name] = _Tensor(stored, kind, data, reordered, added)
 
     def names(self) -> Iterable[str]:
-        """Every tensor, in Hugging Face's naming."""
+        """Every tensor, as llama.cpp calls it."""
         return self._tensors.keys()
 
     def where(self, name: str) -> str:
-        """The file, and the tensor's name in it."""
-        tensor = self._tensors.get(name)
-        return f"{self._file.path} ({tensor.stored.name})" if tensor else str(self._file.path)
+        """The file."""
+        return str(self._file.path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Row-major, outputs first."""
@@ -101,7 +84,7 @@ class GgufTensors:
         else:
             rows = slice(start, stop)
         if len(shape) == 1:
-            return _dequantize(tensor.data, tensor.kind).reshape(shape)[rows].copy()
+            return _dequantize(tensor.data, tensor.kind).reshape(shape)[rows] - np.float32(tensor.added)
         # A row of the first axis is several stored rows when there are more than two dimensions.
         data = tensor.data.reshape(shape[0], -1)[rows]
         return _dequantize(data, tensor.kind).reshape(len(data), *shape[1:])
@@ -111,14 +94,6 @@ class GgufTensors:
         if tensor is None:
             raise CheckpointError(f"{self._file.path}: tensor {name} is missing")
         return tensor
-
-    def _hf_name(self, name: str) -> str:
-        if name in _TOP:
-            return _TOP[name]
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if match is None or match[2] not in _LAYER:
-            raise self._file.broken(f"tensor {name} is not one of a decoder this program knows")
-        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
     def _locate(self, stored: StoredTensor) -> tuple[GGMLQuantizationType, np.ndarray]:
         try:

@@ -12,6 +12,8 @@ from .config import ModelConfig
 from .gguf import GgufTensors
 from .gguf_config import config_from_gguf
 from .gguf_file import GgufFile
+from .gguf_latent import LatentTensors
+from .gguf_weights import GGUF_IGNORED, GGUF_WEIGHTS
 from .lora import Adapter, changeable, lora_of
 from .lora_weights import AdaptedWeights, AdapterArrays
 from .registry import Family, config_from_hf, family_for, read_config, read_json
@@ -66,5 +68,5 @@ def _open(path: Path, weights: bool) -> tuple[Family, ModelConfig, Weights | Non
     file = GgufFile(path)
     hf_config = config_from_gguf(file)
     family = family_for(hf_config)
-    source = Weights(GgufTensors(file), family.WEIGHTS, family.IGNORED_TENSORS) if weights else None
+    source = Weights(LatentTensors(GgufTensors(file)), GGUF_WEIGHTS, GGUF_IGNORED) if weights else None
     return family, config_from_hf(hf_config), source

@@ -96,9 +96,10 @@ class WeightSource(Protocol):
 class Recipe:
     """What one parameter is made of. `{i}` in a name stands for the layer."""
 
-    kind: Literal["plain", "qkv", "gate_up", "alternating"]
+    kind: Literal["plain", "qkv", "gate_up", "alternating", "paired"]
     """`plain`: one tensor. `qkv`: queries, keys and values grouped by kv head, [K, G+2, H, …]. `gate_up`: gate, then up,
-    [2, F, …]. `alternating`: experts whose rows are gate and up in turns, [X, 2, F, …]."""
+    [2, F, …]. `alternating`: experts whose rows are gate and up in turns, [X, 2, F, …]. `paired`: all experts' gates, then all
+    their ups, [X, 2, F, …]."""
     names: tuple[str, ...]
     """Of `qkv` and `gate_up`, one name stands for one tensor with the parts below each other. `{e}` stands for the expert:
     then this is what each entry of the parameter's first axis is made of."""
@@ -139,6 +140,8 @@ class Recipe:
             return (shape[1:],) * 2
         if self.kind == "alternating":
             return ((shape[0], 2 * shape[2], *shape[3:]),)
+        if self.kind == "paired":
+            return ((shape[0], *shape[2:]),) * 2
         kv_heads, members, head_dim, *rest = shape
         queries, keys = (kv_heads * (members - 2) * head_dim, *rest), (kv_heads * head_dim, *rest)
         return (queries, keys, keys)
@@ -176,6 +179,11 @@ def gate_up(*names: str) -> Recipe:
 def alternating(name: str, *, transposed: bool = False) -> Recipe:
     """One tensor with all experts' gates and what they multiply, row by row in turns."""
     return Recipe("alternating", (name,), transposed=transposed)
+
+
+def paired(*names: str) -> Recipe:
+    """Two tensors, one with all experts' gates and one with what they multiply."""
+    return Recipe("paired", names)
 
 
 def either(recipe: Recipe, otherwise: Recipe) -> Recipe:
@@ -338,6 +346,10 @@ def assemble(recipe: Recipe, tensors: Rows, spec: ParamSpec, index: Index) -> np
     if recipe.kind == "gate_up":
         for place, which in enumerate(range(*bounds[0])):
             out[place] = read(which, *bounds[1])[(slice(None), *index[2:])]
+        return out
+    if recipe.kind == "paired":
+        for place, which in enumerate(range(*bounds[1])):
+            out[:, place] = read(which, *bounds[0])[(slice(None), *index[2:])]
         return out
     # [k, parts, h, …]: which of the G queries, the key and the value lie in the slice
     first_head, last_head = bounds[0]

@@ -7,6 +7,7 @@ its result is kept; `test_demo.py` computes a part of it anew each time.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ TEXTS = (
 )
 
 
+AROUND = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
 def prompts(tokenizer: TextTokenizer) -> list[list[int]]:
     """Token ids of every prompt: questions through the chat template, texts as they are."""
     chats = (
@@ -69,7 +84,7 @@ def reference_model(path: Path) -> Any:
     model = LlamaForCausalLM(config)
     tensors = GgufTensors(file)
     state = {
-        name: torch.from_numpy(tensors.read_rows(name, 0, tensors.shape(name)[0]).copy())
+        _hf_name(name): torch.from_numpy(tensors.read_rows(name, 0, tensors.shape(name)[0]).copy())
         for name in tensors.names()
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -77,6 +92,12 @@ def reference_model(path: Path) -> Any:
     assert not unexpected, unexpected
     model.tie_weights()
     return model.eval()
+
+
+def _hf_name(name: str) -> str:
+    """What transformers calls a tensor of a Llama."""
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    return f"model.layers.{found[1]}.{IN_LAYER[found[2]]}.weight" if found else AROUND[name]
 
 
 def greedy(model: Any, ids: Sequence[int], tokens: int) -> list[int]:

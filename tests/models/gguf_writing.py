@@ -54,7 +54,7 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
 
 def stored(values: np.ndarray, kind: Type) -> np.ndarray:
     """The bytes of a tensor in a storage type; for types the package cannot write, arbitrary finite blocks."""
-    if kind in (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1):
+    if kind in (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1):
         return gguf.quants.quantize(values, kind)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(1)

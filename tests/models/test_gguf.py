@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from tests.support.tiny import tiny_model
 from xlane.models.config import YarnRope
+from xlane.models.decoder import DecoderGraph
 from xlane.models.errors import CheckpointError, UnsupportedModel
 from xlane.models.gguf import READABLE, GgufFile, GgufTensors, config_from_gguf
+from xlane.models.gguf_architectures import ARCHITECTURES
+from xlane.models.opened import open_model
 from xlane.models.registry import config_from_hf
 
 from . import gguf_writing as tiny
+from .gguf_converted import converted, permuted
 
-K_PROJ = "model.layers.1.self_attn.k_proj.weight"
-
-
-def converter_permutes(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to a rotary projection."""
-    rows = weight.shape[0] // heads
-    return weight.reshape(heads, 2, rows // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+K_PROJ = "blk.1.attn_k.weight"
 
 
 def read_all(tensors: GgufTensors, name: str) -> np.ndarray:
@@ -40,21 +39,21 @@ def test_the_demo_is_what_ggufs_own_reader_reads(demo_gguf: Path, reader: gguf.G
     assert file.metadata == own
     tensors, theirs = GgufTensors(file), {tensor.name: tensor for tensor in reader.tensors}
     assert len(list(tensors.names())) == len(theirs) == 272
-    for ours, name in (
-        ("model.embed_tokens.weight", "token_embd.weight"),
-        ("model.layers.29.mlp.down_proj.weight", "blk.29.ffn_down.weight"),
-        ("model.layers.7.self_attn.v_proj.weight", "blk.7.attn_v.weight"),
-        ("model.layers.3.input_layernorm.weight", "blk.3.attn_norm.weight"),
-        ("model.norm.weight", "output_norm.weight"),
+    for name in (
+        "token_embd.weight",
+        "blk.29.ffn_down.weight",
+        "blk.7.attn_v.weight",
+        "blk.3.attn_norm.weight",
+        "output_norm.weight",
     ):
         expected = gguf.quants.dequantize(theirs[name].data, theirs[name].tensor_type)
-        assert tensors.shape(ours) == expected.shape
-        np.testing.assert_array_equal(read_all(tensors, ours), expected)
+        assert tensors.shape(name) == expected.shape
+        np.testing.assert_array_equal(read_all(tensors, name), expected)
     for part, heads in (("q", 9), ("k", 3)):
         stored = theirs[f"blk.5.attn_{part}.weight"]
-        ours = read_all(tensors, f"model.layers.5.self_attn.{part}_proj.weight")
+        ours = read_all(tensors, f"blk.5.attn_{part}.weight")
         expected = gguf.quants.dequantize(stored.data, stored.tensor_type)
-        np.testing.assert_array_equal(converter_permutes(ours, heads), expected)
+        np.testing.assert_array_equal(permuted(ours, heads), expected)
 
 
 def test_the_demo_is_opened_and_dequantised_in_time(demo_gguf: Path):
@@ -82,18 +81,14 @@ def test_the_demo_configures_a_model(demo_gguf: Path):
 def test_every_storage_type_reads_as_the_package_dequantises(tmp_path: Path, kind: str):
     how, values = Type[kind], tiny.weights()
     tensors = GgufTensors(GgufFile(tiny.write(tmp_path / "m.gguf", kind=how)))
-    for ours, name in (
-        ("model.embed_tokens.weight", "token_embd.weight"),
-        ("model.layers.0.mlp.gate_proj.weight", "blk.0.ffn_gate.weight"),
-        ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
-    ):
+    for name in ("token_embd.weight", "blk.0.ffn_gate.weight", "blk.1.ffn_down.weight"):
         expected = gguf.quants.dequantize(tiny.stored(values[name], how), how)
-        whole = read_all(tensors, ours)
+        whole = read_all(tensors, name)
         assert whole.dtype == np.float32
         assert whole.flags.writeable
         np.testing.assert_array_equal(whole, expected)
-        np.testing.assert_array_equal(tensors.read_rows(ours, 7, 20), expected[7:20])
-        assert tensors.read_rows(ours, 5, 5).shape == (0, expected.shape[1])
+        np.testing.assert_array_equal(tensors.read_rows(name, 7, 20), expected[7:20])
+        assert tensors.read_rows(name, 5, 5).shape == (0, expected.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -105,16 +100,14 @@ def test_rows_of_queries_and_keys_are_in_hugging_faces_order(tmp_path: Path, arc
     q, k = values["blk.1.attn_q.weight"], values["blk.1.attn_k.weight"]
     kept = {**values, "blk.1.attn_k.bias": bias}
     if reorders:
-        kept["blk.1.attn_q.weight"] = converter_permutes(q, tiny.HEADS)
-        kept["blk.1.attn_k.weight"] = converter_permutes(k, tiny.KV_HEADS)
-        kept["blk.1.attn_k.bias"] = converter_permutes(bias, tiny.KV_HEADS)
+        kept["blk.1.attn_q.weight"] = permuted(q, tiny.HEADS)
+        kept["blk.1.attn_k.weight"] = permuted(k, tiny.KV_HEADS)
+        kept["blk.1.attn_k.bias"] = permuted(bias, tiny.KV_HEADS)
     tensors = GgufTensors(GgufFile(tiny.write(tmp_path / "m.gguf", arch, tensors=kept)))
-    np.testing.assert_array_equal(read_all(tensors, "model.layers.1.self_attn.q_proj.weight"), q)
+    np.testing.assert_array_equal(read_all(tensors, "blk.1.attn_q.weight"), q)
     np.testing.assert_array_equal(tensors.read_rows(K_PROJ, 30, 70), k[30:70])
     np.testing.assert_array_equal(read_all(tensors, K_PROJ.replace("weight", "bias")), bias)
-    np.testing.assert_array_equal(
-        read_all(tensors, "model.layers.1.self_attn.v_proj.weight"), values["blk.1.attn_v.weight"]
-    )
+    np.testing.assert_array_equal(read_all(tensors, "blk.1.attn_v.weight"), values["blk.1.attn_v.weight"])
 
 
 @pytest.mark.parametrize("arch", ["llama", "smollm3", "qwen2", "qwen3"])
@@ -134,6 +127,68 @@ def test_every_architecture_configures_a_model(tmp_path: Path, arch: str):
     assert config.qkv_bias == (arch == "qwen2")
     assert config.qk_norm == ("head" if arch == "qwen3" else None)
     assert config.window is None
+
+
+CONVERTED = {
+    "llama-biases": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen2_moe-gguf": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "smollm3-gguf": "smollm3",
+    "gemma": "gemma",
+    "gemma2-gguf": "gemma2",
+    "gemma3-gguf": "gemma3",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "phi3-longrope": "phi3",
+    "granite": "granite",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "cohere": "command-r",
+    "cohere2-gguf": "cohere2",
+    "starcoder2-gguf": "starcoder2",
+    "gpt_bigcode": "starcoder",
+    "gpt_neox-serial": "gptneox",
+    "falcon-7b": "falcon",
+    "falcon-40b": "falcon",
+    "gpt2": "gpt2",
+    "bloom": "bloom",
+    "mpt": "mpt",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3-gguf": "deepseek2",
+}
+"""Tiny models, and what llama.cpp calls their architectures. `-gguf`: of a form that its files can have."""
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_what_was_converted_is_the_same_network_with_the_same_weights(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    path = tiny_model(kind, tmp_path_factory.getbasetemp() / "tiny")
+    before = open_model(path)
+    after = open_model(converted(path, CONVERTED[kind], tmp_path / "m.gguf"))
+    assert after.config == before.config
+    specs = DecoderGraph.of(before.config, "float32").specs
+    assert before.source is not None
+    assert after.source is not None
+    for source in (before.source, after.source):
+        source.check(specs)
+    for spec in specs:
+        index = tuple(slice(0, size) for size in spec.shape)
+        # Adding 1 to a norm's scale and taking it off again rounds twice.
+        ours, theirs = after.source.read(spec, index), before.source.read(spec, index)
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=2e-7 * spec.path.endswith("scale"), err_msg=spec.path
+        )
+        part = (slice(0, 1), *(slice(size // 2, size) for size in spec.shape[1:]))
+        np.testing.assert_array_equal(after.source.read(spec, part), ours[part], err_msg=spec.path)
+
+
+def test_every_architecture_is_converted():
+    assert set(CONVERTED.values()) == set(ARCHITECTURES)
 
 
 def test_smollm3_skips_positions_in_every_fourth_layer(tmp_path: Path):
@@ -170,7 +225,9 @@ def test_llama3_rope_is_recognised_by_its_effect(tmp_path: Path):
     assert scaling is not None
     assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (32.0, 1.0, 4.0)
     assert scaling.original_max_position == 8192
-    assert len(list(GgufTensors(file).names())) == len(tiny.shapes())
+    open_model(file.path).source.check(
+        DecoderGraph.of(config_from_hf(config_from_gguf(file)), "float32").specs
+    )
 
 
 def test_another_rescaling_of_frequencies_is_refused(tmp_path: Path):
@@ -201,7 +258,11 @@ def test_rope_scalings_are_kept_or_refused(tmp_path: Path):
     ("keys", "named"),
     [
         ({"llama.attn_logit_softcapping": 30.0}, r"llama\.attn_logit_softcapping"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count"),
+        ({"llama.expert_count": 8}, r"llama\.expert_used_count is missing"),
+        (
+            {"llama.rope.scaling.yarn_ext_factor": 0.5, "llama.rope.scaling.type": "yarn"},
+            r"yarn_ext_factor = 0\.5",
+        ),
         ({"llama.attention.value_length": 32}, r"llama\.attention\.value_length"),
         ({"llama.rope.dimension_count": 32}, r"llama\.rope\.dimension_count"),
         ({"llama.feed_forward_length": [512, 256]}, r"llama\.feed_forward_length"),
@@ -216,13 +277,13 @@ def test_what_is_not_understood_is_refused_by_its_key(tmp_path: Path, keys: dict
 
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path):
-    with pytest.raises(UnsupportedModel, match=r"'gemma3'.*llama, smollm3"):
-        config_from_gguf(GgufFile(tiny.write(tmp_path / "m.gguf", "gemma3")))
+    with pytest.raises(UnsupportedModel, match=r"'rwkv7'.*llama, mpt"):
+        config_from_gguf(GgufFile(tiny.write(tmp_path / "m.gguf", "rwkv7")))
 
 
 def test_another_storage_type_is_refused_by_name_and_tensor(tmp_path: Path):
-    path = tiny.write(tmp_path / "m.gguf", kind=Type.IQ4_XS)
-    with pytest.raises(CheckpointError, match=r"m\.gguf: tensor token_embd\.weight is stored as IQ4_XS"):
+    path = tiny.write(tmp_path / "m.gguf", kind=Type.NVFP4)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tensor token_embd\.weight is stored as NVFP4"):
         GgufTensors(GgufFile(path))
 
 
@@ -230,15 +291,17 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path):
     path = tiny.write(
         tmp_path / "m.gguf", tensors=tiny.weights() | {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}
     )
-    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_sinks\.weight"):
-        GgufTensors(GgufFile(path))
+    opened = open_model(path)
+    assert opened.source is not None
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_sinks\.weight is used by no parameter"):
+        opened.source.check(DecoderGraph.of(opened.config, "float32").specs)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path):
     tensors = GgufTensors(GgufFile(tiny.write(tmp_path / "m.gguf")))
-    assert tensors.where("model.norm.weight").endswith("m.gguf (output_norm.weight)")
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
-        tensors.shape("lm_head.weight")
+    assert tensors.where("output_norm.weight").endswith("m.gguf")
+    with pytest.raises(CheckpointError, match=r"output\.weight is missing"):
+        tensors.shape("output.weight")
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path):

@@ -87,6 +87,13 @@ def test_the_demo_is_built_in_time(metadata: dict[str, Any]):
         ("qwen2", "WE'VE 123\n", ["WE", "'VE", " ", "1", "2", "3", "\n"]),
         ("tekken", "HelloWorld a/b/\n 12", ["Hello", "World", " a", "/b", "/\n", " ", "1", "2"]),
         ("default", "a+b 1234", ["a", "+", "b", " ", "123", "4"]),
+        ("command-r", "We've 12  x\n", ["We", "'ve", " ", "1", "2", " ", " x", "\n"]),
+        ("gpt-4o", "HelloWorld's 1234 a/\n", ["Hello", "World's", " ", "123", "4", " a", "/\n"]),
+        ("bloom", "We, too  12\n", ["We", ",", " too", " ", " 12", "\n"]),
+        ("falcon", "a+b 1234", ["a", "+", "b", " ", "123", "4"]),
+        ("deepseek-llm", "Ab ба12\n！ 中文x ա", ["Ab", " ба", "12", "\n", "！", " ", "中文", "x", " ա"]),
+        ("deepseek-coder", "Ab 12\n! x ա", ["Ab", " ", "1", "2", "\n", "!", " x", " ա"]),
+        ("deepseek-v3", "Ab's 1234 中文(x) \n", ["Ab", "'s", " ", "123", "4", " ", "中文", "(x", ")", " \n"]),
     ],
 )
 def test_words_are_cut_by_the_named_rule(pre: str, text: str, words: list[str]):
@@ -143,7 +150,7 @@ def test_a_user_defined_token_is_found_in_text_and_is_not_special():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"pre": "gpt-4o"}, "m: pre-tokenizer 'gpt-4o' is not supported"),
+        ({"pre": "kimi-k2"}, "m: pre-tokenizer 'kimi-k2' is not supported"),
         ({"model": "bert"}, "m: tokenizer model 'bert'"),
         ({"tokens": None}, "the file holds no tokenizer"),
         ({"merges": None}, "merges is missing"),

@@ -162,6 +162,31 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 TINY_KINDS = tuple(_KINDS)
 
+_OF_GGUF: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe-gguf": (
+        "Qwen2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48},
+    ),
+    "smollm3-gguf": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "gemma2-gguf": (
+        "Gemma2", {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    ),
+    "gemma3-gguf": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16, "num_hidden_layers": 6,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "cohere2-gguf": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 5, "tie_word_embeddings": True}),
+    "starcoder2-gguf": ("Starcoder2", {"sliding_window": 4096}),
+    "deepseek_v3-gguf": (
+        "DeepseekV3",
+        {**_LATENT, "q_lora_rank": 32, "n_group": 4, "topk_group": 2,
+         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.8,
+                          "mscale_all_dim": 0.8}},
+    ),
+}  # fmt: skip
+"""Of forms that GGUF can say, where those above are of others."""
+
 
 def one_of_each(kinds: Sequence[str]) -> list[str]:
     """The first kind of each family that two devices can share."""
@@ -172,14 +197,14 @@ def one_of_each(kinds: Sequence[str]) -> list[str]:
 
 
 def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str = "float32") -> Path:
-    """Build one of TINY_KINDS under `directory` and return where. Built once per directory, kind and form."""
+    """Build one of TINY_KINDS or _OF_GGUF under `directory` and return where. Built once per directory, kind and form."""
     path = directory / f"{kind}-{dtype}{'-sharded' if sharded else ''}"
     if path.exists():
         return path
     import torch
     import transformers
 
-    name, options = _KINDS[kind]
+    name, options = {**_KINDS, **_OF_GGUF}[kind]
     model_class = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     known = {
         *inspect.signature(model_class.config_class.__init__).parameters,
