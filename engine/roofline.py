@@ -32,7 +32,7 @@ class Roofline:
     def decode_s(self, rows: int, context_tokens: int) -> float:
         """One step of `rows` lanes that each hold `context_tokens`."""
         rows = -(-rows // self.copies)
-        weights = sum(self._touched(spec, rows) * spec.nbytes for spec in self.specs)
+        weights = sum(self._read_bytes(spec, rows) for spec in self.specs)
         kv = rows * context_tokens * page_bytes(self.config, 1, self.kv_dtype)
         # In latent form every device reads the whole of it, for its own heads.
         read = weights / self.split + kv / (1 if self.config.latent else self.split)
@@ -40,7 +40,7 @@ class Roofline:
 
     def prefill_s(self, tokens: int) -> float:
         """The KV of one prompt; of its logits one row is computed."""
-        weights = sum(self._touched(spec, tokens) * spec.nbytes for spec in self.specs)
+        weights = sum(self._read_bytes(spec, tokens) for spec in self.specs)
         return max(
             weights / self.split / self.read_bytes_per_s, self._flops_s(tokens, tokens * tokens / 2, 1)
         )
@@ -56,6 +56,13 @@ class Roofline:
         logits = head * (tokens if logits_rows is None else logits_rows)
         attention = 2 * self.config.layers * self.config.heads * self.config.head_dim * keys_seen
         return 2 * (inner * tokens + logits + attention) / self.split / self.flops_per_s
+
+    def _read_bytes(self, spec: ParamSpec, tokens: int) -> float:
+        """Of a parameter, for so many tokens of each copy; experts lie over all devices, and get the tokens of all copies."""
+        experts = self.config.experts
+        if experts and "experts" in spec.axes and experts.count % (self.split * self.copies) == 0:
+            return self._touched(spec, tokens * self.copies) * spec.nbytes / self.copies
+        return self._touched(spec, tokens) * spec.nbytes
 
     def _touched(self, spec: ParamSpec, tokens: int) -> float:
         """The part of a parameter that a launch reads: of a table some rows, of experts those that tokens go to."""

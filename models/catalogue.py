@@ -30,8 +30,8 @@ the number of heads; 70 kB a token of V3 in bfloat16. Heads are split over the m
 Attention in this form is XLA's on every platform. An adapter cannot change what makes heads of it (`kv_b_proj`), which
 `--quantize` leaves as it is.
 
-Layers of experts are computed for the experts that are chosen and no others, and the experts are split over the devices of
-the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
+Layers of experts are computed for the experts that are chosen and no others. The experts are split over all devices, those
+of the data axis too, where their number divides, else over the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
 
 Checkpoints of GPTQ (4 and 8 bits, both conventions of zero points, `desc_act`), AWQ (`gemm`) and compressed-tensors
 (`pack-quantized`, `int-quantized`) are served as they are stored: 4 bits in groups of a multiple of 32 inputs, with or without zero points,

@@ -91,11 +91,18 @@ class Placement:
         launch and its own experts' part of `stacks`, pytrees of [X, …], and returns [T, …].
         """
         by_row = fitted(partition(("tokens",)), rows[0].shape[:1], self.mesh.shape)
-        by_expert = partition(("experts",))
+        by_expert = fitted(partition(("experts",)), jax.tree.leaves(stacks)[0].shape[:1], self.mesh.shape)
+        axes = by_expert[0]
+        # Rows of other parts of the launch go to experts that lie here, too.
+        gathered = by_row[0] == "data" and "data" in axes
 
         def here(rows: tuple[jax.Array, ...], stacks: tuple[Any, ...]) -> jax.Array:
-            first = jax.lax.axis_index("model") * jax.tree.leaves(stacks)[0].shape[0]
-            return jax.lax.psum(compute(first, rows, stacks), "model")
+            first = jax.lax.axis_index(axes) * jax.tree.leaves(stacks)[0].shape[0]
+            if not gathered:
+                return jax.lax.psum(compute(first, rows, stacks), axes)
+            rows = jax.tree.map(lambda x: jax.lax.all_gather(x, "data", tiled=True), rows)
+            out = jax.lax.psum_scatter(compute(first, rows, stacks), "data", tiled=True)
+            return jax.lax.psum(out, "model")
 
         return jax.shard_map(
             here, mesh=self.mesh, in_specs=(by_row, by_expert), out_specs=by_row, check_vma=False

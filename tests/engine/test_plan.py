@@ -74,6 +74,8 @@ def test_of_experts_a_step_reads_those_its_rows_choose():
     assert rest == pytest.approx(2 * (64 * (64 + 64) + 64 * 64 + 8 * 64 + 3 * 64 + 100 * 64) / READ)
     assert model.decode_s(3, 0) == pytest.approx(rest + 6 * one)
     assert model.decode_s(9, 0) == pytest.approx(rest + 8 * one)
+    # Four copies share one set of experts: all eight are met, and each device holds two.
+    assert roofline(mixtral, copies=4).decode_s(8, 0) == pytest.approx(rest + 2 * one)
 
 
 @pytest.fixture(scope="module")

@@ -70,11 +70,12 @@ class Network:
         devices: int = 1,
         quant: Quant | None = None,
         adapters: tuple[tuple[str, str], ...] = (),
+        data: int = 1,
     ) -> None:
         opened = open_model(path, adapters=adapters)
         self.config = opened.config
         self.graph = DecoderGraph.of(opened.config, "float32", packed=kernels.packed, quant=quant)
-        self.placement = make_placement(1, devices)
+        self.placement = make_placement(data, devices)
         assert opened.source is not None
         self.params = load_params(
             self.graph.specs, opened.source, lambda spec: param_sharding(self.placement, spec)
@@ -164,6 +165,22 @@ def test_a_split_model_gives_the_same_logits(kind: str, models: Path) -> None:
     assert largest_error(first[:10], ours[:10]) <= TOLERANCE
     alone = network([0, OURS[10]], [1, 0], [-1, 10], True)
     assert largest_error(alone[1], ours[10]) <= TOLERANCE
+
+
+def test_experts_lie_over_both_axes_of_a_mesh(models: Path) -> None:
+    """Two by two devices hold one each of four; launches whose tokens divide over the data axis, and one whose do not."""
+    path = tiny_model("mixtral", models)
+    ours = hf_logits(path, OURS)
+    network = Network(path, XlaKernels("cpu", make_placement(2, 2)), devices=2, data=2)
+    paths = [spec.path for spec in network.graph.specs]
+    down = network.params[paths.index("layers.0.experts.down.weight")]
+    assert down.sharding.shard_shape(down.shape) == (1, *down.shape[1:])
+    first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)
+    assert largest_error(first[:10], ours[:10]) <= TOLERANCE
+    second = network(OURS[10:13], [0] * 3, [10, 11, 12], False)
+    assert largest_error(second, ours[10:13]) <= TOLERANCE
+    alone = network([0, OURS[13]], [1, 0], [-1, 13], True)
+    assert largest_error(alone[1], ours[13]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("kernels", ["native"], indirect=True)

@@ -32,6 +32,14 @@ def test_what_does_not_divide_is_whole_on_every_device(vocab: int, split: str | 
     assert spec == PartitionSpec(split, None)
 
 
+@pytest.mark.parametrize(("experts", "split"), [(8, ("data", "model")), (6, "model"), (5, None)], ids=str)
+def test_experts_lie_over_as_many_devices_as_their_number_allows(
+    experts: int, split: str | tuple[str, ...] | None
+):
+    sizes = {"data": 2, "model": 2}
+    assert fitted(partition(("experts", None)), (experts, 3), sizes) == PartitionSpec(split, None)
+
+
 def test_a_mesh_is_a_grid_of_data_and_model():
     placement = make_placement(2, 4)
     assert (placement.data_size, placement.model_size, placement.single) == (2, 4, False)
