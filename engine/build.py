@@ -184,7 +184,7 @@ def design(
         placement=placement,
         shapes=one_page,
         dtype=dtype,
-        quantize=quant or (model.stored[0].quant if model.stored else None),
+        quantize=quant or next((spec.quant for spec in graph.specs if spec.as_stored), None),
         kv_dtype=kv_dtype,
         sizes=sizes,
         prefill_segments=segments,

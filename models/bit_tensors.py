@@ -33,6 +33,7 @@ _PIECES = {
     "awq": ("qweight", "scales", "qzeros", "g_idx"),
     "words": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
     "bytes": ("weight", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    "fp8": ("weight",),
 }
 """Values, scales, zero points, groups by index, and what says nothing new."""
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
@@ -97,9 +98,10 @@ class BitTensors:
             return self._tensors.read_rows(name, start, stop)
         return self._maps[name].in_full(start, stop)
 
-    def holds(self, name: str, quant: Quant) -> bool:
+    def holds(self, name: str, quant: Quant, group: int) -> bool:
         """Whether a tensor is in these formats, so that this leaf holds it."""
-        return name in self._maps and self._maps[name].scheme.leaf == quant
+        scheme = self._maps[name].scheme if name in self._maps else None
+        return scheme is not None and (scheme.leaf, scheme.leaf_group) == (quant, group)
 
     def leaf(self, quant: Quant, part: int) -> "Leaf":
         """One of the arrays of a leaf (`spec.Quantized`), of every such tensor."""
@@ -135,11 +137,13 @@ class Leaf:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries start … stop-1 of the outputs."""
         one = self.maps[name]
-        if self.quant == "int8":
-            return one.bytes(start, stop) if self.part == 0 else one.row_scales(start, stop)
+        if self.quant == "int8" and self.part:
+            return one.scales(start, stop)
         if self.part == 0:
-            steps, order = one.steps(start, stop), one.order
-            return paired(steps[:, order] if one.scheme.by_index else steps)
+            steps = one.bytes(start, stop) if self.quant == "int8" else one.steps(start, stop)
+            order = one.order  # asked for in any case: it tells of groups that are not what was said
+            steps = steps[:, order] if one.scheme.by_index else steps
+            return steps if self.quant == "int8" else paired(steps)
         return one.group_scales(start, stop) if self.part == 1 else one.group_floors(start, stop)
 
 
@@ -165,7 +169,7 @@ class _Map:
                 return last * each, first
             case "words":
                 return first, last * each
-            case "bytes":
+            case _:
                 return first, last
 
     def check(self) -> None:
@@ -211,7 +215,7 @@ class _Map:
                 return _awq_columns(stored, start, stop).T
             case "words":
                 return _unpacked(stored[start:stop], bits)
-            case "bytes":
+            case _:
                 return _counted(stored[start:stop], bits)
 
     @cached_property
@@ -274,8 +278,8 @@ class _Map:
             )
         return (self.steps(start, stop) ^ np.uint8(128)).view(np.int8)
 
-    def row_scales(self, start: int, stop: int) -> np.ndarray:
-        """float32[rows, 1]."""
+    def scales(self, start: int, stop: int) -> np.ndarray:
+        """float32[rows, G]."""
         return self._grid(start, stop)[0]
 
     def group_scales(self, start: int, stop: int) -> np.ndarray:

@@ -31,14 +31,24 @@ Attention in this form is XLA's on every platform. An adapter cannot change what
 `--quantize` leaves as it is.
 
 Layers of experts are computed for the experts that are chosen and no others. The experts are split over all devices, those
-of the data axis too, where their number divides, else over the model axis. FP8 weights with their scales and MXFP4 weights (gpt-oss) are dequantised as they are read.
+of the data axis too, where their number divides, else over the model axis. MXFP4 weights (gpt-oss) are dequantised as they are read.
 
 Checkpoints of GPTQ (4 and 8 bits, both conventions of zero points, `desc_act`), AWQ (`gemm`) and compressed-tensors
 (`pack-quantized`, `int-quantized`) are served as they are stored: 4 bits in groups of a multiple of 32 inputs, with or without zero points,
-and 8 bits with one scale an output. Scales of 4 bits are rounded to bfloat16. 8 bits in groups, which the engine has no
-form for, are dequantised as they are read; so is what `desc_act` sorts in experts and in the output head. Activations are not rounded where a
+and 8 bits without, with one scale an output or a group. Scales of 4 bits are rounded to bfloat16. FP8 weights (float8_e4m3, of
+`fp8` and compressed-tensors checkpoints) are kept too, with a scale a tensor, an output or a block of 128 by 128, and converted in the
+product. The native CPU kernels have no form for FP8 and for 8 bits in groups: there, and where inputs do not divide into the
+groups, these are dequantised as they are read; so are 8 bits with zero points, and what `desc_act` sorts in experts and in the output head. Activations are not rounded where a
 checkpoint would have them rounded: that is an approximation for speed, which no weight depends on. What is left out (`ignore`,
 `modules_to_not_convert`, `dynamic`) stays in full, and an option that is not understood is refused by name.
+
+| bytes of a weight, scales included | |
+|---|---|
+| bfloat16 | 2 |
+| int8 and FP8, a scale an output of 4096 inputs | 1.001 |
+| FP8, a scale for 128 inputs of an output | 1.031 |
+| int8, a scale for 128 inputs of an output (GPTQ) | 1.031 |
+| int4, a scale and a floor for 32 inputs of an output | 0.625 |
 
 `--quantize int8` and `int4` serve each of these in fewer bits, made while the weights are read: int8 with a scale for each
 output, int4 with a scale and a floor for 32 inputs of each output (int8 where inputs do not divide into 32). Embeddings and output head take

@@ -150,7 +150,8 @@ def open_checkpoint(
     if not schemes.rules:
         return Weights(Fp8Tensors(Mxfp4Tensors(tensors)), table, ignored)
     in_bits = BitTensors(tensors, schemes)
-    return Weights(Fp8Tensors(in_bits), table, (*ignored, *schemes.ignored), in_bits)
+    all_bits = Fp8Tensors(in_bits, in_bits)
+    return Weights(all_bits, table, (*ignored, *schemes.ignored), all_bits)
 
 
 def open_safetensors(directory: Path) -> SafetensorsSource:

@@ -128,6 +128,8 @@ class StoredWeight(NamedTuple):
     quant: Quant
     ordered: bool
     """Its inputs are sorted by their scale, and the map's input is first put in the same order."""
+    group: int = 0
+    """Inputs that share a scale, of 8 bits; 0 for all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -250,7 +250,7 @@ def _described(config: ModelConfig, style: Style) -> Decoder:
         weight = stored.get(".".join(map(str, (*path, "weight"))))
         if weight is None or not isinstance(module, Linear | Embedding | Stack):
             continue
-        module.weight = as_stored(module.weight, weight.quant)
+        module.weight = as_stored(module.weight, weight.quant, weight.group)
         if weight.ordered and isinstance(module, Linear) and module.weight.get_metadata()["spec"].as_stored:
             module.put_in_order()
     return decoder

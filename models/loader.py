@@ -168,9 +168,9 @@ def dummy_params(specs: Sequence[ParamSpec], sharding_for: ShardingFor, seed: in
 def _constant(spec: ParamSpec, part: int) -> float | None:
     """What an array is full of, if it is not random."""
     if part > 0:
-        return (
-            (MOST / INT8_MOST,)[part - 1] if spec.quant == "int8" else (2 * MOST / INT4_MOST, -MOST)[part - 1]
-        )
+        return {"int8": (MOST / INT8_MOST,), "int4": (2 * MOST / INT4_MOST, -MOST), "fp8": (1.0,)}[
+            spec.quant or "int8"
+        ][part - 1]
     return 1.0 if spec.path.endswith(".scale") else 0 if spec.dtype == "int32" else None
 
 
@@ -179,4 +179,5 @@ def _fill(shape: tuple[int, ...], dtype: str, constant: float | None, key: jax.A
         return jnp.full(shape, constant, dtype)
     if dtype in ("int8", "uint8"):
         return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
-    return jax.random.uniform(key, shape, dtype, -MOST, MOST)
+    drawn = "float32" if dtype.startswith("float8") else dtype
+    return jax.random.uniform(key, shape, drawn, -MOST, MOST).astype(dtype)

@@ -59,12 +59,15 @@ def param(
     return _described(ParamSpec("", shape, dtype, axes, packed, stacked, quant))
 
 
-def as_stored(weight: nnx.Param, quant: Quant) -> nnx.Param:
-    """The same parameter in the bits the checkpoint has it in; in full where its inputs do not divide into groups."""
+def as_stored(weight: nnx.Param, quant: Quant, group: int) -> nnx.Param:
+    """The same parameter in the bits the checkpoint has it in; in full where its inputs do not divide into groups, and where
+    the native kernels, which have no FP8 and no groups of 8 bits, are to multiply it."""
     spec: ParamSpec = weight.get_metadata()["spec"]
-    if quant == "int4" and spec.shape[-1] % GROUP:
+    if spec.shape[-1] % (GROUP if quant == "int4" else group or 1) or (
+        spec.packed and (quant == "fp8" or group)
+    ):
         return weight
-    return _described(replace(spec, quant=quant, as_stored=True))
+    return _described(replace(spec, quant=quant, group=group, as_stored=True))
 
 
 def _described(spec: ParamSpec) -> nnx.Param:

@@ -60,11 +60,8 @@ def _open(path: Path, weights: bool) -> tuple[Family, ModelConfig, Weights | Non
         family, config = family_for(said), read_config(path)
         if not weights:
             return family, config, None
-        return (
-            family,
-            config,
-            open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS, read_schemes(said)),
-        )
+        source = open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS, read_schemes(said))
+        return family, replace(config, stored=tuple(filter(source.stores, config.stored))), source
     file = GgufFile(path)
     hf_config = config_from_gguf(file)
     family = family_for(hf_config)

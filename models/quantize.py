@@ -4,7 +4,8 @@ are, nor files.
 int8 has one float32 scale an output, the largest magnitude over 127: weight = value * scale. int4 has a bfloat16 scale and floor
 for GROUP inputs of an output, weight = value * scale + floor, from the smallest of them to the largest: a checkpoint that was
 stored so (llama.cpp's Q4_0, Q4_1 and Q4_K) loses next to nothing, and one of GPTQ or AWQ is kept as it is (`bit_tensors.py`). Two values share a byte, that of input i of a group and that of
-input i + GROUP / 2, so that taking them apart is no shuffle.
+input i + GROUP / 2, so that taking them apart is no shuffle. Checkpoints that have them are also kept as int8 with a float32 scale
+for a group of inputs, and as FP8 (float8_e4m3fn) with one an output or a group: weight = value * scale.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ INT8_MOST, INT4_MOST = 127, 15
 
 
 def quantized(weight: np.ndarray, kind: Quant) -> Quantized[np.ndarray]:
-    """float32[..., D] -> the arrays of a weight of this kind."""
+    """float32[..., D] -> the arrays of a weight of this kind, int8 or int4."""
     with np.errstate(invalid="ignore"):  # what is not a number stays none, by its scale
         return _to_int8(weight) if kind == "int8" else _to_int4(weight)
 
@@ -65,7 +66,8 @@ def dequantized(weight: Quantized[jax.Array], dtype: Any) -> jax.Array:
     """The weight [..., D] itself, in `dtype`. Traced: XLA fuses it into what reads it, where it can."""
     values, scales, floors = weight
     if floors is None:
-        return (values.astype(jnp.float32) * scales).astype(dtype)
+        by_group = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
+        return by_group.reshape(values.shape).astype(dtype)
     pairs = values.reshape(*scales.shape, GROUP // 2)
     steps = jnp.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(jnp.float32)
     groups = steps * scales.astype(jnp.float32)[..., None] + floors.astype(jnp.float32)[..., None]
@@ -76,6 +78,6 @@ def operand(weight: jax.Array | Quantized[jax.Array], dtype: Any) -> tuple[jax.A
     """What to multiply with, [..., D] in `dtype`, and what the products [...] are then to be multiplied with, if anything."""
     if not isinstance(weight, Quantized):
         return weight, None
-    if weight.values.dtype == jnp.int8:
+    if weight.floors is None and weight.scales.shape[-1] == 1:
         return weight.values.astype(dtype), weight.scales[..., 0]
     return dequantized(weight, dtype), None

@@ -1,7 +1,7 @@
 """What `quantization_config` says of a checkpoint: which linear maps it has in few bits, and in which layout.
 
-GPTQ, AWQ and compressed-tensors are translated into rules on the names of modules; of FP8 and MXFP4 the tensors say
-themselves what they are. What would change an answer and is not understood is refused by name. Activations that were to be
+GPTQ, AWQ, compressed-tensors and FP8 are translated into rules on the names of modules; of MXFP4 the tensors say themselves what
+they are, and of FP8 which of those are. What would change an answer and is not understood is refused by name. Activations that were to be
 rounded too stay as they are: their rounding is an approximation that buys speed on hardware made for it, weights do not depend
 on it, and without it the answers are nearer to those of the model that was quantised. Knows keys, and no tensors
 (`bit_tensors.py`).
@@ -9,17 +9,19 @@ on it, and without it the answers are nearer to those of the model that was quan
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .config import StoredWeight
 from .errors import UnsupportedModel
 from .families.hf import Fields
+from .fp8 import BLOCK
 from .spec import GROUP, Quant
 from .weights import Recipe
 
-Layout = Literal["gptq", "awq", "words", "bytes"]
-"""`gptq` and `awq`: as these tools write. compressed-tensors': `words` of 32 bits along the inputs, or a `byte` each."""
+Layout = Literal["gptq", "awq", "words", "bytes", "fp8"]
+"""`gptq` and `awq`: as these tools write. compressed-tensors': `words` of 32 bits along the inputs, or a `byte` each. Of `fp8` the
+tensors say the rest (`fp8.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +43,16 @@ class Scheme:
     def leaf(self) -> Quant | None:
         """The engine's own form that holds such weights without loss but the scales' rounding; None if there is none, and they
         are dequantised."""
+        if self.layout == "fp8":
+            return "fp8"
         if self.bits == 4 and self.group % GROUP == 0:
             return "int4"
-        return "int8" if self.bits == 8 and not self.group and self.symmetric else None
+        return "int8" if self.bits == 8 and self.symmetric else None
+
+    @property
+    def leaf_group(self) -> int:
+        """Inputs that share a scale in that form, of 8 bits; 0 for all of them."""
+        return self.group if self.bits == 8 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,8 @@ class Schemes:
                 # Experts have an order of inputs each, and only a `Linear` puts its own in order.
                 elsewhere = one.by_expert or path == "head.weight"
                 if scheme and scheme.leaf and not (scheme.by_index and elsewhere):
-                    yield StoredWeight(path.replace("{i}", str(layer)), scheme.leaf, scheme.by_index)
+                    at = path.replace("{i}", str(layer))
+                    yield StoredWeight(at, scheme.leaf, scheme.by_index, scheme.leaf_group)
 
 
 _IN_FULL = ("router.weight", "shared_gate.weight")
@@ -91,8 +101,10 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
         return Schemes()
     method = fields.text("quant_method", default="")
     readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
-    if method in ("fp8", "mxfp4"):
+    if method == "mxfp4":
         return Schemes(method)
+    if method == "fp8":
+        return _fp8(fields)
     if method not in readers:
         known = ", ".join((*readers, "fp8", "mxfp4"))
         raise fields.refusal(
@@ -103,6 +115,19 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
     schemes = readers[method](fields)
     fields.finish()
     return schemes
+
+
+def _fp8(fields: Fields) -> Schemes:
+    """Which weights are stored so the tensors say in the end: not all that is left in full is named here."""
+    blocks = fields.raw("weight_block_size")
+    left_out = fields.names("modules_to_not_convert")
+    rules = [(f".*{re.escape(part)}.*", None) for part in left_out]
+    return _schemes("fp8", [*rules, (HEADS, None), (".*", _float8(blocks) if blocks else _FP8)])
+
+
+def _float8(blocks: Any) -> Scheme | None:
+    """With a scale for each block; None where the blocks are none that the engine has a form for."""
+    return replace(_FP8, group=BLOCK) if blocks == [BLOCK, BLOCK] else None
 
 
 def _gptq(fields: Fields) -> Schemes:
@@ -171,7 +196,7 @@ def _compressed_tensors(fields: Fields) -> Schemes:
 
 
 def _group(group: Fields, form: str) -> Scheme | None:
-    """One of `config_groups`; None for FP8, of which the tensors tell."""
+    """One of `config_groups`; None for FP8 that the engine has no form for."""
     form = group.text("format", default=form)
     group.one_of("format", form, "pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
     group.skip("input_activations", "output_activations")
@@ -182,9 +207,12 @@ def _group(group: Fields, form: str) -> Scheme | None:
     kind = weights.text("type", default="int")
     if kind == "float":
         weights.one_of("num_bits", weights.integer("num_bits", 8), 8)
-        weights.skip("symmetric", "strategy", "group_size", "block_structure", "actorder")
+        weights.skip("symmetric", "group_size", "actorder")
+        strategy, blocks = weights.text("strategy", default="tensor"), weights.raw("block_structure")
         weights.finish()
-        return None
+        if strategy == "block":
+            return _float8(blocks)
+        return _FP8 if strategy in ("tensor", "channel") else None
     weights.one_of("type", kind, "int")
     grouped = weights.size_or_all("group_size", -1)
     strategy = weights.text("strategy", default="group" if grouped else "tensor")
@@ -224,6 +252,7 @@ def _schemes(method: str, rules: list[tuple[str, Scheme | None]], ignored: tuple
 
 
 HEADS = "lm_head|embed_out|output"
+_FP8 = Scheme(layout="fp8", bits=8, group=0, symmetric=True)
 _GPTQ_HOW = (
     "model_name_or_path", "model_file_base_name", "is_marlin_format", "quantizer", "meta", "dataset", "tokenizer",
     "batch_size", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length", "cache_block_outputs",

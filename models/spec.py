@@ -47,8 +47,8 @@ PANEL = 16
 GROUP = 32
 """Inputs that share a scale in a weight of 4 bits."""
 
-Quant = Literal["int8", "int4"]
-"""Bits of a quantised weight, as `quantize.py` makes it."""
+Quant = Literal["int8", "int4", "fp8"]
+"""Bits of a quantised weight, as `quantize.py` makes it; of `fp8` checkpoints only."""
 
 Array = TypeVar("Array")
 
@@ -57,9 +57,9 @@ class Quantized(NamedTuple, Generic[Array]):
     """A weight in few bits: what stands for the one array that a plain weight is. A pytree."""
 
     values: Array
-    """int8[..., D], or uint8[..., D/2] where they are of 4 bits."""
+    """int8[..., D] or float8_e4m3fn[..., D], or uint8[..., D/2] where they are of 4 bits."""
     scales: Array
-    """float32[..., 1], or bfloat16[..., D/GROUP]."""
+    """float32[..., 1] or one for each group of inputs; bfloat16[..., D/GROUP] of 4 bits."""
     floors: Array | None = None
     """bfloat16[..., D/GROUP] of values of 4 bits, which count up from it."""
 
@@ -83,6 +83,8 @@ class ParamSpec:
     """Stored as a `Quantized`, made while it is read."""
     as_stored: bool = False
     """These bits are the checkpoint's own."""
+    group: int = 0
+    """Inputs that share a scale, of 8 bits; 0 for all of them."""
 
     @property
     def parts(self) -> tuple["ParamSpec", ...]:
@@ -91,8 +93,9 @@ class ParamSpec:
             return (self,)
         *outputs, inputs = self.shape
         *by_output, by_input = self.axes
-        if self.quant == "int8":
-            parts = ((inputs, "int8", by_input), (1, "float32", None))
+        if self.quant != "int4":
+            scales = (inputs // self.group, "float32", by_input) if self.group else (1, "float32", None)
+            parts = ((inputs, "int8" if self.quant == "int8" else "float8_e4m3fn", by_input), scales)
         else:
             by_group = (inputs // GROUP, "bfloat16", by_input)
             parts = ((inputs // 2, "uint8", by_input), by_group, by_group)

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from .config import StoredWeight
 from .errors import CheckpointError
 from .spec import ParamSpec, Quant
 
@@ -59,8 +60,8 @@ class TensorSource(Rows, Protocol):
 class LeafSource(Protocol):
     """Linear maps that a checkpoint has in few bits, as the engine keeps them."""
 
-    def holds(self, name: str, quant: Quant) -> bool:
-        """Whether a tensor is one of these and this leaf holds it."""
+    def holds(self, name: str, quant: Quant, group: int) -> bool:
+        """Whether a tensor is one of these and this leaf, with a scale for so many inputs (0 for all), holds it."""
         ...
 
     def leaf(self, quant: Quant, part: int) -> Rows:
@@ -256,6 +257,13 @@ class Weights:
             for number, part in enumerate(spec.parts)
         ]
 
+    def stores(self, weight: StoredWeight) -> bool:
+        """Whether a weight is stored as config.json says; of FP8, where that does not name all that is left in full."""
+        recipe, leaves = self._find(weight.path), self._leaves
+        if weight.quant != "fp8" or recipe is None or leaves is None:
+            return True
+        return all(leaves.holds(name, weight.quant, weight.group) for name in recipe.of_expert(0).names)
+
     def _order(self, recipe: Recipe, leaves: LeafSource) -> np.ndarray:
         """Of the inputs, the same for all that are fused in one parameter."""
         first, *others = ((name, leaves.order(name)) for name in recipe.names)
@@ -297,7 +305,7 @@ class Weights:
                     f"{where}: tensor {name} has shape {found}, the configuration asks for {expected}"
                 )
             kept = spec.quant if spec.as_stored else None
-            if kept and (self._leaves is None or not self._leaves.holds(name, kept)):
+            if kept and (self._leaves is None or not self._leaves.holds(name, kept, spec.group)):
                 problems.append(
                     f"{where}: tensor {name} is not in the few bits that config.json's quantization_config says it is in"
                 )

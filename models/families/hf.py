@@ -167,6 +167,10 @@ class Fields:
         value = self._config.get(key)
         return default if value is None else value
 
+    def raw(self, key: str) -> Any:
+        """Whatever is there; None when absent."""
+        return self._take(key, None)
+
     def refusal(self, key: str, value: Any, why: str) -> UnsupportedModel:
         """The error that says which value of which key is not supported, and why."""
         if value is None:

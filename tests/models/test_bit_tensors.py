@@ -56,6 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, bool, bool], Any, str | N
         (4, 32, False, True), lambda s: s.gptq(2), "int4",
     ),
     "gptq-8-bits": (GPTQ | {"bits": 8, "sym": False}, (8, 32, False, False), lambda s: s.gptq(1, False), None),
+    "gptq-8-bits-in-order": (GPTQ | {"bits": 8, "desc_act": True}, (8, 32, True, True), lambda s: s.gptq(1), "int8"),
     "gptq-8-bits-a-row": (GPTQ | {"bits": 8, "group_size": -1}, (8, 0, True, False), lambda s: s.gptq(1), "int8"),
     "gptq-a-row": (GPTQ | {"group_size": -1, "desc_act": True}, (4, 0, True, False), lambda s: s.gptq(1), "int4"),
     "awq": (AWQ, (4, 32, False, False), lambda s: s.awq(), "int4"),
@@ -132,11 +133,14 @@ def test_every_parameter_is_what_the_definition_says(checkpoint, case: str) -> N
         np.testing.assert_array_equal(got, want, err_msg=spec.path)
 
 
-@pytest.mark.parametrize(("kernels", "devices"), [("native", 1), ("xla", 2)])
+@pytest.mark.parametrize(
+    ("case", "kernels", "devices"),
+    [(IN_ORDER, "native", 1), (IN_ORDER, "xla", 2), ("gptq-8-bits-in-order", "xla", 2)],
+)
 def test_the_logits_are_those_of_the_weights_in_full(
-    checkpoint, tmp_path_factory: pytest.TempPathFactory, kernels: str, devices: int
+    checkpoint, tmp_path_factory: pytest.TempPathFactory, case: str, kernels: str, devices: int
 ) -> None:
-    few, full = checkpoint(IN_ORDER)
+    few, full = checkpoint(case)
     chosen = XlaKernels("cpu")
     if kernels == "native":
         chosen = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
