@@ -27,7 +27,7 @@ from xlane.engine.turn import Size
 from xlane.models.opened import open_model
 from xlane.tpu.runtime import use_compile_cache
 
-PROGRAMS = ["decode[1]", "decode[2]", "mixed[1+8]", "mixed[2+8]"]
+PROGRAMS = ["decode[1]", "decode[2]", "mixed[1+4]", "mixed[1+8]", "mixed[2+8]"]
 
 
 class CacheEvents:
@@ -124,7 +124,7 @@ def manifests(cache: Path) -> list[dict]:
 def test_warm_compiles_what_start_will_need(model: Path, cache: Path, started) -> None:
     told: list[tuple[int, int]] = []
     path = warm(config(cache), model, lambda done, total: told.append((done, total)))
-    assert told == [(done, 4) for done in range(5)]
+    assert told == [(done, len(PROGRAMS)) for done in range(len(PROGRAMS) + 1)]
     assert path is not None
     warmed = programs_in(cache)
     assert len(warmed) == len(PROGRAMS)
@@ -148,9 +148,9 @@ def test_a_second_start_compiles_nothing(model: Path, cache: Path, events: Cache
 
 
 def test_a_second_start_serves_while_most_programs_are_still_loaded(
-    model: Path, cache: Path, events: CacheEvents, started, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, events: CacheEvents, started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = config(cache, lanes=4, prefill_chunk_tokens=32)
+    asked = config(tmp_path, lanes=4, prefill_chunk_tokens=32)
 
     def answers(engine: Engine) -> list[list[int]]:
         requests = [request(prompt, max_tokens=5) for prompt in ([1, 2, 3], [4] * 17, [5], [6, 7])]
