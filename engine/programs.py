@@ -101,7 +101,8 @@ def compile_all(
     kept = None if texts is None else TracedTexts(texts, blueprint)
     sizes = blueprint.sizes
     # Any work fits into the largest of a kind; the smallest of all is for whoever comes first, and is alone.
-    first = [*{sizes[0], *largest_of_each(sizes)}] if known else sizes
+    enough = {sizes[0], *largest_of_each(sizes)} if known else sizes
+    first = [size for size in sizes if size in enough]
     later = [size for size in sizes if size not in first]
     with CacheMisses() as misses:
         made = _compile_some(blueprint, first, kept, progress)

@@ -204,7 +204,9 @@ def test_a_second_start_traces_nothing(
 
     def start_again(path: Path = model) -> list[str]:
         traced.clear()
-        (output,) = run(started(config(tmp_path), path), request([1, 2, 3], max_tokens=5))
+        engine = started(config(tmp_path), path)
+        engine.wait_loaded()
+        (output,) = run(engine, request([1, 2, 3], max_tokens=5))
         assert len(ids(output)) == 5
         return sorted(set(traced))
 
@@ -232,7 +234,8 @@ def test_the_manifest_lists_every_program_with_its_bytes(model: Path, cache: Pat
         "xla",
         {"data": 1, "model": 1},
     )
-    assert manifest["shapes"] == {"lanes": 2, "pages": 12, "page_tokens": 4, "table_width": 6, "vocab": VOCAB}
+    sizes = {"lanes": 2, "pages": 12, "page_tokens": 4, "table_width": 6, "vocab": VOCAB}
+    assert manifest["shapes"] == sizes | {"kv_rows": [2, 16]}
     assert [program["name"] for program in manifest["programs"]] == PROGRAMS
     for told, info in zip(manifest["programs"], engine.info.programs):
         assert told["alias_bytes"] == info.alias_bytes > 12 * 4 * KV_BYTES_PER_TOKEN / 2
