@@ -179,10 +179,12 @@ async def holds(served: Served) -> dict[str, float]:
 
 def allowed(name: str, before: float) -> float:
     """How much may be held at the end. Memory is what an allocator keeps, so it need not be the same to the page; pools of threads grow
-    to what was needed at once."""
+    to what was needed at once; a library opens a file of its own when it first needs it. What leaks does so with each of the
+    hundreds of requests."""
     if name.endswith("memory_mb"):
         return before * 1.1 + 10
-    return before + 16 if name.endswith("threads") else before
+    more = {"threads": 16, "files": 4}
+    return before + more.get(name.split()[-1], 0)
 
 
 async def soak(
