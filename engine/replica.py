@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from .client import EngineClient
 from .errors import EngineLost
@@ -18,7 +18,7 @@ from .totals import count_on, restarted
 logger = logging.getLogger(__name__)
 
 State = Literal["serving", "draining", "away", "refused"]
-STATES: tuple[State, ...] = ("serving", "draining", "away", "refused")
+STATES: tuple[State, ...] = get_args(State)
 """Takes requests · answers, but takes none (it ends, or is not well) · does not answer · serves something else."""
 
 

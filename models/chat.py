@@ -4,7 +4,8 @@ transformers is imported at the first use only: it costs most of a second.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ SET = (
     "return_assistant_tokens_mask", "self",
 )  # fmt: skip
 """Names that rendering sets or that Jinja and transformers mean something else by, beside the special tokens."""
+
+
+@cache
+def _renderer() -> Callable[..., Any]:
+    """transformers' own; imported once."""
+    with unadvised():
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template
 
 
 class ChatTemplates:
@@ -58,8 +67,7 @@ class ChatTemplates:
         """
         template = self._choose(bool(tools))
         try:
-            with unadvised():
-                from transformers.utils.chat_template_utils import render_jinja_template
+            render_jinja_template = _renderer()
         except ImportError as error:
             raise TokenizerError(f"chat templates need transformers and jinja2: {error}") from error
         try:

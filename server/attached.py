@@ -44,7 +44,6 @@ class AttachedModel:
         self._tokenizer_config_path = tokenizer_config_path
         self._fleet: Fleet | None = None
         self._client: ReplayingClient | None = None
-        self._unloaded = asyncio.Event()
 
     async def load(self) -> EngineInfo:
         """Return when requests are served. Raises ModelError; `unload` must be called in any case."""
@@ -67,12 +66,11 @@ class AttachedModel:
         return info
 
     async def wait(self) -> None:
-        """Return after `unload`: engines that are away may come again."""
-        await self._unloaded.wait()
+        """Never returns: engines that are away may come again."""
+        await asyncio.Event().wait()
 
     async def unload(self, timeout_s: float = ENGINE_STOP_S, hurry: asyncio.Event | None = None) -> None:
         """Leave the engines, at once whatever the time: they go on for others."""
-        self._unloaded.set()
         if self._client is not None:
             with contextlib.suppress(EngineError):
                 await self._client.close()

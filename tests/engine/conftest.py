@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,18 @@ from xlane.engine.local import LocalClient
 from xlane.models.opened import open_model
 
 _ids = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """One event loop for all tests of a file: gRPC's queue is the process's, and late news for a closed loop hits the next."""
+    yield
+    await asyncio.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

@@ -18,25 +18,13 @@ from xlane.engine.process import ParentLink, Progress, RestartPolicy, Supervisor
 from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE_ENGINE = (sys.executable, "-m", "tests.support.fake_core")
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 QUICK = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05, give_up_after=3)
 REQUEST = Request(id="r", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=30))
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """One event loop for all tests here: gRPC's queue is the process's, and late news for a closed loop hits the next."""
-    yield
-    await asyncio.sleep(0.2)
 
 
 @asynccontextmanager

@@ -36,22 +36,10 @@ from xlane.engine.replay import ReplayingClient
 from xlane.engine.replicas import Replicas
 from xlane.engine.rpc_client import RpcClient
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 32
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """One event loop for all tests here: gRPC's queue is the process's, and late news for a closed loop hits the next."""
-    yield
-    await asyncio.sleep(0.2)
 
 
 def make_request(

@@ -39,21 +39,9 @@ from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 from xlane.engine.rpc_server import RpcServer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """One event loop for all tests here: gRPC's queue is the process's, and late news for a closed loop hits the next."""
-    yield
-    await asyncio.sleep(0.2)
 
 
 @dataclass(frozen=True)

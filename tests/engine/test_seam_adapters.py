@@ -1,7 +1,6 @@
 """Adapters over the client seam, whatever carries it; and an engine that comes anew is given those of the last one."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +11,7 @@ from tests.support.fake_core import FakeCore
 from xlane.engine import InvalidRequest
 from xlane.engine.rpc_client import RpcClient
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """One event loop for all tests here: gRPC's queue is the process's, and late news for a closed loop hits the next."""
-    yield
-    await asyncio.sleep(0.2)
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 
 @pytest.mark.parametrize("kind", CLIENTS)

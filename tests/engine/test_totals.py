@@ -1,19 +1,14 @@
 """Several engines' numbers as one's, added up by hand."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from tests.support.fake_engine import FakeEngine, fake_info
 from xlane.engine import EngineStats, LaneStats
-from xlane.engine.totals import count_on, restarted, sum_infos, sum_stats
+from xlane.engine.totals import COUNTERS, LEVELS, MEANS, count_on, restarted, sum_infos, sum_stats
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture
@@ -27,6 +22,11 @@ def lane(number: int) -> LaneStats:
         lane=number, prefill=False, prompt_tokens=1, cached_tokens=0, generated_tokens=1, computed_tokens=1, most_tokens=9,
         pages=1, age_s=0.0,
     )  # fmt: skip
+
+
+def test_every_statistic_has_its_way_to_be_added():
+    known = (*COUNTERS, *LEVELS, *MEANS, "queue_wait_s", "taken_lanes")
+    assert sorted(known) == sorted(field.name for field in fields(EngineStats))
 
 
 async def test_counters_and_levels_add_up_and_times_do_not(stats: EngineStats):
