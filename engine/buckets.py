@@ -78,6 +78,10 @@ def launch_sizes(
     return tuple(sorted(sizes, key=lambda size: (sum(size), size)))
 
 
-def largest_of_each(sizes: Sequence[Size]) -> tuple[Size, ...]:
-    """The largest launch of each kind (lanes, prompts, both), of sizes that ascend."""
-    return tuple({(size.rows > 0, size.tokens > 0): size for size in sizes}.values())
+def covering(sizes: Sequence[Size]) -> tuple[Size, ...]:
+    """Of each kind of launch (lanes, prompts, both) the sizes that no other of that kind can stand in for: mostly one."""
+
+    def stands_in(other: Size, size: Size) -> bool:
+        return other != size and (other.rows > 0) == (size.rows > 0) and other.holds(*size)
+
+    return tuple(size for size in sizes if not any(stands_in(other, size) for other in sizes))

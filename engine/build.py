@@ -80,8 +80,12 @@ def build(
     agree(blueprint)
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
         loading = pool.submit(load_weights, config, blueprint, source, report)
-        programs, memory = compile_within(config, blueprint, memory, report)
-        params = loading.result()
+        programs, memory = compile_within(config, blueprint, memory, report, serves=True)
+        try:
+            params = loading.result()
+        except BaseException:
+            programs.close()
+            raise
     return Built(
         programs=programs,
         params=params,
@@ -99,17 +103,18 @@ def build(
 
 
 def compile_within(
-    config: EngineConfig, blueprint: Blueprint, memory: MemoryPlan, report: Progress
+    config: EngineConfig, blueprint: Blueprint, memory: MemoryPlan, report: Progress, *, serves: bool = False
 ) -> tuple[Programs, MemoryPlan]:
     """Compile, and hold the plan against what the compiler says the programs need: where its temporaries are larger than
-    was estimated, the pool gives way and the programs are compiled for the smaller one."""
+    was estimated, the pool gives way and the programs are compiled for the smaller one. `serves`: some may come later."""
 
     def compiled(blueprint: Blueprint) -> Programs:
         # Several processes must come to one program: each traces it. On accelerators, at hand or planned for, this was not
         # tried yet.
         keeps = config.processes == 1 and blueprint.placement.device.platform == "cpu"
         texts = texts_folder(config) if keeps else None
-        known = read_manifest(config, blueprint, jax.__version__) if config.processes == 1 else ()
+        early = serves and config.processes == 1
+        known = read_manifest(config, blueprint, jax.__version__) if early else ()
         return compile_all(blueprint, lambda done, total: report("programs", done, total), texts, known)
 
     programs = compiled(blueprint)
@@ -146,8 +151,6 @@ def design(
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     kernels, note = _kernels(config, platform, placement, dtype, report)
-    if model.latent and kernels.name != "xla":
-        note = f"{kernels.name} (XLA's attention: keys and values are in latent form)"
     most = _most_tokens(config, model)
     # Some rotary scalings follow from the context that is served, whatever the model was made for.
     model = replace(model, max_positions=most)
@@ -291,12 +294,11 @@ def _kernels(
 def _refused(config: EngineConfig, blueprint: Blueprint) -> str:
     """What of the attention the chosen kernels leave to plain XLA, and why; empty if nothing."""
     b, shapes = blueprint, blueprint.shapes
-    if b.config.latent:
-        return ""
+    latent = "keys and values are in latent form" if b.config.latent and b.kernels.name != "xla" else ""
     programs: dict[str, list[str]] = {}
     for size in b.sizes:
         table = size.rows + b.segments(size), shapes.table_width
-        if why := b.kernels.refusal(shapes.page_tokens, table, b.kv_dtype):
+        if why := latent or b.kernels.refusal(shapes.page_tokens, table, b.kv_dtype):
             programs.setdefault(why, []).append(size.name)
     told = "; ".join(
         f"attention in {'all programs' if len(names) == len(b.sizes) else ', '.join(names)} is XLA's: {why}"

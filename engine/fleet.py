@@ -187,7 +187,7 @@ class Fleet:
         """Let go of an engine; what it had counted stays."""
         if replica in self.answering:
             await self.look(replica)
-        if self._replicas.pop(replica.address, None) is None:
+        if replica.listed or self._replicas.pop(replica.address, None) is None:
             return  # another name's turn was quicker
         self._tasks.pop(replica.address).cancel()
         if replica.stats is not None:

@@ -13,7 +13,6 @@ from ..models.spec import parameters
 from ..tpu.chips import Topology, TopologyError, chip_of, compile_only_devices, find_topology
 from .audit import faults
 from .bench import measure_ceilings
-from .buckets import largest_of_each
 from .build import compile_within, design
 from .config import EngineConfig
 from .errors import PlanError
@@ -72,7 +71,8 @@ def _compiled(
 
 def largest(blueprint: Blueprint) -> Blueprint:
     """The same with the largest launch of each kind alone (lanes, prompts, both): no other needs as much memory."""
-    return replace(blueprint, sizes=largest_of_each(blueprint.sizes))
+    kinds = {(size.rows > 0, size.tokens > 0): size for size in blueprint.sizes}
+    return replace(blueprint, sizes=tuple(kinds.values()))
 
 
 def _of_model(
@@ -122,6 +122,7 @@ def _of_time(blueprint: Blueprint, memory: MemoryPlan, topology: Topology | None
         config=blueprint.config,
         specs=blueprint.graph.specs,
         kv_dtype=blueprint.kv_dtype,
+        kv_rows=blueprint.shapes.kv_rows,
         split=place.model_size,
         copies=place.data_size,
         read_bytes_per_s=read,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ..models.spec import ParamSpec
 from ..sharding.mesh import Placement
 from .batch import plan_size
-from .buckets import largest_of_each
+from .buckets import covering
 from .monitor import CacheMisses
 from .request import ProgramInfo
 from .sampler import mask_width
@@ -68,12 +68,15 @@ class Programs:
 
     def smallest(self, rows: int, tokens: int) -> Size:
         """The smallest size for so many rows and prompt tokens whose program is here."""
-        holding = [size for size in self.blueprint.sizes if size.holds(rows, tokens)]
-        return next((size for size in holding if self._is_here(size)), holding[0])
+        holding = (size for size in self.blueprint.sizes if size.holds(rows, tokens))
+        smallest = next(holding)
+        return smallest if self._is_here(smallest) else next(filter(self._is_here, holding), smallest)
 
     def _is_here(self, size: Size) -> bool:
         found = self._compiled[size.name]
-        return not isinstance(found, Future) or found.done()
+        if not isinstance(found, Future):
+            return True
+        return found.done() and not found.cancelled() and found.exception() is None
 
     def wait(self) -> None:
         """Until all are here."""
@@ -100,8 +103,8 @@ def compile_all(
     """
     kept = None if texts is None else TracedTexts(texts, blueprint)
     sizes = blueprint.sizes
-    # Any work fits into the largest of a kind; the smallest of all is for whoever comes first, and is alone.
-    enough = {sizes[0], *largest_of_each(sizes)} if known else sizes
+    # Any work fits into one of these; the smallest of all is for whoever comes first, and is alone.
+    enough = {sizes[0], *covering(sizes)} if known else sizes
     first = [size for size in sizes if size in enough]
     later = [size for size in sizes if size not in first]
     with CacheMisses() as misses:
@@ -138,8 +141,12 @@ def _compile_some(
 
 
 def _load(blueprint: Blueprint, size: Size, kept: TracedTexts | None) -> Any:
-    with CacheMisses() as misses:
-        program = _lower(blueprint, size, kept).compile()
+    try:
+        with CacheMisses() as misses:
+            program = _lower(blueprint, size, kept).compile()
+    except Exception:  # larger ones do its work
+        logger.exception("%s cannot be loaded", size.name)
+        raise
     if misses.count:
         logger.warning("%s was gone from the cache and compiled while the engine served", size.name)
     return program

@@ -248,7 +248,7 @@ class ReplayingClient:
             except (Overloaded, EngineStopped) as error:
                 # Raised before any output. A caller may be refused a request, but not the rest of one we took.
                 pause = error.retry_after_s if isinstance(error, Overloaded) else MAX_POLL_S
-                if not progress.losses or time.monotonic() + pause > give_up:
+                if not progress.losses or self._closed.is_set() or time.monotonic() + pause > give_up:
                     raise
             await self._pause(pause)
 

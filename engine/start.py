@@ -53,8 +53,12 @@ def start(
     try:
         with _uncollected():
             built = build(config, opened.config, opened.source, progress, gather)
-            check_all_built(built)
-            engine = Engine(config, opened.config, built, model_sha, leader, guidance)
+            try:
+                check_all_built(built)
+                engine = Engine(config, opened.config, built, model_sha, leader, guidance)
+            except BaseException:
+                built.programs.close()
+                raise
     except BaseException:
         if leader is not None:
             leader.close()
@@ -78,8 +82,6 @@ def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] 
 
     blueprint, memory, _ = design(config, opened.config)
     programs, _ = compile_within(config, blueprint, memory, report)
-    programs.wait()
-    programs.close()
     return write_manifest(config, programs, jax.__version__)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from xlane.engine.buckets import decode_rows, launch_sizes, prefill_tokens
+from xlane.engine.buckets import covering, decode_rows, launch_sizes, prefill_tokens
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,12 @@ def test_every_number_of_rows_fits_a_program_less_than_twice_its_size(lanes: int
     for rows in range(1, lanes + 1):
         chosen = next(size for size in sizes if size >= rows)
         assert chosen < 2 * rows
+
+
+@pytest.mark.parametrize(("lanes", "chunk"), [(4, 16), (16, 128), (1, 8), (3, 50)])
+def test_whatever_is_launched_fits_one_that_covers_it(lanes: int, chunk: int) -> None:
+    sizes = launch_sizes(lanes, 1, chunk, 8, 4)
+    few = covering(sizes)
+    for size in sizes:
+        assert any((one.rows > 0) == (size.rows > 0) and one.holds(*size) for one in few)
+    assert len(few) <= 4
