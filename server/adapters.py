@@ -3,7 +3,6 @@
 Knows names and places; what fits the model the engine knows.
 """
 
-import asyncio
 from pathlib import Path
 
 from starlette.requests import Request as HttpRequest
@@ -16,6 +15,7 @@ from .body import read_body
 from .entry import Entry
 from .errors import Invalid, NoSuchModel
 from .front import Front
+from .loaded import detached
 from .schema_adapters import LoadAdapterBody, UnloadAdapterBody
 from .validate_openai import ANY_MODEL
 
@@ -26,9 +26,10 @@ async def load_adapter(request: HttpRequest) -> Response:
     """`POST /v1/load_lora_adapter`: serve an adapter from a directory or the Hub; who may is said in auth.py."""
     body = await read_body(request, LoadAdapterBody)
     front = await Entry(request).front()
+    _check_name(body, front, front.backend.serving())
+    folder = await detached(lambda: _found(body.lora_path, front.backend.hub_cache))
     serving = front.backend.serving()
-    _check_name(body, front, serving)
-    folder = await asyncio.to_thread(_found, body.lora_path, front.backend.hub_cache)
+    _check_name(body, front, serving)  # fetching it took its time
     await serving.engine.load_adapter(body.lora_name, str(folder))
     front.backend.update(await serving.engine.info())
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")

@@ -191,9 +191,11 @@ class Models:
             raise NotReady(f"The model {model.name!r} cannot be loaded: {model.failure}", left_s)
         if "load" not in model.tasks:
             model.asked_at = time.monotonic()
-            if model.state != "leaving":
+            if model.state not in ("leaving", "loading"):  # the first is loaded at the start for nobody
                 self._queue(model)
-            model.tasks["load"] = asyncio.create_task(self._bring(model))
+            task = model.tasks["load"] = asyncio.create_task(self._bring(model))
+            # Not its own `finally`: one that is cancelled before its first step never comes to that.
+            task.add_done_callback(lambda _: model.tasks.pop("load"))
         await asyncio.wait({model.tasks["load"]})
 
     def _queue(self, model: ServedModel) -> None:
@@ -202,13 +204,12 @@ class Models:
 
     async def _bring(self, model: ServedModel) -> None:
         """Load a model when it is its turn and there is room. What goes wrong is noted in it."""
-        try:
-            async with self._turn:
-                await self._make_room(model)
-                with contextlib.suppress(Exception):
-                    await self._start(model)
-        finally:
-            del model.tasks["load"]
+        async with self._turn:
+            if model.state == "loaded":  # at the start, meanwhile
+                return
+            await self._make_room(model)
+            with contextlib.suppress(Exception):
+                await self._start(model)
 
     async def _make_room(self, model: ServedModel) -> None:
         while True:

@@ -44,7 +44,7 @@ def _one_of(model: ServedModel) -> dict[str, object]:
     """What is known of a model while it is not loaded is its name."""
     serving = model.backend.latest
     told = _model(model.name, None if serving is None else serving.info)
-    return {**told, "state": model.state, "why": model.backend.reason}
+    return {**told, "state": model.state, "why": model.why or None}
 
 
 def _model(name: str, info: EngineInfo | None) -> dict[str, object]:

@@ -46,12 +46,13 @@ class Remote:
     def stream(
         self, path: str, body: dict[str, Any], told: Callable[[str], None] = lambda word: None
     ) -> Generator[dict[str, Any], None, None]:
-        """The events of an answer as they come; closing the generator ends it. What it waits for is told. Raises RemoteError."""
+        """The events of an answer as they come; closing the generator ends it. What it waits for is told, when it changes. Raises RemoteError."""
         connection, response = self._ask("POST", path, json.dumps(body).encode())
+        last = ""
         try:
             for line in response:
-                if line.startswith(b": "):
-                    told(line[2:].decode().strip())
+                if line.startswith(b": ") and (word := line[2:].decode().strip()) != last:
+                    told(last := word)
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
                 event = json.loads(line.removeprefix(b"data: "))

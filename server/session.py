@@ -65,6 +65,8 @@ class Session:
                 command=command,
             )
         self._began = time.perf_counter()
+        # Asked now: when its terminal is closed, a signal's handler finds none any more.
+        self._terminal = sys.stdin is not None and sys.stdin.isatty()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._listening = asyncio.Event()
@@ -123,7 +125,7 @@ class Session:
     def hang_up(self) -> None:
         """What SIGHUP does: a terminal that is closed ends what was started in it; where there is none, somebody wants
         files read anew, which are whenever they change."""
-        if sys.stdin is not None and sys.stdin.isatty():
+        if self._terminal:
             self.stop()
         else:
             self._console.say("keys and certificates are read when they change; all else takes a restart")

@@ -81,6 +81,8 @@ class Rolling:
             await asyncio.to_thread(engine.wait)
             while not self.done and await self._serving() < len(self._engines):
                 await asyncio.sleep(0.2)
+            if self.done:
+                return
             self.news.clear()
         self._over = True
 

@@ -309,6 +309,25 @@ def alone(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 
 
 @alone
+async def test_who_comes_while_the_first_starts_waits_for_that() -> None:
+    """And has nothing loaded twice, nor makes the server ready before it is."""
+    for most in (1, 2):
+        several, stands = made(most)
+        first = stands["a"]
+        first.gate.clear()
+        starting = asyncio.create_task(several.load())
+        await asyncio.sleep(0)
+        first.backend.say("weights")
+        early = asyncio.create_task(several.enter(first.served))
+        await asyncio.sleep(0.01)
+        assert (first.backend.reason, first.backend.comes_back) == ("weights", False)
+        first.gate.set()
+        await asyncio.gather(starting, early)
+        assert (first.events, first.served.running, [*first.served.tasks]) == (["load"], 1, ["watch"])
+        await several.unload(0.0)
+
+
+@alone
 async def test_a_model_in_use_is_not_unloaded_and_who_wants_its_place_waits() -> None:
     models, stands = made()
     await models.load()

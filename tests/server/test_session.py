@@ -182,6 +182,8 @@ def test_a_terminal_that_is_closed_ends_what_was_started_in_it(monkeypatch: pyte
     monkeypatch.setattr(session.sys.stdin, "isatty", lambda: True)
     out = io.StringIO()
     begun = session.Session(EngineConfig(model_id="m"), ServerConfig(), RunConfig(), Console(out))
+    # The kernel takes the terminal away before it says so.
+    monkeypatch.setattr(session.sys.stdin, "isatty", lambda: False)
     begun.hang_up()
     assert "stopping: running requests may end" in out.getvalue()
 
