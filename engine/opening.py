@@ -14,6 +14,10 @@ def open_served(config: EngineConfig, path: Path, *, weights: bool = True) -> Op
             f"--lora-adapters slots={config.adapter_slots}: the {config.processes} processes of one engine take no adapters while "
             "they serve: name them at the start"
         )
+    if not config.adapter_slots and any(name.startswith("rank=") for name in config.lora_adapters):
+        raise PlanError(
+            "--lora-adapters rank=N is of adapters that are loaded while serving: say slots=N too"
+        )
     return open_model(
         path,
         weights=weights and config.load_format != "dummy",

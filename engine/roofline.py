@@ -20,6 +20,8 @@ class Roofline:
     config: ModelConfig
     specs: Sequence[ParamSpec]
     kv_dtype: str
+    kv_rows: tuple[int, int] | None
+    """See `Shapes.kv_rows`."""
     split: int
     """Devices one copy of the model is split over."""
     copies: int
@@ -33,7 +35,7 @@ class Roofline:
         """One step of `rows` lanes that each hold `context_tokens`."""
         rows = -(-rows // self.copies)
         weights = sum(self._read_bytes(spec, rows) for spec in self.specs)
-        kv = rows * context_tokens * page_bytes(self.config, 1, self.kv_dtype)
+        kv = rows * context_tokens * page_bytes(self.config, 1, self.kv_dtype, self.kv_rows)
         # In latent form every device reads the whole of it, for its own heads.
         read = weights / self.split + kv / (1 if self.config.latent else self.split)
         return max(read / self.read_bytes_per_s, self._flops_s(rows, rows * context_tokens))

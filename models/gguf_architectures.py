@@ -158,7 +158,8 @@ def _starcoder2(read: Metadata) -> dict[str, Any]:
 
 
 def _olmo(read: Metadata) -> dict[str, Any]:
-    read.number("attention.layer_norm_epsilon", 1e-5)
+    if (epsilon := read.number("attention.layer_norm_epsilon", 1e-5)) != 1e-5:
+        raise read.refused("attention.layer_norm_epsilon", epsilon, "1e-05 is expected")
     return read.given({"attention.clamp_kqv": "clip_qkv"})
 
 

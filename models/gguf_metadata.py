@@ -71,8 +71,8 @@ class Metadata:
         return UnsupportedModel(f"{self.file.path}: {self._prefix}{key} = {value!r}: {why}")
 
     def _whole(self, key: str) -> int | float:
-        number = self.number(key)
-        return int(number) if number.is_integer() and type(self._get(key, None)) is int else number
+        value = self._get(key, None)
+        return value if type(value) is int else self.number(key)
 
     def _get(self, key: str, default: object) -> object:
         self._read.add(key)

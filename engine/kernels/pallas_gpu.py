@@ -89,30 +89,28 @@ class PallasGpuKernels(XlaKernels):
 
     def _spread(self, attend: Any, table_by_token: bool) -> Any:
         """Each device attends with the kv heads, and the part of the tokens, that lie there."""
-        if self.placement is None:
+        place = self.placement
+        if place is None:
             return attend
-        axes = (
-            ("kv_heads",),
-            ("kv_heads", None, None, None),
-            ("tokens",),
-            ("tokens", "kv_heads", None, None),
-        )
-        specs: list[Any] = [self.placement.sharding(each).spec for each in axes]
-        heads, pool, by_token, queries = specs
-        table: Any = by_token if table_by_token else self.placement.replicated.spec
-        return jax.shard_map(
-            attend,
-            mesh=self.placement.mesh,
-            in_specs=(
-                queries,
-                KvLayer(pool, pool, heads, heads),
-                PagedBatch(by_token, by_token, table),
-                heads,
-                heads,
-            ),
-            out_specs=queries,
-            check_vma=False,
-        )
+        heads: Any = place.sharding(("kv_heads",)).spec
+        pool: Any = place.sharding(("kv_heads", None, None, None)).spec
+
+        def spread(qkv: jax.Array, *rest: Any) -> jax.Array:
+            # A prompt's tokens need not divide over the axis of the lanes.
+            queries: Any = place.fitted(("tokens", "kv_heads", None, None), qkv.shape).spec
+            by_token: Any = place.fitted(("tokens",), qkv.shape[:1]).spec
+            table: Any = by_token if table_by_token else place.replicated.spec
+            batch, held = PagedBatch(by_token, by_token, table), KvLayer(pool, pool, heads, heads)
+            part = jax.shard_map(
+                attend,
+                mesh=place.mesh,
+                in_specs=(queries, held, batch, heads, heads),
+                out_specs=queries,
+                check_vma=False,
+            )
+            return part(qkv, *rest)
+
+        return spread
 
 
 def decode_attention(

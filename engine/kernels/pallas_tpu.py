@@ -125,16 +125,21 @@ class PallasTpuKernels(XlaKernels):
 
     def _spread(self, attend: Any, table_by_token: bool) -> Any:
         """Each device attends with the kv heads, and the part of the tokens, that lie there."""
-        if self.placement is None:
+        place = self.placement
+        if place is None:
             return attend
-        axes = (("kv_heads",), ("tokens",), ("tokens", "kv_heads", None, None))
-        specs: list[Any] = [self.placement.sharding(each).spec for each in axes]
-        heads, by_token, queries = specs
-        table: Any = by_token if table_by_token else self.placement.replicated.spec
-        inputs = (queries, KvLayer(heads, heads), PagedBatch(by_token, by_token, table), heads, heads)
-        return jax.shard_map(
-            attend, mesh=self.placement.mesh, in_specs=inputs, out_specs=queries, check_vma=False
-        )
+        heads: Any = place.sharding(("kv_heads",)).spec
+
+        def spread(q: jax.Array, *rest: Any) -> jax.Array:
+            # A prompt's tokens need not divide over the axis of the lanes.
+            queries: Any = place.fitted(("tokens", "kv_heads", None, None), q.shape).spec
+            by_token: Any = place.fitted(("tokens",), q.shape[:1]).spec
+            table: Any = by_token if table_by_token else place.replicated.spec
+            inputs = (queries, KvLayer(heads, heads), PagedBatch(by_token, by_token, table), heads, heads)
+            part = jax.shard_map(attend, mesh=place.mesh, in_specs=inputs, out_specs=queries, check_vma=False)
+            return part(q, *rest)
+
+        return spread
 
 
 def decode_attention(

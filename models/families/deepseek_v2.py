@@ -98,16 +98,19 @@ def _score_factor(fields: Fields) -> float:
     return (0.1 * weight * math.log(factor) + 1.0) ** 2 if factor > 1 else 1.0
 
 
-def routed(fields: Fields, **how: Any) -> Experts | None:
-    """The layers of experts; None where `n_routed_experts` is null. `how` is what a token's are chosen by."""
+def routed(
+    fields: Fields, *, dense: int = 0, size: int = 1407, shared: int = 2, scale: float = 1.0, **how: Any
+) -> Experts | None:
+    """The layers of experts; None where `n_routed_experts` is null. `how` is what a token's are chosen by, the others are
+    defaults."""
     layers = fields.integer("num_hidden_layers")
-    first, step = fields.whole("first_k_dense_replace", 0), fields.integer("moe_layer_freq", 1)
+    first, step = fields.whole("first_k_dense_replace", dense), fields.integer("moe_layer_freq", 1)
     fields.skip("aux_loss_alpha", "seq_aux")
     count = fields.optional_integer("n_routed_experts")
-    size, shared = fields.integer("moe_intermediate_size", 1407), fields.whole("n_shared_experts", 0)
+    size, shared = fields.integer("moe_intermediate_size", size), fields.whole("n_shared_experts", shared)
     chosen, scale = (
         fields.optional_integer("num_experts_per_tok"),
-        fields.number("routed_scaling_factor", 1.0),
+        fields.number("routed_scaling_factor", scale),
     )
     if count is None:
         return None
@@ -115,6 +118,10 @@ def routed(fields: Fields, **how: Any) -> Experts | None:
         raise fields.refusal(
             "num_experts_per_tok", None, "a model with experts must say how many a token takes"
         )
+    groups, few = how["groups"], how["chosen_groups"]
+    if count % groups or few > groups or chosen > few * (count // groups):
+        why = f"{count} experts, of which {chosen} are chosen out of {few} groups, do not fit that"
+        raise fields.refusal("n_group", groups, why)
     sparse = tuple(layer >= first and layer % step == 0 for layer in range(layers))
     return Experts(
         count=count,

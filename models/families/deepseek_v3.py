@@ -35,6 +35,10 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         family="deepseek_v3",
         experts=routed(
             fields,
+            dense=3,
+            size=2048,
+            shared=1,
+            scale=2.5,
             shares="sigmoid",
             choice_bias=True,
             normalized=fields.flag("norm_topk_prob", True),

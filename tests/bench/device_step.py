@@ -77,7 +77,8 @@ def _designed(args: argparse.Namespace, model: ModelConfig, kernels: str) -> Blu
 def _roofline(blueprint: Blueprint, ceilings: Ceilings) -> Roofline:
     place = blueprint.placement
     return Roofline(
-        config=blueprint.config, specs=blueprint.graph.specs, kv_dtype=blueprint.kv_dtype, split=place.model_size,
+        config=blueprint.config, specs=blueprint.graph.specs, kv_dtype=blueprint.kv_dtype,
+        kv_rows=blueprint.shapes.kv_rows, split=place.model_size,
         copies=place.data_size, read_bytes_per_s=ceilings.read_gb_per_s * 1e9,
         flops_per_s=ceilings.matmul_gflop_per_s * 1e9,
     )  # fmt: skip

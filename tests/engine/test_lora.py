@@ -196,3 +196,8 @@ def test_places_that_cannot_be_are_refused(said: str, models: Path) -> None:
     config = EngineConfig(model_id=KIND, lora_adapters=(said, "slots=1"))
     with pytest.raises(PlanError, match=f"--lora-adapters {said}: expected a whole number from 1 to"):
         open_served(config, tiny_model(KIND, models))
+
+
+def test_a_rank_without_places_is_refused(models: Path) -> None:
+    with pytest.raises(PlanError, match="say slots=N too"):
+        open_served(EngineConfig(model_id=KIND, lora_adapters=("rank=8",)), tiny_model(KIND, models))

@@ -129,8 +129,12 @@ def test_each_device_attends_with_its_heads(where: tuple, data: int, model: int)
 
 @pytest.mark.parametrize(
     "where",
-    [([70, 65, -1, 127], [0, 1, 2, 3], 4), ([*range(40, 60), *range(20)], [0] * 20 + [1] * 20, 0)],
-    ids=["decode", "prefill"],
+    [
+        ([70, 65, -1, 127], [0, 1, 2, 3], 4),
+        ([*range(40, 60), *range(20)], [0] * 20 + [1] * 20, 0),
+        ([*range(40, 60), *range(19)], [0] * 20 + [1] * 19, 0),
+    ],
+    ids=["decode", "prefill", "prefill that does not divide"],
 )
 def test_rows_split_over_the_data_axis(where: tuple) -> None:
     _compared(

@@ -149,6 +149,11 @@ def test_devices_attend_with_what_lies_there(kv_heads: int, head_dim: int):
     compare(kernels, MIXED, (kv_heads, 2, head_dim), {}, split=2)
 
 
+def test_prompts_need_not_divide_over_the_data_axis():
+    where = ([*range(40, 60), *range(19)], [0] * 20 + [1] * 19, 0)
+    compare(PallasTpuKernels(make_placement(2, 2), interpret=True), where, (2, 2, 128), {}, split=2)
+
+
 @pytest.mark.parametrize(
     ("heads", "split", "rows"),
     [

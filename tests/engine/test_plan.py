@@ -19,7 +19,7 @@ def roofline(hf: dict, **mesh: int) -> Roofline:
     config = config_from_hf(hf)
     return Roofline(
         config=config, specs=DecoderGraph.of(config, "bfloat16", packed=False).specs, kv_dtype="bfloat16",
-        read_bytes_per_s=READ, flops_per_s=FLOPS, **{"split": 1, "copies": 1, **mesh},
+        kv_rows=None, read_bytes_per_s=READ, flops_per_s=FLOPS, **{"split": 1, "copies": 1, **mesh},
     )  # fmt: skip
 
 
