@@ -166,6 +166,14 @@ def open_safetensors(directory: Path) -> SafetensorsSource:
     raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}: there are no weights to load")
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether all files of the weights are there. Raises CheckpointError for an index that is none."""
+    if (directory / SINGLE).exists():
+        return True
+    index = directory / INDEX
+    return index.exists() and all((directory / file).exists() for file in set(read_index(index).values()))
+
+
 def pickle_advice(model: str) -> str:
     """Why a checkpoint of pickles is refused, and the command that converts it."""
     script = "import sys, transformers as t; s, d = sys.argv[1:]; "

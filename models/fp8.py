@@ -3,7 +3,7 @@ files nor parameters.
 
 A tensor `x.weight` of float8_e4m3fn is scaled by `x.weight_scale_inv`, one number a block of 128 by 128 (DeepSeek-V3, Qwen 3;
 a factor in spite of its name), or by `x.weight_scale`, one a row or one in all (compressed-tensors). FP8 tensors without a
-scale are values as they are. What scales activations (`x.input_scale`) is left out: they are not rounded here.
+scale are values as they are. What scales activations (`x.input_scale`, `x.activation_scale`) is left out: they are not rounded here.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,11 @@ class Fp8Tensors:
         weights = (name for name in names if name.endswith(".weight"))
         scaled = {name: name + end for name in weights for end in ENDS if name + end in names}
         self._scales = {name: scale for name, scale in scaled.items() if tensors.dtype(name) == FP8}
-        self._inputs = {name.removesuffix("weight") + "input_scale" for name in self._scales}
+        self._inputs = {
+            name.removesuffix("weight") + end
+            for name in self._scales
+            for end in ("input_scale", "activation_scale")
+        }
 
     def names(self) -> Iterable[str]:
         """Every tensor but the scales."""

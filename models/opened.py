@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import open_checkpoint
+from .checkpoint import has_weights, open_checkpoint
 from .config import ModelConfig
 from .gguf import GgufTensors
 from .gguf_config import config_from_gguf
@@ -58,10 +58,11 @@ def _open(path: Path, weights: bool) -> tuple[Family, ModelConfig, Weights | Non
     if path.is_dir():
         said = read_json(path / "config.json")
         family, config = family_for(said), read_config(path)
-        if not weights:
+        if not weights and not (config.stored and has_weights(path)):
             return family, config, None
         source = open_checkpoint(path, family.WEIGHTS, family.IGNORED_TENSORS, read_schemes(said))
-        return family, replace(config, stored=tuple(filter(source.stores, config.stored))), source
+        config = replace(config, stored=tuple(filter(source.stores, config.stored)))
+        return family, config, source if weights else None
     file = GgufFile(path)
     hf_config = config_from_gguf(file)
     family = family_for(hf_config)

@@ -100,13 +100,11 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
     if fields is None:
         return Schemes()
     method = fields.text("quant_method", default="")
-    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8}
     if method == "mxfp4":
         return Schemes(method)
-    if method == "fp8":
-        return _fp8(fields)
     if method not in readers:
-        known = ", ".join((*readers, "fp8", "mxfp4"))
+        known = ", ".join((*readers, "mxfp4"))
         raise fields.refusal(
             "quant_method",
             method or None,
@@ -119,15 +117,18 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
 
 def _fp8(fields: Fields) -> Schemes:
     """Which weights are stored so the tensors say in the end: not all that is left in full is named here."""
-    blocks = fields.raw("weight_block_size")
-    left_out = fields.names("modules_to_not_convert")
+    fields.skip(*_FP8_HOW)
+    fields.one_of("fmt", fields.text("fmt", default="e4m3"), "e4m3")
+    scheme = _FP8 if fields.raw("weight_block_size") is None else _blocks(fields, "weight_block_size")
+    left_out = (*fields.names("modules_to_not_convert"), *fields.names("ignored_layers"))
     rules = [(f".*{re.escape(part)}.*", None) for part in left_out]
-    return _schemes("fp8", [*rules, (HEADS, None), (".*", _float8(blocks) if blocks else _FP8)])
+    return _schemes("fp8", [*rules, (HEADS, None), (".*", scheme)], _kv_scales(fields))
 
 
-def _float8(blocks: Any) -> Scheme | None:
-    """With a scale for each block; None where the blocks are none that the engine has a form for."""
-    return replace(_FP8, group=BLOCK) if blocks == [BLOCK, BLOCK] else None
+def _blocks(fields: Fields, key: str) -> Scheme:
+    """With a scale for each block, of the only size that is read."""
+    fields.one_of(key, fields.raw(key), [BLOCK, BLOCK])
+    return replace(_FP8, group=BLOCK)
 
 
 def _gptq(fields: Fields) -> Schemes:
@@ -190,13 +191,11 @@ def _compressed_tensors(fields: Fields) -> Schemes:
             (".*" if target == "Linear" else _pattern(target), scheme) for target in group.names("targets")
         ]
         group.finish()
-    # Scales of a KV cache in 8 bits, which here has its own.
-    kv_scales = (r".*\.self_attn\.[kv]_(scale|zero_point)",) if fields.table("kv_cache_scheme") else ()
-    return _schemes("compressed-tensors", rules, kv_scales)
+    return _schemes("compressed-tensors", rules, _kv_scales(fields))
 
 
-def _group(group: Fields, form: str) -> Scheme | None:
-    """One of `config_groups`; None for FP8 that the engine has no form for."""
+def _group(group: Fields, form: str) -> Scheme:
+    """One of `config_groups`."""
     form = group.text("format", default=form)
     group.one_of("format", form, "pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
     group.skip("input_activations", "output_activations")
@@ -208,11 +207,11 @@ def _group(group: Fields, form: str) -> Scheme | None:
     if kind == "float":
         weights.one_of("num_bits", weights.integer("num_bits", 8), 8)
         weights.skip("symmetric", "group_size", "actorder")
-        strategy, blocks = weights.text("strategy", default="tensor"), weights.raw("block_structure")
+        strategy = weights.text("strategy", default="tensor")
+        weights.one_of("strategy", strategy, "tensor", "channel", "block")
+        scheme = _blocks(weights, "block_structure") if strategy == "block" else _FP8
         weights.finish()
-        if strategy == "block":
-            return _float8(blocks)
-        return _FP8 if strategy in ("tensor", "channel") else None
+        return scheme
     weights.one_of("type", kind, "int")
     grouped = weights.size_or_all("group_size", -1)
     strategy = weights.text("strategy", default="group" if grouped else "tensor")
@@ -228,6 +227,11 @@ def _group(group: Fields, form: str) -> Scheme | None:
     )
     weights.finish()
     return scheme
+
+
+def _kv_scales(fields: Fields) -> tuple[str, ...]:
+    """Tensors that are scales of a KV cache in 8 bits, which here has its own."""
+    return (r".*\.self_attn\.[kv]_(scale|zero_point)",) if fields.table("kv_cache_scheme") else ()
 
 
 def _pattern(name: str) -> str:
@@ -253,6 +257,8 @@ def _schemes(method: str, rules: list[tuple[str, Scheme | None]], ignored: tuple
 
 HEADS = "lm_head|embed_out|output"
 _FP8 = Scheme(layout="fp8", bits=8, group=0, symmetric=True)
+_FP8_HOW = ("activation_scheme", "scale_fmt", "dequantize", "is_checkpoint_fp8_serialized")
+"""How activations are rounded, and scales were, and who should compute with them."""
 _GPTQ_HOW = (
     "model_name_or_path", "model_file_base_name", "is_marlin_format", "quantizer", "meta", "dataset", "tokenizer",
     "batch_size", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length", "cache_block_outputs",

@@ -111,7 +111,7 @@ def download(config: EngineConfig, run: RunConfig) -> int:
 def plan(config: EngineConfig, run: RunConfig, options: Options) -> int:
     """Print what a model needs, what it would get and how fast it could be, here or on a topology."""
     console = console_of(run)
-    # The configuration is all that is read: a directory without weights can be planned, too.
+    # Nothing of the weights is read: a directory without any can be planned, too.
     path = find(replace(config, load_format="dummy"), run, console)
     config = with_adapters(config, run.hub_cache)
     from ..engine.plan import describe

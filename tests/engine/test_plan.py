@@ -1,12 +1,20 @@
 """Bounds on time by hand, and what `describe` says of chips that are not here."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from tests.chips.facts import SHAPES
+from tests.support.in_bits import Stored, in_bits, in_fp8
+from tests.support.tiny import tiny_model
 from tests.support.untrained import VOCAB, untrained_model
 from xlane.engine import EngineConfig, PlanError
+from xlane.engine.build import design, load_weights
+from xlane.engine.identity import depends_on
+from xlane.engine.opening import open_served
 from xlane.engine.plan import describe
 from xlane.engine.roofline import Roofline
 from xlane.models.decoder import DecoderGraph
@@ -117,3 +125,44 @@ def test_the_device_at_hand_is_measured_and_its_programs_checked(model: Path):
     assert told["memory GB/s of a device"] > 0.1
     assert told["TFLOP/s of a device"] > 0.0005
     assert describe(config, model, "h200")["programs"].startswith("4, not compiled (--compile): decode[1], ")
+
+
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": True}
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "gptq"])
+def test_what_is_planned_warmed_and_filled_at_random_is_what_is_served(
+    method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of FP8, what is in full is known of the tensors alone."""
+    plain = tiny_model("qwen3", tmp_path_factory.getbasetemp() / "tiny")
+    if method == "gptq":
+        rng = np.random.default_rng(0)
+
+        def store(shape: tuple[int, int], module: str):
+            stored = Stored(rng, shape, 8, 32, True)
+            return stored, stored.gptq(1)
+
+        few, _ = in_bits(plain, tmp_path, GPTQ, store)
+    else:
+        group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+        said = {"fp8": {}, "compressed-tensors": {"format": "float-quantized", "config_groups": {"0": group}}}
+        few, _ = in_fp8(
+            plain,
+            tmp_path,
+            {"quant_method": method, **said[method]},
+            "_scale",
+            leave="lm_head|layers.0.*down",
+        )
+    config = EngineConfig(model_id="m", kernels="xla", dtype="float32", lanes=2, page_tokens=4)
+    served = open_served(config, few)
+    blueprint = design(config, served.config)[0]
+    params = load_weights(config, blueprint, served.source, lambda *_: None)
+    held_bytes = sum(array.nbytes for array in jax.tree.leaves(params))
+    assert describe(config, few, "v6e-1")["weights bytes"] == held_bytes
+    for opened in (
+        open_served(config, few, weights=False),
+        open_served(replace(config, load_format="dummy"), few),
+    ):
+        assert opened.source is None
+        assert depends_on(design(config, opened.config)[0], "") == depends_on(blueprint, "")

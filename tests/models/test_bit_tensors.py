@@ -277,6 +277,27 @@ def test_options_that_are_not_understood_are_refused_by_name(changes: dict[str, 
         read_schemes({"quantization_config": GPTQ | changes})
 
 
+FLOAT = {"num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"quant_method": "fp8", "twist": 1}, "quantization_config: twist = 1: this option is not understood"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt = 'e5m2': supported: e4m3"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size = \[64, 64\]: supported: \[128, 128\]"),
+        (compressed(FLOAT | {"strategy": "block", "block_structure": [1, 128]}, "float-quantized"), r"block_structure = \[1, 128\]"),
+        (compressed(FLOAT | {"strategy": "block"}, "float-quantized"), "block_structure is missing"),
+        (compressed(FLOAT | {"strategy": "group"}, "float-quantized"), "strategy = 'group': supported: tensor, channel, block"),
+    ],
+)  # fmt: skip
+def test_options_of_fp8_that_are_not_understood_are_refused_by_name(
+    said: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=problem):
+        read_schemes({"quantization_config": said})
+
+
 @pytest.mark.parametrize(
     ("said", "module", "stored"),
     [
@@ -286,6 +307,8 @@ def test_options_that_are_not_understood_are_refused_by_name(changes: dict[str, 
         (GPTQ | {"dynamic": {r"-:model\.layers\.0\.": {}}}, "model.layers.1.mlp.down_proj", True),
         (GPTQ | {"modules_in_block_to_quantize": [["mlp.up_proj"]]}, "model.layers.1.mlp.down_proj", False),
         (AWQ | {"modules_to_not_convert": ["down_proj"]}, "model.layers.1.mlp.down_proj", False),
+        ({"quant_method": "fp8", "ignored_layers": ["mlp.down_proj"]}, "model.layers.1.mlp.down_proj", False),
+        ({"quant_method": "fp8", "modules_to_not_convert": None}, "model.layers.1.mlp.down_proj", True),
         (CASES["words"][0] | {"ignore": ["re:.*down_proj"]}, "model.layers.1.mlp.down_proj", False),
         (CASES["words"][0] | {"ignore": ["model.layers.0.mlp.up_proj"]}, "model.layers.1.mlp.up_proj", True),
     ],

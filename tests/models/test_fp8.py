@@ -1,8 +1,6 @@
 """FP8 checkpoints: each layout of scales against the definition, and the logits of a model stored so."""
 
-import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.models.test_decoder import OURS, TOLERANCE, Network, largest_error
-from tests.support.tiny import hf_logits, hf_tensors, tiny_model
+from tests.support.in_bits import in_fp8
+from tests.support.tiny import hf_logits, tiny_model
 from xlane.models.attention import XlaKernels
 from xlane.models.checkpoint import open_safetensors
 from xlane.models.errors import CheckpointError
-from xlane.models.fp8 import FP8, Fp8Tensors
+from xlane.models.fp8 import Fp8Tensors
 from xlane.models.modules import as_stored, param
 from xlane.models.quantize import dequantized
 from xlane.models.spec import Quant, Quantized
@@ -76,51 +75,80 @@ def test_the_leaf_is_what_is_stored(tmp_path: Path, shape: tuple[int, ...], end:
     np.testing.assert_array_equal(got, source.read_rows("a.weight", 100, 150))
 
 
+BLOCKS = {
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+}
+LEFT = r"layers\.0\.mlp\.down_proj"
+"""In full, and nothing in config.json says so."""
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", **weights}}
+    return {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"], "config_groups": {"0": group},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("said", "end", "kept"),
+    ("kind", "said", "end", "block", "kept"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}, "_scale_inv", False),
-        ({"quant_method": "fp8"}, "_scale", True),
+        ("qwen3", BLOCKS, "_scale_inv", 128, {}),
+        ("qwen3", {"quant_method": "fp8"}, "_scale", 0, {"qkv.weight": 0, "down.weight": 0}),
+        ("qwen3", compressed(strategy="channel"), "_scale", 0, {"qkv.weight": 0, "out.weight": 0}),
         (
+            "qwen3-blocks",
+            compressed(strategy="block", block_structure=[128, 128]),
+            "_scale",
+            128,
+            {"qkv.weight": 128, "out.weight": 128, "gate_up.weight": 128, "down.weight": 128},
+        ),
+        (
+            "deepseek_v3-blocks",
+            BLOCKS,
+            "_scale_inv",
+            128,
             {
-                "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
-                "config_groups": {"0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+                "latent.q_down.weight": 128,
+                "latent.down.weight": 128,
+                "out.weight": 128,
+                "experts.gate_up.weight": 128,
+                "experts.down.weight": 128,
+                "experts.shared.down.weight": 128,
             },
-            "_scale", True,
         ),
     ],
-    ids=["blocks that do not divide", "rows", "compressed-tensors"],
-)  # fmt: skip
+    ids=[
+        "blocks that do not divide",
+        "rows",
+        "compressed-tensors",
+        "compressed-tensors' blocks",
+        "DeepSeek's blocks",
+    ],
+)
 def test_a_model_of_fp8_answers_as_the_same_in_full(
-    said: dict[str, Any], end: str, kept: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    said: dict[str, Any],
+    end: str,
+    block: int,
+    kept: dict[str, int],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """As they are published: projections in FP8, but for one that nothing names, the rest in bfloat16."""
-    plain = tiny_model("qwen3", tmp_path_factory.getbasetemp() / "tiny")
-    few, full = tmp_path / "few", tmp_path / "full"
-    shutil.copytree(plain, few)
-    shutil.copytree(plain, full)
-    stored: dict[str, np.ndarray] = {}
-    whole: dict[str, np.ndarray] = {}
-    for name, value in hf_tensors(plain).items():
-        whole[name] = value.astype(ml_dtypes.bfloat16).astype(np.float32)
-        stored[name] = value.astype(ml_dtypes.bfloat16)
-        if name.endswith("proj.weight") and name != "model.layers.0.mlp.down_proj.weight":
-            rows = (1, 1) if end == "_scale_inv" else (len(value), 1)
-            scale = RNG.uniform(0.5, 2, rows).astype(np.float32)
-            stored[name] = (value / scale).astype(FP8)
-            stored[name + end] = scale
-            whole[name] = stored[name].astype(np.float32) * scale
-    save_file(stored, few / "model.safetensors")
-    save_file(whole, full / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((few / "config.json").read_text())
-    (few / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    plain = tiny_model(kind, tmp_path_factory.getbasetemp() / "tiny")
+    few, full = in_fp8(plain, tmp_path, said, end, block, leave=f"lm_head|{LEFT}")
     network = Network(few, XlaKernels("cpu"), 2)
-    quants = {spec.path: spec.quant for spec in network.graph.specs if spec.path.startswith("layers.")}
-    assert quants["layers.0.qkv.weight"] == quants["layers.1.down.weight"] == ("fp8" if kept else None)
-    assert quants["layers.0.down.weight"] is None
+    specs = {spec.path: spec for spec in network.graph.specs}
+    for path, group in kept.items():
+        spec = specs["layers.1." + path]
+        assert (spec.quant, spec.as_stored, spec.group) == ("fp8", True, group), path
+    assert specs["layers.0.down.weight"].quant is None
     if kept:
-        held = sum(spec.nbytes for spec in network.graph.specs if spec.quant)
-        count = sum(math.prod(spec.shape) for spec in network.graph.specs if spec.quant)
+        held = sum(spec.nbytes for spec in specs.values() if spec.quant)
+        count = sum(math.prod(spec.shape) for spec in specs.values() if spec.quant)
         assert count < held < 1.2 * count  # a byte each, and scales
     got = network(OURS[:12], [0] * 12, list(range(12)), False)
     assert largest_error(got, hf_logits(full, OURS[:12])) <= TOLERANCE

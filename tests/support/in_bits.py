@@ -1,4 +1,4 @@
-"""Checkpoints as GPTQ, AWQ and compressed-tensors write them, packed value by value as their definitions read, and what their
+"""Checkpoints as GPTQ, AWQ, compressed-tensors and makers of FP8 write them, packed value by value as their definitions read, and what their
 weights are in full. Scales and zero points are such that bfloat16 holds them and their products."""
 
 import json
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -106,6 +107,38 @@ def in_bits(
         in_full[name] = stored.full
     save_file(in_few, few / "model.safetensors")
     save_file(in_full, full / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((few / "config.json").read_text())
+    (few / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return few, full
+
+
+def in_fp8(
+    plain: Path, to: Path, said: dict[str, Any], end: str, block: int = 0, leave: str = "lm_head"
+) -> tuple[Path, Path]:
+    """Two copies of a checkpoint: its projections in FP8 with scales under `end`, one a block of so many rows and columns or one a
+    row, the rest in bfloat16, with `said` in config.json; and the same numbers in full. What matches `leave` stays in bfloat16."""
+    rng = np.random.default_rng(0)
+    few, full = to / "few", to / "full"
+    for copy in (few, full):
+        shutil.copytree(plain, copy, ignore=shutil.ignore_patterns("*.safetensors*"))
+    stored: Tensors = {}
+    whole: Tensors = {}
+    for name, value in hf_tensors(plain).items():
+        stored[name] = value.astype(ml_dtypes.bfloat16)
+        whole[name] = stored[name].astype(np.float32)
+        if value.ndim != 2 or not re.search(r"proj\S*\.weight$", name) or re.search(leave, name):
+            continue
+        rows, columns = value.shape
+        by = (-(-rows // block), -(-columns // block)) if block else (rows, 1)
+        scale = rng.uniform(0.5, 2, by).astype(np.float32)
+        spread = scale
+        if block:
+            spread = scale.repeat(block, axis=0)[:rows].repeat(block, axis=1)[:, :columns]
+        stored[name] = (value / spread).astype(ml_dtypes.float8_e4m3fn)
+        stored[name + end] = scale
+        whole[name] = stored[name].astype(np.float32) * spread
+    save_file(stored, few / "model.safetensors")
+    save_file(whole, full / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((few / "config.json").read_text())
     (few / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
     return few, full

@@ -187,6 +187,16 @@ _OF_GGUF: Mapping[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Of forms that GGUF can say, where those above are of others."""
 
+_OF_BLOCKS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-blocks": ("Qwen3", {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}),
+    "deepseek_v3-blocks": (
+        "DeepseekV3",
+        {**_LATENT, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128,
+         "kv_lora_rank": 128, "v_head_dim": 32, "n_group": 4, "topk_group": 2},
+    ),
+}  # fmt: skip
+"""Whose inputs divide into blocks of 128."""
+
 
 def one_of_each(kinds: Sequence[str]) -> list[str]:
     """The first kind of each family that two devices can share."""
@@ -197,14 +207,14 @@ def one_of_each(kinds: Sequence[str]) -> list[str]:
 
 
 def tiny_model(kind: str, directory: Path, *, sharded: bool = False, dtype: str = "float32") -> Path:
-    """Build one of TINY_KINDS or _OF_GGUF under `directory` and return where. Built once per directory, kind and form."""
+    """Build one of TINY_KINDS, _OF_GGUF or _OF_BLOCKS under `directory` and return where. Built once per directory, kind and form."""
     path = directory / f"{kind}-{dtype}{'-sharded' if sharded else ''}"
     if path.exists():
         return path
     import torch
     import transformers
 
-    name, options = {**_KINDS, **_OF_GGUF}[kind]
+    name, options = {**_KINDS, **_OF_GGUF, **_OF_BLOCKS}[kind]
     model_class = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     known = {
         *inspect.signature(model_class.config_class.__init__).parameters,
