@@ -125,6 +125,7 @@ def compile_within(
     demand = Demand(
         weights_bytes=memory.weights_bytes,
         page_bytes=memory.kv_bytes // memory.pages,
+        page_tokens=memory.page_tokens,
         state_bytes=memory.state_bytes,
         temp_bytes=memory.temp_bytes,
     )
@@ -164,18 +165,19 @@ def design(
         )
     chunk = min(config.prefill_chunk_tokens or defaults.chunk_tokens, -(-most // 16) * 16)
     segments = min(SEGMENTS, lanes)
+    rows = most_decode_rows(lanes, config.speculate, defaults.cheap_rows)
+    rows -= rows % placement.data_size  # lanes divide, so there are still enough
     kv_dtype = config.kv_dtype or dtype
     itemsize = jnp.dtype(dtype).itemsize
+    page_tokens = config.page_tokens or kernels.page_tokens(most, max(rows, lanes + segments))
     one_page = Shapes(
         lanes=lanes,
         pages=1,
-        page_tokens=config.page_tokens,
-        table_width=pages_for(most, config.page_tokens),
+        page_tokens=page_tokens,
+        table_width=pages_for(most, page_tokens),
         vocab=model.vocab_size,
         kv_rows=None if model.latent else kernels.kv_rows(model.kv_heads, model.head_dim),
     )
-    rows = most_decode_rows(lanes, config.speculate, defaults.cheap_rows)
-    rows -= rows % placement.data_size  # lanes divide, so there are still enough
     sizes = launch_sizes(lanes, placement.data_size, chunk, defaults.least_tokens, defaults.few_tokens, rows)
     temp_bytes = estimate_temp_bytes(
         model, max(map(sum, sizes)), max(block_rows(lanes), rows, lanes + segments), itemsize
@@ -197,6 +199,7 @@ def design(
     demand = Demand(
         weights_bytes=held_bytes(abstract_weights(blueprint)),
         page_bytes=held_bytes(abstract_kv(model, one_page, kv_dtype, placement)),
+        page_tokens=page_tokens,
         state_bytes=held_bytes(abstract_state(one_page, placement, adapters=model.lora is not None)),
         temp_bytes=temp_bytes * placement.mesh.size,
     )

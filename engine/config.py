@@ -49,8 +49,8 @@ class EngineConfig:
     """Most tokens of one request, prompt and output; default the model's context."""
     max_input_tokens: int | None = None
     """Most prompt tokens; default `max_total_tokens` - 1."""
-    page_tokens: int = 32
-    """Tokens per KV page."""
+    page_tokens: int | None = None
+    """Tokens per KV page; default what the platform's kernels like best (`Kernels.page_tokens`)."""
     kv_bytes: int | None = None
     """Memory for the KV pool; default what is left after weights and the programs' temporaries."""
     memory_fraction: float = 0.9

@@ -69,7 +69,7 @@ class Engine:
         self._pages = PageAllocator(built.memory.pages)
         limits = Limits(
             blueprint.shapes.lanes,
-            config.page_tokens,
+            blueprint.shapes.page_tokens,
             built.chunk_tokens,
             blueprint.prefill_segments,
             max(size.rows for size in blueprint.sizes) if config.speculate else 0,
@@ -100,7 +100,7 @@ class Engine:
             max_input_tokens=built.max_input_tokens,
             lanes=limits.lanes,
             pages=built.memory.pages,
-            page_tokens=config.page_tokens,
+            page_tokens=blueprint.shapes.page_tokens,
             max_queued=config.max_queued,
             kernels=built.kernels_note,
             memory_bytes=built.memory.limit_bytes,

@@ -53,6 +53,8 @@ class Demand:
 
     weights_bytes: int
     page_bytes: int
+    page_tokens: int
+    """What a page holds."""
     state_bytes: int
     temp_bytes: int
 
@@ -86,7 +88,7 @@ def plan_pages(
 
     Raises PlanError if not even one longest request fits, saying what to lower.
     """
-    one_request = pages_for(most, config.page_tokens)
+    one_request = pages_for(most, demand.page_tokens)
     useful = lanes * one_request
     left = limit_bytes - demand.weights_bytes - demand.state_bytes - demand.temp_bytes
     if config.kv_bytes is not None:
@@ -109,7 +111,7 @@ def plan_pages(
         state_bytes=demand.state_bytes,
         temp_bytes=demand.temp_bytes,
         pages=pages,
-        page_tokens=config.page_tokens,
+        page_tokens=demand.page_tokens,
         lanes=lanes,
         max_total_tokens=most,
     )

@@ -104,6 +104,7 @@ def _of_device(blueprint: Blueprint, memory: MemoryPlan, topology: Topology | No
         "temporaries bytes": memory.temp_bytes,
         "KV cache bytes": memory.kv_bytes,
         "KV cache tokens": memory.kv_tokens,
+        "KV page tokens": memory.page_tokens,
         "lanes": memory.lanes,
         "max total tokens": memory.max_total_tokens,
     }

@@ -58,6 +58,10 @@ class Kernels(Protocol):
         row is a head unless a platform wants wider ones."""
         ...
 
+    def page_tokens(self, most_tokens: int, rows: int) -> int:
+        """Tokens of a page, where nobody asks for others: requests of up to `most_tokens`, in tables of so many rows."""
+        ...
+
     def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
         """Why `attend` leaves such pages and such a table [R, Pmax] to plain XLA; empty where it does not."""
         ...
@@ -114,6 +118,10 @@ class AnyPool:
     def kv_rows(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
         """See `Kernels.kv_rows`."""
         return kv_heads, head_dim
+
+    def page_tokens(self, most_tokens: int, rows: int) -> int:
+        """See `Kernels.page_tokens`: small ones, which waste little and share much."""
+        return 32
 
     def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
         """See `Kernels.refusal`: nothing is."""

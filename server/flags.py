@@ -176,7 +176,10 @@ DEVICE = (
         "kv-bytes", "engine.kv_bytes", "Memory for the KV pool; default what weights and temporaries leave.", "int",
         at_least=1
     ),
-    _own("page-tokens", "engine.page_tokens", "Tokens per KV page.", "int", at_least=1),
+    _own(
+        "page-tokens", "engine.page_tokens",
+        "Tokens per KV page; default 32, on TPUs 128 or so many more as the longest context takes.", "int", at_least=1
+    ),
     _own(
         "prefix-cache-path", "engine.prefix_cache_path",
         "File that keeps the prefix cache over a restart: written at an orderly end, read at the start."

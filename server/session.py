@@ -189,7 +189,10 @@ def plan(info: EngineInfo, server: ServerConfig) -> list[tuple[str, object]]:
             f"weights {bytes_text(info.weights_bytes)}, KV cache {bytes_text(info.kv_bytes)}, temporaries "
             f"{bytes_text(info.temp_bytes)}, of {bytes_text(info.memory_bytes)}",
         ),
-        ("KV cache", f"{tokens:,} tokens, {_requests(tokens // info.max_total_tokens)} of full length"),
+        (
+            "KV cache",
+            f"{tokens:,} tokens in pages of {info.page_tokens}, {_requests(tokens // info.max_total_tokens)} of full length",
+        ),
         ("programs", len(info.programs)),
         ("API key", "asked for" if server.keyed else "none asked for"),
     ]

@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from ...models.attention import MASKED, XlaKernels, in_parts, write
 from ...models.kernels import KvLayer, PagedBatch
 from ...sharding.mesh import Placement
+from ..pages import pages_for
 from .pallas_tpu_bodies import BLOCK_TOKENS, Form, blocks, decode_kernel, prefill_kernel
-from .pallas_tpu_rows import WideRows
+from .pallas_tpu_rows import LANE, WideRows
 
 SUBLANES = 16
 """Page sizes are whole multiples: pages lie side by side in a block, on the borders of bfloat16's tiles."""
@@ -42,13 +43,22 @@ class PallasTpuKernels(XlaKernels):
         rows = self._rows(kv_heads, head_dim)
         return rows.count, rows.width
 
+    def page_tokens(self, most_tokens: int, rows: int) -> int:
+        """See `Kernels.page_tokens`: a table of few, large pages fits where the kernels read it, however long the context."""
+        size = LANE
+        while _table_bytes(rows, pages_for(most_tokens, size)) > MOST_TABLE_BYTES and size < most_tokens:
+            size *= 2
+        return size
+
     def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
         """See `Kernels.refusal`."""
         if kv_dtype == "int8":
             return "keys and values in int8"
-        if page_tokens % SUBLANES or BLOCK_TOKENS % page_tokens:
-            return f"pages of {page_tokens} tokens, not of 16, 32, 64, 128 or 256"
-        if 4 * table[0] * table[1] > MOST_TABLE_BYTES:
+        if page_tokens % SUBLANES or min(BLOCK_TOKENS % page_tokens, page_tokens % BLOCK_TOKENS):
+            return (
+                f"pages of {page_tokens} tokens, not of 16, 32, 64, 128, 256 or a multiple of {BLOCK_TOKENS}"
+            )
+        if _table_bytes(*table) > MOST_TABLE_BYTES:
             most = MOST_TABLE_BYTES // (4 * table[0]) * page_tokens
             return (
                 f"a page table of {table[0]} rows is too large for contexts beyond {most} tokens (lower --max-total-tokens or "
@@ -140,6 +150,10 @@ class PallasTpuKernels(XlaKernels):
             return part(q, *rest)
 
         return spread
+
+
+def _table_bytes(rows: int, pages: int) -> int:
+    return rows * pages * np.dtype(np.int32).itemsize
 
 
 def decode_attention(

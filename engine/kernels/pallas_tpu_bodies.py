@@ -56,16 +56,18 @@ class _Stream(NamedTuple):
         self, act: str, heads: Any, row: jax.Array, last: jax.Array, block: jax.Array, slot: Any
     ) -> None:
         """`start` or `wait` for the pages of a row's block; those behind position `last` are left out."""
-        width = self.form.page_tokens
+        width = min(self.form.page_tokens, BLOCK_TOKENS)
+        of_page = jnp.int32(self.form.page_tokens // width)  # a page may be several blocks
         for index in range(BLOCK_TOKENS // width):
             number = block * (BLOCK_TOKENS // width) + index
 
             @pl.when(number * width <= last)
             def _(index: int = index, number: jax.Array = number):
-                page = self.table[row * self.form.table_width + number]
+                page = self.table[row * self.form.table_width + jax.lax.div(number, of_page)]
+                begin = pl.multiple_of(jax.lax.rem(number, of_page) * width, width)
                 place = pl.ds(index * width, width)
                 for which, (pool, buffer) in enumerate(zip(self.pools, self.buffers, strict=True)):
-                    source, target = pool.at[heads, page], buffer.at[slot, :, place]
+                    source, target = pool.at[heads, page, pl.ds(begin, width)], buffer.at[slot, :, place]
                     getattr(pltpu.make_async_copy(source, target, self.arrived.at[which, slot]), act)()
 
 

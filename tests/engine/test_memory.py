@@ -19,8 +19,8 @@ def plan(
     limit: int, *, kv_bytes: int | None = None, on_cpu: bool = False, lanes: int = 4, most: int = 100
 ) -> MemoryPlan:
     """Weights 1000, state 50, temporaries 30, pages of 10 bytes and 8 tokens: one request of 100 tokens needs 13."""
-    demand = Demand(weights_bytes=1000, page_bytes=10, state_bytes=50, temp_bytes=30)
-    config = EngineConfig(model_id="m", page_tokens=8, kv_bytes=kv_bytes)
+    demand = Demand(weights_bytes=1000, page_bytes=10, page_tokens=8, state_bytes=50, temp_bytes=30)
+    config = EngineConfig(model_id="m", kv_bytes=kv_bytes)
     return plan_pages(config, demand, limit, on_cpu, lanes, most)
 
 
@@ -49,7 +49,7 @@ def test_a_cpu_gives_a_twelfth_but_at_least_one_request() -> None:
 def test_one_request_that_does_not_fit_is_refused_with_numbers_and_what_to_lower() -> None:
     with pytest.raises(PlanError, match=r"max_total_tokens=100 needs 0\.00 GiB .* lower --max-total-tokens"):
         plan(1080 + 129)
-    demand = Demand(weights_bytes=GIB, page_bytes=2**20, state_bytes=0, temp_bytes=0)
+    demand = Demand(weights_bytes=GIB, page_bytes=2**20, page_tokens=32, state_bytes=0, temp_bytes=0)
     with pytest.raises(PlanError, match=r"weights 1\.00 GiB.*smaller model"):
         plan_pages(EngineConfig(model_id="m"), demand, GIB // 2, False, 1, 4096)
 
@@ -161,6 +161,31 @@ def test_a_tpu_attends_with_its_own_kernel_unless_told_otherwise(model) -> None:
     assert blueprint.shapes.kv_rows == (1, 128)
     blueprint, _, note = design(replace(asked, kernels="xla"), model, topology=find_topology("v6e"))
     assert (blueprint.kernels.name, note) == ("xla", "xla (asked for)")
+
+
+@pytest.mark.parametrize(
+    ("context", "lanes", "page_tokens"),
+    [
+        (64, 64, 128),
+        (
+            2**17,
+            64,
+            128,
+        ),  # 72 rows, of 64 lanes and 8 pieces of prompts, times 1,024 pages times 4 bytes: 288 KiB
+        (2**17, 128, 256),  # 136 rows would be 544 KiB, and 512 fit
+        (2**20, 64, 1024),
+    ],
+)
+def test_a_tpus_pages_are_as_large_as_the_longest_context_asks(
+    model, context: int, lanes: int, page_tokens: int
+) -> None:
+    asked = EngineConfig(model_id="m", lanes=lanes)
+    model = replace(model, max_positions=context)
+    blueprint, memory, note = design(asked, model, topology=find_topology("v6e"))
+    assert note == "pallas (attention; XLA's products)"
+    assert (memory.page_tokens, blueprint.shapes.page_tokens) == (page_tokens, page_tokens)
+    assert blueprint.shapes.table_width * page_tokens == max(context, page_tokens)
+    assert design(asked, model, topology=find_topology("h200"))[1].page_tokens == 32
 
 
 @pytest.mark.parametrize(

@@ -67,18 +67,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pallas_tpu, "QUERY_ROWS", 64)
 
 
-def launch(where: tuple, kv_heads: int, group: int, head_dim: int, dtype: str = "float32"):
+def launch(
+    where: tuple, kv_heads: int, group: int, head_dim: int, dtype: str = "float32", width: int = PAGE_TOKENS
+):
     """qkv, pool and batch as a step has them; what no row holds is NaN."""
     positions, rows, _ = where
     rng = np.random.default_rng(0)
     table, free = np.full((max(rows) + 1, WIDTH), NOBODYS), iter(rng.permutation(PAGES - 1))
-    pools = rng.normal(size=(2, kv_heads, PAGES, PAGE_TOKENS, head_dim)).astype(np.float32)
+    pools = rng.normal(size=(2, kv_heads, PAGES, width, head_dim)).astype(np.float32)
     pools[:, :, NOBODYS] = np.nan
     for row in range(max(rows) + 1):
         last = max((p for p, r in zip(positions, rows, strict=True) if r == row), default=-1)
-        for index in range(last // PAGE_TOKENS + 1):
+        for index in range(last // width + 1):
             table[row, index] = page = next(free)
-            pools[:, :, page, max(0, last + 1 - index * PAGE_TOKENS) :] = np.nan
+            pools[:, :, page, max(0, last + 1 - index * width) :] = np.nan
     qkv = rng.normal(size=(len(positions), kv_heads, group + 2, head_dim))
     batch = PagedBatch(*(jnp.array(x, jnp.int32) for x in (positions, rows, table)))
     return jnp.array(qkv, dtype), KvLayer(*(jnp.array(pool, dtype) for pool in pools)), batch
@@ -118,8 +120,8 @@ def in_rows(pool: jax.Array, kernels, split: int = 1) -> jax.Array:
     return jnp.asarray(wide, pool.dtype)
 
 
-def compare(kernels, where, shape, form, split=1):
-    qkv, kv, batch = given = launch(where, *shape)
+def compare(kernels, where, shape, form, split=1, width=PAGE_TOKENS):
+    qkv, kv, batch = given = launch(where, *shape, width=width)
     expected, expected_kv = attend(XlaKernels("cpu"), where, given, **form)
     given = qkv, KvLayer(in_rows(kv.k, kernels, split), in_rows(kv.v, kernels, split)), batch
     got, got_kv = attend(kernels, where, given, **form)
@@ -134,6 +136,18 @@ def compare(kernels, where, shape, form, split=1):
 def test_lanes_that_decode_beside_prompts():
     *shape, form = KINDS["all"]
     compare(PallasTpuKernels(interpret=True), MIXED, shape, form)
+
+
+@pytest.mark.parametrize("width", [16, 2 * BLOCK_TOKENS])
+def test_blocks_of_many_pages_and_pages_of_many_blocks(width: int):
+    where = LAST if width > 16 else [150, 96, -1]  # a table of ten pages
+    compare(
+        PallasTpuKernels(interpret=True),
+        (where, [*range(len(where))], len(where)),
+        (2, 2, 128),
+        {},
+        width=width,
+    )
 
 
 def test_bfloat16_is_as_near_as_bfloat16_is():
@@ -178,7 +192,9 @@ def test_rows_of_the_pool_are_whole_tiles(heads: tuple[int, int], split: int, ro
         (16, 64, "float32", ""),
         (32, 64, "int8", "int8"),
         (4, 64, "bfloat16", "pages of 4 tokens"),
+        (512, 64, "bfloat16", ""),
         (48, 64, "bfloat16", "pages of 48 tokens"),  # a block is no whole number of them
+        (384, 64, "bfloat16", "pages of 384 tokens"),  # which is no whole number of blocks
         (32, 1024, "bfloat16", "1024 rows is too large for contexts beyond 4096 tokens"),  # 1 MiB of table
     ],
 )

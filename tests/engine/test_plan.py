@@ -96,7 +96,7 @@ def test_a_topology_is_described_by_its_data_sheet(model: Path):
     assert (told["device"], told["devices"], told["dtype"]) == ("v6e-8", 2, "bfloat16")
     assert told["memory bytes"] == 2 * int(0.9 * 32 * 2**30)
     assert (told["memory GB/s of a device"], told["bfloat16 TFLOP/s of a device"]) == (1640, 918)
-    assert told["KV cache tokens"] == 2 * 64
+    assert (told["KV cache tokens"], told["KV page tokens"]) == (2 * 64, 4)
     assert told["held tokens a lane"] == 64
     weights = VOCAB * 32 + 2 * (2 * 32 + 32 * 8 * 16 + 64 * 32 + 3 * 32 * 48) + 32
     held = 64 * 2 * 2 * 2 * 16
