@@ -28,14 +28,20 @@ from .openai_completions import completions
 from .openai_models import list_models, show_model
 from .responses import responses
 from .stream import ClientGone
+from .tls import Certificate
 from .tracing import TraceRequests, Tracing
 from .ui import routes as ui
 
 
-def create_app(backend: Backend, config: ServerConfig, models: Models | None = None) -> Starlette:
+def create_app(
+    backend: Backend,
+    config: ServerConfig,
+    models: Models | None = None,
+    certificate: Certificate | None = None,
+) -> Starlette:
     """The app. It can be started before the backend is ready, and then says so. Raises UsageError.
 
-    Of several models, `backend` is the first one's.
+    Of several models, `backend` is the first one's. `certificate` is what HTTPS is served with, for /metrics.
     """
     front = make_front(backend, config)
     tracing = Tracing(config.otlp_endpoint, config.otlp_service_name) if config.otlp_endpoint else None
@@ -63,6 +69,7 @@ def create_app(backend: Backend, config: ServerConfig, models: Models | None = N
     app.router.redirect_slashes = False
     app.state.front = front
     app.state.models = models
+    app.state.certificate = certificate
     app.state.fronts = _fronts(front, models)
     return app
 

@@ -21,7 +21,7 @@ from .flags import RunConfig
 from .keys import read_keys
 from .model import find_model, with_adapters
 from .options import Options, UsageError
-from .tls import tls_context
+from .tls import certificate_of
 
 OK, CANNOT = 0, 3
 Rows = Sequence[tuple[str, str]]
@@ -141,7 +141,7 @@ def _shown(name: str, facts: Mapping[str, Any]) -> str:
 
 def dry_run(engine: EngineConfig, server: ServerConfig, run: RunConfig, given: Rows) -> int:
     """Print what was `given` and what `serve` would make of it. Of a model on the Hub only its description is fetched."""
-    tls_context(server)
+    certificate_of(server)
     if server.api_key_file is not None:
         read_keys(server.api_key_file)
     console = console_of(run)

@@ -6,7 +6,6 @@ Run it in a uvloop event loop (`uvloop.run`); any other works too, slower.
 import asyncio
 import contextlib
 import socket
-import ssl
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from .backend import Serving
 from .config import ServerConfig
 from .protocol import uvicorn_options
 from .sockets import bind
-from .tls import renew
+from .tls import Certificate
 
 BACKLOG = 2048
 
@@ -51,7 +50,7 @@ async def serve_http(
     stop: asyncio.Event,
     listening: asyncio.Event | None = None,
     sock: socket.socket | None = None,
-    tls: ssl.SSLContext | None = None,
+    tls: Certificate | None = None,
 ) -> None:
     """Serve until `stop` is set; then refuse new requests, let the running ones end, and return.
 
@@ -65,17 +64,17 @@ async def serve_http(
         stop: set by the caller, from a signal handler for instance.
         listening: set as soon as connections are taken.
         sock: from `bind`; made here if absent.
-        tls: from `tls_context`, for HTTPS; kept up to date here.
+        tls: from `certificate_of`, for HTTPS; kept up to date here.
     """
     sock = sock or bind(config)
     settings = uvicorn.Config(app, backlog=BACKLOG, **uvicorn_options(config))
     settings.load()
-    settings.ssl = tls
+    settings.ssl = None if tls is None else tls.context
     server = _Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(_started(server, listening))
-    renewing = [asyncio.create_task(renew(tls, config))] if tls is not None else []
+    renewing = [asyncio.create_task(tls.renew())] if tls is not None else []
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if config.drain_delay_s and backend.latest is not None:

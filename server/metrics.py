@@ -158,6 +158,11 @@ class Metrics:
                 yield value.family()
 
 
+def certificate_family(left_s: float) -> Metric:
+    """The certificate's time that is left, which is of no model."""
+    return GaugeMetricFamily("xlane_tls_certificate_seconds", "Until the certificate expires", left_s)
+
+
 def text_of(families: list[Metric]) -> bytes:
     """The Prometheus text."""
     registry = CollectorRegistry()

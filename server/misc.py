@@ -11,7 +11,8 @@ from ..engine import EngineError, EngineStats
 from ..engine.replay import ReplayingClient
 from .backend import Serving
 from .front import Front, front_of
-from .metrics import CONTENT_TYPE, Now, by_model, text_of
+from .metrics import CONTENT_TYPE, Now, by_model, certificate_family, text_of
+from .tls import Certificate
 
 PROBE_TIMEOUT_S = 5.0
 """Longest an engine may take to say how it is before it counts as not well."""
@@ -75,6 +76,9 @@ async def metrics(request: HttpRequest) -> Response:
     fronts: dict[str, Front] = request.app.state.fronts
     families = {name: await _families(front) for name, front in fronts.items()}
     told = by_model(families) if len(families) > 1 else next(iter(families.values()))
+    certificate: Certificate | None = request.app.state.certificate
+    if certificate is not None:
+        told = [*told, certificate_family(certificate.left_s)]
     return Response(text_of(told), headers={"content-type": CONTENT_TYPE})
 
 

@@ -21,7 +21,7 @@ from .flags import RunConfig
 from .loaded import LoadedModel
 from .options import UsageError
 from .sockets import bind, port_of
-from .tls import tls_context
+from .tls import certificate_of
 
 if TYPE_CHECKING:
     from .models import Loadable, Models
@@ -77,7 +77,7 @@ class Session:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(signal.SIGHUP, self.hang_up)
-        tls = tls_context(self._server)
+        tls = certificate_of(self._server)
         try:
             sock = bind(self._server)
         except OSError as error:
@@ -92,7 +92,7 @@ class Session:
         from .app import create_app
         from .http import serve_http
 
-        app = create_app(self._backend, self._server, self._models)
+        app = create_app(self._backend, self._server, self._models, tls)
         http = asyncio.create_task(
             serve_http(
                 app,

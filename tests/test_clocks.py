@@ -16,6 +16,7 @@ MAY_ASK = {
     "server/openai_chat.py": "`created`",
     "server/openai_completions.py": "`created`",
     "server/responses_shapes.py": "`created_at`, `completed_at`",
+    "server/tls.py": "how much longer a certificate is valid",
     "server/tracing.py": "when a request arrived; its stages are counted from there",
 }
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,7 @@ def config() -> ServerConfig:
 def rig(rig: Rig) -> Rig:
     rig.client.headers["authorization"] = "Bearer k"
     rig.backend.engines = {"serving": 2, "draining": 0, "away": 1, "refused": 0}
+    rig.client.app.state.certificate = SimpleNamespace(left_s=9.5)  # pyright: ignore[reportFunctionMemberAccess]
     return rig
 
 
@@ -104,6 +106,7 @@ def test_the_text_is_prometheus(rig: Rig):
     assert info == {"model_id": "fake/alphabet", "version": "0.0", "platform": "cpu", "dtype": "float32"}
     names = [line.split()[2] for line in used(rig).splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names))
+    assert families["xlane_tls_certificate_seconds"].samples[0].value == 9.5
 
 
 def values(text: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ from xlane.server.config import ServerConfig
 from xlane.server.http import serve_http
 from xlane.server.models import Models
 from xlane.server.sockets import bind, port_of
-from xlane.server.tls import tls_context
+from xlane.server.tls import certificate_of
 
 START_TIMEOUT_S = 20.0
 
@@ -47,7 +47,7 @@ def live_server(
     """Serve a backend, or several models of which it is the first one's, until the block ends. `send_buffer_bytes`: the
     kernel's, of each connection."""
     config = replace(config or ServerConfig(), port=0)
-    tls = tls_context(config)
+    tls = certificate_of(config)
     sock = bind(config)
     if send_buffer_bytes is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
@@ -61,7 +61,7 @@ def live_server(
         started.append(
             LiveServer(f"{scheme}://127.0.0.1:{port}", port, thread, asyncio.get_running_loop(), stop)
         )
-        app = create_app(backend, config, models)
+        app = create_app(backend, config, models, tls)
         if models is not None:
             await models.load()
         serving = asyncio.create_task(
