@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -36,6 +36,11 @@ READY, ERROR = "ready", "error"
 PIPES_TIMEOUT_S = 1.0
 """How long the last words of a dead child are waited for: a grandchild may hold its pipes open for ever."""
 KEPT_EVENTS = 100
+LOOK_S = 5.0
+"""Pause between two questions to an engine that serves."""
+MISSES = 6
+"""Questions in a row without an answer after which it is killed. They are counted, not seconds: where the whole machine stood
+still, one is lost."""
 LINE_BYTES = 1 << 20
 """Longest line of a child's output that is kept whole."""
 
@@ -280,6 +285,33 @@ class Supervisor:
         """End an engine that hangs; another one is started."""
         if self._child is not None:
             self._child.kill()
+
+    async def watch(
+        self, answers: Callable[[], Awaitable[object]], *, pause_s: float = LOOK_S, misses: int = MISSES
+    ) -> None:
+        """Kill each engine that was ready and answers no more, whatever it does: it may be stopped, or turn in a loop of its own. Runs
+        until cancelled.
+
+        `answers` asks it, and raises EngineLost if nothing comes in the time it may take.
+        """
+        missed, asked = 0, None
+        while True:
+            await asyncio.sleep(pause_s)
+            child = self._child
+            if child is None or not child.was_ready:  # it loads or compiles, for as long as that takes
+                continue
+            missed, asked = (missed if child is asked else 0), child
+            try:
+                await answers()
+                missed = 0
+            except EngineLost as error:
+                missed += 1
+                if missed >= misses and child is self._child:
+                    logger.error(
+                        "engine process %d is killed: %d times in a row %s", child.pid, missed, error
+                    )
+                    child.kill()
+                    asked = None
 
     def _clean_up(self) -> None:
         if self._folder is not None:

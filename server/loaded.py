@@ -61,6 +61,7 @@ class LoadedModel:
         self._command = command
         self._supervisor: Supervisor | None = None
         self._client: EngineClient | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def load(self) -> EngineInfo:
         """Return when requests are served. Raises EngineError, ModelError; `unload` must be called in any case."""
@@ -86,10 +87,10 @@ class LoadedModel:
             # Together, so that a tokenizer that cannot be read is told of before the weights are loaded.
             _, text = await asyncio.gather(starting, tokenizer)
             patience_s = max(LEAST_PATIENCE_S, 3 * (time.monotonic() - began))
-            self._client = client = ReplayingClient(
-                RpcClient(self._supervisor.address), recovery_timeout_s=patience_s
-            )
+            engine = RpcClient(self._supervisor.address)
+            self._client = client = ReplayingClient(engine, recovery_timeout_s=patience_s)
             info = await client.info()
+            self._watching = asyncio.create_task(self._supervisor.watch(engine.serving))
         finally:
             tokenizer.cancel()
         self._backend.ready(client, text, info)
@@ -104,6 +105,9 @@ class LoadedModel:
 
     async def unload(self, timeout_s: float = ENGINE_STOP_S, hurry: asyncio.Event | None = None) -> None:
         """End the engine, which has so many seconds for it, or half a one from the moment that `hurry` is set."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
         if self._supervisor is not None:
             hurry = hurry or asyncio.Event()
             stopping = asyncio.create_task(self._supervisor.stop(0.5 if hurry.is_set() else timeout_s))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,66 @@ async def test_an_engine_that_hangs_tells_where_and_is_replaced(tmp_path: Path):
     assert any("in _misbehave" in line for line in said), (
         f"{said}: the thread that hangs is among those that are told"
     )
+
+
+async def test_an_engine_that_is_stopped_is_killed_and_its_streams_go_on():
+    async with supervised(*FAKE_ENGINE, "--turn-s", "0.02") as supervisor:
+        await supervisor.start()
+        engine = RpcClient(supervisor.address)
+
+        async def answers() -> None:
+            try:
+                async with asyncio.timeout(0.7):
+                    while True:  # a new one may be looked for a while before it is found
+                        with suppress(EngineLost):
+                            await engine.serving()
+                            return
+                        await asyncio.sleep(0.05)
+            except TimeoutError:
+                raise EngineLost("it is silent") from None
+
+        client = ReplayingClient(engine)
+        outputs = client.submit(REQUEST)
+        first = await anext(outputs)
+        stopped = supervisor.pid
+        assert stopped is not None
+        os.kill(stopped, signal.SIGSTOP)
+        watching = asyncio.ensure_future(supervisor.watch(answers, pause_s=0.05, misses=3))
+        ids = [first.tokens[0].id] + [token.id async for output in outputs for token in output.tokens]
+        assert supervisor.pid != stopped
+        assert not watching.done()
+        watching.cancel()
+        await client.close()
+    assert ids == expected_ids(REQUEST)
+    (died,) = [event for event in supervisor.events if event.kind == "died"]
+    assert (died.pid, died.detail.split(":")[0]) == (stopped, "killed by SIGKILL")
+
+
+async def test_only_an_engine_that_serves_must_answer_and_may_miss_some(tmp_path: Path):
+    """It is not asked while it loads; then each answer makes good for what was missed before."""
+    loaded, asked = tmp_path / "loaded", 0
+    said: list[Progress] = []
+    slow = script(
+        f"link.report('weights', 0, 1)\nwhile not os.path.exists({str(loaded)!r}): time.sleep(0.01)\n"
+        "link.ready(); time.sleep(100)"
+    )
+
+    async def answers() -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 3:
+            raise EngineLost("it is silent")
+
+    async with supervised(*slow, on_progress=said.append) as supervisor:
+        starting = asyncio.ensure_future(supervisor.start())
+        watching = asyncio.ensure_future(supervisor.watch(answers, pause_s=0.001, misses=3))
+        await until(lambda: said != [])
+        assert asked == 0
+        loaded.touch()
+        await starting
+        await until(lambda: asked > 20)
+        watching.cancel()
+        assert [event.kind for event in supervisor.events] == ["started", "ready"]
 
 
 async def test_a_stop_lets_the_running_finish():
