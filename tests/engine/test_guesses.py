@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from safetensors.numpy import save_file
 
 from tests.engine.conftest import ids, request, run
 from tests.engine.test_programs import GREEDY, LANES, MOST, PAGE, PROMPT, Device, tokens_of
 from tests.support.guided import MODEL_VOCAB, byte_level
-from tests.support.untrained import loud, untrained_model
+from tests.support.untrained import CONFIG, loud, untrained_model
 from xlane.engine import (
     EngineConfig,
     FinishReason,
@@ -27,12 +29,14 @@ from xlane.engine import (
     TokenOutput,
 )
 from xlane.engine.batch import pack_plan, read_result
-from xlane.engine.build import design
+from xlane.engine.build import build, design
 from xlane.engine.engine import Engine
+from xlane.engine.opening import open_served
 from xlane.engine.programs import Programs, compile_all, param_sharding
 from xlane.engine.turn import NO_PAGE, Row, Size
 from xlane.models.guidance import guidance_tokenizer
 from xlane.models.loader import dummy_params
+from xlane.models.lora_weights import is_adapters
 from xlane.models.opened import open_model
 
 RANDOM = replace(GREEDY, temperature=1.3, seed=9, logprobs=True, top_logprobs=3, max_tokens=12)
@@ -213,6 +217,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     path = untrained_model(
         tmp_path_factory.mktemp("guesses"), vocab_size=MODEL_VOCAB, max_position_embeddings=256
     )
+    adapter = blank_adapter(tmp_path_factory.mktemp("adapter"))
 
     def guidance() -> LLTokenizer:
         return guidance_tokenizer(TEXT, MODEL_VOCAB)
@@ -223,13 +228,22 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
             "page_tokens": 4,
             "max_total_tokens": 200,
             "prefill_chunk_tokens": 16,
+            "max_queued": 256,
             **options,
         }
         key = tuple(sorted(options.items()))
         if key not in built:
-            config = EngineConfig(model_id="guesses", kernels="xla", **options)
-            model = open_model(path, weights=False).config
-            built[key] = Engine.build(config, model, None, guidance=guidance)
+            config = EngineConfig(
+                model_id="guesses", kernels="xla", lora_adapters=(f"tuned={adapter}",), **options
+            )
+            model = open_served(config, path, weights=False).config
+            made = build(config, model, None)
+            # Random as the weights are, and large enough to be heard beside them.
+            params = tuple(
+                20 * array if is_adapters(spec) else array
+                for spec, array in zip(made.programs.blueprint.graph.specs, made.params, strict=True)
+            )
+            built[key] = Engine(config, model, replace(made, params=params), guidance=guidance)
         return built[key]
 
     yield make
@@ -237,6 +251,20 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         assert engine.stats().compiles_after_ready == 0
         assert engine.stats().pages_free == engine.stats().pages_total
         engine.stop()
+
+
+def blank_adapter(to: Path) -> Path:
+    """One of rank 4 for every feed-forward's last map, of which only the shapes are looked at."""
+    names = [f"base_model.model.model.layers.{layer}.mlp.down_proj.lora" for layer in range(2)]
+    shapes = {"A": (4, CONFIG["intermediate_size"]), "B": (CONFIG["hidden_size"], 4)}
+    tensors = {
+        f"{name}_{part}.weight": np.zeros(shape, np.float32)
+        for name in names
+        for part, shape in shapes.items()
+    }
+    save_file(tensors, to / "adapter_model.safetensors")
+    (to / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    return to
 
 
 def asked(how: dict, prompt: Sequence[int] = LOOP, grammar: str | None = None) -> Request:
@@ -362,6 +390,8 @@ MODES: dict[str, dict[str, Any]] = {
     "prompt scored": {"prompt_logprobs": 2},
     "resumed": {"resume_ids": (41,)},
     "urgent": {"priority": -1},
+    "adapted": {"adapter": "tuned"},
+    "adapted, guided and scored": {"adapter": "tuned", "grammar": RULES, "sampling": {"logprobs": True}},
 }
 
 
@@ -383,8 +413,10 @@ def test_every_option_goes_with_every_mode_and_with_guesses(engine_of) -> None:
         same(one, two)
     for (mode, one), text in zip(whole, texts, strict=True):
         assert 1 <= len(ids(text)) <= one.sampling.max_tokens
-        if mode.startswith("guided") and ids(text)[-1] in TEXT.eos_ids:
+        if "guided" in mode and ids(text)[-1] in TEXT.eos_ids:
             assert re.fullmatch("(ab|true|12){2,4}z", TEXT.decode(ids(text)))
+    said = {name: [ids(text) for (mode, _), text in zip(whole, texts) if mode == name] for name in MODES}
+    assert sum(one != two for one, two in zip(said["plain"], said["adapted"])) > len(OPTIONS) / 2
     # Alone, each says what it says in the crowd.
     for one, text in list(zip(requests, texts, strict=True))[::9]:
         same(run(plain, replace(one, id=f"{one.id}-alone"))[0], text)
