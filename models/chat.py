@@ -1,19 +1,13 @@
-"""Chat templates: where a model keeps them, and applying one as transformers does. Knows messages, no ids.
-
-transformers is imported at the first use only: it costs most of a second.
-"""
+"""Chat templates: where a model keeps them, and which one is applied. Knows messages, no ids."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import TokenizerError
-from .unadvised import unadvised
+from .template_processes import USUAL, TemplateLimits, TemplateProcesses
 
-FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
-"""What transformers lets templates call, beside what Jinja does."""
 DEFAULT, TOOL_USE = "default", "tool_use"
 """Names of templates that mean something; a model may carry others."""
 
@@ -25,14 +19,6 @@ SET = (
 """Names that rendering sets or that Jinja and transformers mean something else by, beside the special tokens."""
 
 
-@cache
-def _renderer() -> Callable[..., Any]:
-    """transformers' own; imported once."""
-    with unadvised():
-        from transformers.utils.chat_template_utils import render_jinja_template
-    return render_jinja_template
-
-
 class ChatTemplates:
     """The templates of one model, by name, and the strings they may use (bos_token, eos_token …)."""
 
@@ -40,6 +26,7 @@ class ChatTemplates:
         self.templates = dict(templates)
         self.special_tokens = dict(special_tokens)
         self._variables: dict[str, frozenset[str]] = {}
+        self._processes = TemplateProcesses()
 
     @property
     def default(self) -> str | None:
@@ -58,43 +45,46 @@ class ChatTemplates:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        limits: TemplateLimits = USUAL,
         **variables: Any,
     ) -> str:
         """The text of a conversation.
 
         Raises:
             TokenizerError: there is no template, or the template refused; with the template's own words.
+            TemplateTooCostly: it would have taken more than `limits`.
         """
         template = self._choose(bool(tools))
         try:
-            render_jinja_template = _renderer()
-        except ImportError as error:
-            raise TokenizerError(f"chat templates need transformers and jinja2: {error}") from error
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[[_with_thinking(message) for message in messages]],  # type: ignore[arg-type]
-                tools=list(tools) if tools else None,  # type: ignore[arg-type]
-                chat_template=template,
+            return self._processes.ask(
+                "render",
+                limits,
+                template=template,
+                messages=[_with_thinking(message) for message in messages],
+                tools=list(tools) if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **{**self.special_tokens, **variables},
+                variables={**self.special_tokens, **variables},
             )
-        except Exception as error:  # a template is a program of the model's author: anything can happen in it
+        except ValueError as error:
             raise TokenizerError(f"the chat template refused the messages: {error}") from error
-        return rendered[0]
 
-    def variables(self, *, tools: bool = False) -> frozenset[str]:
+    def variables(self, *, tools: bool = False, limits: TemplateLimits = USUAL) -> frozenset[str]:
         """Names that the template of a chat (with tools, or without) reads and `render` does not set by itself.
 
-        Raises TokenizerError if there is no template, or it is none.
+        Raises TokenizerError if there is no template, or it is none, TemplateTooCostly beyond `limits`.
         """
         template = self._choose(tools)
         if template not in self._variables:
-            self._variables[template] = _read_by(template) - {*SET, *self.special_tokens}
+            try:
+                read = json.loads(self._processes.ask("variables", limits, template=template))
+            except ValueError as error:
+                raise TokenizerError(f"the chat template cannot be read: {error}") from error
+            self._variables[template] = frozenset(read) - {*SET, *self.special_tokens}
         return self._variables[template]
 
     def warm(self) -> None:
-        """Import what rendering needs and compile the template, so that the first chat does not wait for it."""
+        """Start what applies the template and compile it, so that the first chat does not wait for that."""
         if self.default is not None:
             try:
                 self.render([{"role": "user", "content": "Hello"}])
@@ -113,30 +103,6 @@ def _with_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with its thinking under both names that templates read. transformers does so since its version 5."""
     thought = message.get("reasoning_content")
     return message if thought is None else {"thinking": thought, **message}
-
-
-def _read_by(template: str) -> frozenset[str]:
-    """Names that a template reads from outside. Raises TokenizerError."""
-    from jinja2 import Environment, TemplateError, meta
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.nodes import Node
-    from jinja2.parser import Parser
-
-    class Generation(Extension):
-        """transformers' tag around what the assistant said."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
-
-        def parse(self, parser: Parser) -> list[Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = Environment(extensions=[Generation, loopcontrols])
-    environment.globals |= dict.fromkeys(FUNCTIONS)
-    try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-    except TemplateError as error:
-        raise TokenizerError(f"the chat template cannot be read: {error}") from error
 
 
 def templates_of_directory(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Text to ids and back, and the chat template of a model, from a Hugging Face directory or a GGUF file. No jax here.
 
-All kinds become one `tokenizers.Tokenizer`; transformers is loaded only for directories without a tokenizer.json, and
-for chat templates. Safe to use from several threads: nothing changes after construction but caches.
+All kinds become one `tokenizers.Tokenizer`; transformers is loaded only for directories without a tokenizer.json. Safe
+to use from several threads: nothing changes after construction but caches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from .chat import ChatTemplates
 from .detokenize import ByteStream, TextStream, WindowStream, token_table
 from .errors import TokenizerError
+from .template_processes import USUAL, TemplateLimits
 from .tokenizer_files import TokenizerFiles, read_directory, read_gguf, with_config
 from .typed import BREAK, TypedText
 
@@ -153,6 +154,7 @@ class TextTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        limits: TemplateLimits = USUAL,
         **kwargs: Any,
     ) -> str:
         """A conversation as text, the template's special tokens included, for `encode_chat`.
@@ -161,6 +163,7 @@ class TextTokenizer:
 
         Raises:
             TokenizerError: there is no template, or it refused the messages, with its own words.
+            TemplateTooCostly: it would have taken more than `limits`.
         """
         begun = list(messages[-1:]) if continue_final_message else []
         return self._chat.render(
@@ -168,18 +171,19 @@ class TextTokenizer:
             self._typed.broken(tools),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            limits=limits,
             **kwargs,
         )
 
-    def template_variables(self, *, tools: bool = False) -> frozenset[str]:
+    def template_variables(self, *, tools: bool = False, limits: TemplateLimits = USUAL) -> frozenset[str]:
         """What a caller of `apply_chat` may set: all that the template reads and that is not set anyway.
 
-        Raises TokenizerError if there is no template.
+        Raises TokenizerError if there is no template, TemplateTooCostly beyond `limits`.
         """
-        return self._chat.variables(tools=tools)
+        return self._chat.variables(tools=tools, limits=limits)
 
     def warm(self) -> None:
-        """Do now what the first chat would wait for (importing transformers); call it from a thread."""
+        """Do now what the first chat would wait for (starting what applies templates); call it from a thread."""
         self._chat.warm()
 
 

@@ -37,6 +37,7 @@ BOUNDS = (
     _seconds("model_wait_s", "Seconds a request that does not stream waits for its model to be loaded (--more-models)."),
     _seconds("model_turn_s", "Seconds a model that is always in use keeps its place while another one waits for it."),
     _seconds("template_timeout_s", "Seconds of a processor that the rendering of one chat template may take."),
+    _bound("template_memory_bytes", "Bytes of memory that it may take, beside the messages."),
     _seconds("grammar_timeout_s", "Seconds a request waits for its grammar to be checked."),
     _seconds("sse_keep_alive_s", "Seconds of silence after which a stream gets a comment, so that proxies keep it."),
     _seconds("write_timeout_s", "Seconds a client may leave its answer unread before it is cut off."),

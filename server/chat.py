@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..models.errors import TokenizerError
+from ..models.errors import TemplateTooCostly, TokenizerError
+from ..models.template_processes import TemplateLimits
 from .backend import Serving
 from .errors import Invalid, TemplateFailed
 from .front import Front
 from .schema_openai import ChatBody, ContentPart, Message
-from .text import TooSlow
 from .tool_prompt import fitted, tools_of, with_prompt
 from .tools import ToolUse, chat_tools, legacy_tools
 
 _NEWER = {"developer": "system", "function": "tool"}
 """Roles that templates know by another name."""
+_LIMITS = {"time": "template_timeout_s", "memory": "template_memory_bytes"}
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -79,26 +80,25 @@ async def render(front: Front, serving: Serving, conversation: Conversation) -> 
 
     told = tools_of(use) if use is not None and form.told else None
 
+    config = front.config
+    limits = TemplateLimits(config.template_timeout_s, config.template_memory_bytes)
+
     def apply() -> str:
         if given := conversation.template_kwargs:
-            _check_variables(given, serving.tokenizer.template_variables(tools=bool(told)))
+            _check_variables(given, serving.tokenizer.template_variables(tools=bool(told), limits=limits))
         return serving.tokenizer.apply_chat(
             messages,
             told,
             add_generation_prompt=add_prompt,
             continue_final_message=resume,
+            limits=limits,
             **{**conversation.switches, **given},
         )
 
-    limit_s = front.config.template_timeout_s
     try:
-        text = await front.workers.run_within(limit_s, apply)
-    except TooSlow:
-        raise TemplateFailed(
-            f"the chat template takes longer than {limit_s:g} s for these messages "
-            "(--limit template_timeout_s=…)",
-            param=place,
-        ) from None
+        text = await front.workers.run(apply)
+    except TemplateTooCostly as error:
+        raise TemplateFailed(f"{error} (--limit {_LIMITS[error.took]}=…)", param=place) from error
     except TokenizerError as error:
         raise TemplateFailed(str(error), param=place) from error
     markers, declared = front.markers(serving), serving.declared

@@ -92,6 +92,8 @@ class ServerConfig:
     """Threads that tokenise and render chat templates."""
     template_timeout_s: float = 5.0
     """Seconds of a processor that the rendering of one chat template may take."""
+    template_memory_bytes: int = 256_000_000
+    """Memory that it may take, beside the messages."""
     grammar_timeout_s: float = 5.0
     """Seconds a request waits for its grammar to be checked, other grammars before it included."""
     sse_keep_alive_s: float = 15.0

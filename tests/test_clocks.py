@@ -10,6 +10,7 @@ TIME_OF_DAY = {
 }
 MAY_ASK = {
     "engine/process.py": "when something became of an engine, for whoever reads that",
+    "models/template_sandbox.py": "chat templates, of the date",
     "server/bench.py": "a seed that is another one each time",
     "server/logs.py": "when a line was written",
     "server/openai_chunks.py": "`created`",

@@ -122,8 +122,10 @@ def test_nothing_heavy_is_imported_before_the_first_line(command: str):
 UNADVISED = """
 import sys
 sys.modules |= dict.fromkeys(("torch", "tensorflow", "flax"))  # as if they were not installed
-from xlane.models.chat import ChatTemplates
-print(ChatTemplates({"default": "{{ messages[0].content }}!"}, {}).render([{"role": "user", "content": "hi"}]))
+from xlane.models.unadvised import unadvised
+with unadvised():
+    from transformers import AutoTokenizer
+print("hi!")
 """
 
 

@@ -14,6 +14,7 @@ ALLOWED = {
         "models.demo",
         "models.errors",
         "models.guidance",
+        "models.template_processes",
     },
     "engine": {"models", "sharding", "tpu"},
     "models": {"sharding"},
@@ -28,7 +29,7 @@ HOST_FILES = {
         "__init__", "scheduler", "pages", "request", "errors", "config", "client", "local",
         "rpc_server", "rpc_client", "replay", "process", "grammar", "address", "affinity", "fleet", "replica", "replicas", "totals",
     },
-    "models": {"__init__", "tokenizer", "hub", "demo", "errors", "config", "guidance"},
+    "models": {"__init__", "tokenizer", "hub", "demo", "errors", "config", "guidance", "template_processes"},
 }  # fmt: skip
 """Files that must import where there is no accelerator stack at all. Every file of `server` is one."""
 

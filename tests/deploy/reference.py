@@ -12,7 +12,7 @@ from xlane.server.cli import COMMANDS
 from xlane.server.errors import ServerError, problem_of
 from xlane.server.flags import CONFIGS
 from xlane.server.keys import Account, Limits, key_of
-from xlane.server.metrics import Metrics, Now, text_of
+from xlane.server.metrics import Metrics, Now, certificate_family, text_of
 from xlane.server.options import Flag, default_text
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"
@@ -82,7 +82,8 @@ def metric_rows() -> Iterator[list[str]]:
     engine = FakeEngine()
     account = Account(key_of("name", "secret", Limits()))
     now = Now(ready=True, in_flight=0, restarts=0, replays=0, accounts=(account,), engines={"serving": 1})
-    text = text_of(Metrics().families(asyncio.run(engine.stats()), engine.info_value, now)).decode()
+    families = Metrics().families(asyncio.run(engine.stats()), engine.info_value, now)
+    text = text_of([*families, certificate_family(0.0)]).decode()
     for name, what in re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE):
         kind = re.search(rf"^# TYPE {name} (\w+)$", text, re.MULTILINE)
         samples = re.findall(rf"^{name}(?:_bucket)?{{(.*)}} ", text, re.MULTILINE)

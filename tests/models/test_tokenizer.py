@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from xlane.models.chat import ChatTemplates
 from xlane.models.detokenize import ByteStream, WindowStream, token_table
 from xlane.models.errors import TokenizerError
 from xlane.models.gguf_tokenizer import tokenizer_from_gguf
@@ -318,6 +319,34 @@ def test_the_demos_chats_are_rendered_as_by_transformers(demo: TextTokenizer):
     assert going_on.rstrip().endswith("4")
 
 
+ALL = """
+{%- set n = namespace(last='') -%}
+{% for m in messages %}
+    {% if m.role == 'system' %}{% continue %}{% endif %}
+  {% generation %}{% set n.last = m.content | trim %}{% set inside = 1 %}{{ n.last }} {% endgeneration %}
+    {{ inside is defined }} {{ loop.index }}{{ documents is none }}{{ m | tojson(indent=2) }}
+    {% if loop.index > 1 %}{% break %}{% endif %}
+{% endfor %}
+{{ strftime_now('%Y') }}{{ tools }}{{ add_generation_prompt }}{{ bos_token }}{{ mood }}{{ [1, 2] | tojson(separators=(',', ':')) }}
+"""
+LAST = "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"
+
+
+@pytest.mark.parametrize("going_on", [False, True])
+@pytest.mark.parametrize("template", [ALL, LAST, LAST.replace(" | trim", "")])
+def test_templates_do_what_they_do_in_transformers(template: str, going_on: bool):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tool = {"type": "function", "function": {"name": "<é>", "parameters": {}}}
+    said = [*MESSAGES[:2], {"role": "assistant", "content": " <ü> &  "}]
+    how = {"add_generation_prompt": False, "continue_final_message": going_on and template is not ALL}
+    (theirs,), _ = render_jinja_template(
+        conversations=[said], tools=[tool], chat_template=template, **how, mood="glad", bos_token="<s>"
+    )
+    ours = ChatTemplates({"default": template}, {"bos_token": "<s>"}).render(said, [tool], mood="glad", **how)
+    assert ours == theirs
+
+
 def test_templates_are_found_wherever_they_lie(tmp_path: Path):
     def default(name: str, config: dict[str, Any], **files: str) -> str | None:
         return TextTokenizer.from_path(save(tmp_path / name, config, **files)).chat_template
@@ -445,23 +474,6 @@ def test_a_template_sees_special_tokens_and_variables(tmp_path: Path):
     path = save(tmp_path, {"chat_template": template, "bos_token": "<s>"})
     chat = TextTokenizer.from_path(path).apply_chat([{"role": "user", "content": "x"}], mood="glad")
     assert chat == "<s>TruexgladTrue"
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% if %}", "refused the messages"),
-        ("{{ messages[0].content + 1 }}", "refused the messages"),
-        ("{{ messages[99].content.x }}", "refused the messages"),
-        ("{{ ''.__class__.__mro__ }}", "refused the messages"),
-    ],
-)
-def test_what_a_template_refuses_is_said_in_its_words(tmp_path: Path, template: str, message: str):
-    tokenizer = TextTokenizer.from_path(save(tmp_path, {"chat_template": template}))
-    tokenizer.warm()  # says nothing: nobody asked for a chat yet
-    with pytest.raises(TokenizerError, match=message):
-        tokenizer.apply_chat(MESSAGES)
 
 
 def test_a_model_without_template_says_so(tmp_path: Path):

@@ -5,13 +5,15 @@ test_bad_http.py; what each parameter's limits are, beside the tests of each API
 """
 
 import json
-import time
+import resource
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from xlane.models.chat import ChatTemplates
+from xlane.models.template_processes import USUAL, TemplateLimits
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
@@ -27,21 +29,39 @@ SCHEMA = "response_format.json_schema.schema"
 JSON = {"content-type": "application/json"}
 
 
-class Tokenizer(ByteTokenizer):
-    """Its template goes on for ever if it is told to, or stands still for longer than it may run."""
+HOSTILE = """
+{% set n = namespace(list=messages) %}
+{% if thinking == "for ever" %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}
+{% elif thinking == "in one step" %}{{ 10 ** (messages | length * 10**9) }}
+{% elif thinking == "repeated" %}{{ messages[0].content * 10**9 }}
+{% elif thinking == "growing" %}{% for i in range(60) %}{% set n.list = n.list + n.list %}{% endfor %}
+{% endif %}"""
+TAKES = {
+    "for ever": "longer than 0.1 s for these messages (--limit template_timeout_s=…)",
+    "in one step": "longer than 0.1 s for these messages (--limit template_timeout_s=…)",
+    "repeated": "more than 64 MB of memory for these messages (--limit template_memory_bytes=…)",
+    "growing": "more than 64 MB of memory for these messages (--limit template_memory_bytes=…)",
+}
 
-    def apply_chat(self, *args: Any, **kwargs: Any) -> str:
-        while kwargs.get("thinking") == "for ever":
-            pass
-        time.sleep(0.3 if kwargs.get("thinking") == "later" else 0.0)
-        return super().apply_chat(*args, **kwargs)
+
+class Tokenizer(ByteTokenizer):
+    """Of a model whose template takes all there is of something, if it is told to."""
+
+    def __init__(self) -> None:
+        self._hostile = ChatTemplates({"default": HOSTILE}, {})
+
+    def apply_chat(self, messages: Any, *args: Any, limits: TemplateLimits = USUAL, **kwargs: Any) -> str:
+        if "thinking" in kwargs:
+            return self._hostile.render(messages, limits=limits, **kwargs)
+        return super().apply_chat(messages, *args, limits=limits, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def birds() -> Iterator[Canaries]:
     engine, backend = FakeEngine(delay_s=0.002), Backend()
     backend.ready(engine, Tokenizer(), engine.info_value)
-    with live_server(backend, ServerConfig(template_timeout_s=0.1)) as server, canaries(server) as birds:
+    config = ServerConfig(template_timeout_s=0.1, template_memory_bytes=64_000_000)
+    with live_server(backend, config) as server, canaries(server) as birds:
         yield birds
     assert engine.active == 0
 
@@ -189,20 +209,21 @@ def test_the_other_streams_went_on(birds: Canaries):
     assert min(birds.rounds) > 10
 
 
-def test_a_template_that_does_not_end_frees_its_thread(birds: Canaries):
-    body = chat(chat_template_kwargs={"thinking": "for ever"})
-    for _ in range(4):  # Twice as many as there are threads.
-        error = httpx.post(birds.url + CHAT, json=body).json()["error"]
-        assert error["message"] == (
-            "the chat template takes longer than 0.1 s for these messages (--limit template_timeout_s=…)"
-        )
+@pytest.mark.parametrize("thinking", TAKES)
+def test_a_template_that_takes_too_much_is_broken_off_and_nobody_else_notices(birds: Canaries, thinking: str):
+    before = most_memory_bytes()
+    for _ in range(3):  # More than there are threads.
+        answer = httpx.post(birds.url + CHAT, json=chat(chat_template_kwargs={"thinking": thinking}))
+        assert answer.json()["error"]["message"] == f"the chat template takes {TAKES[thinking]}"
+        assert answer.status_code == 400
     assert httpx.post(birds.url + CHAT, json=chat()).status_code == 200
+    assert most_memory_bytes() - before < 30_000_000
+    assert birds.wrong == []
 
 
-def test_time_that_passes_without_it_is_not_the_templates(birds: Canaries):
-    """A machine that is busy with others, or stood still, makes no request a bad one."""
-    slow = chat(chat_template_kwargs={"thinking": "later"})
-    assert httpx.post(birds.url + CHAT, json=slow).status_code == 200
+def most_memory_bytes() -> int:
+    """The most that this process, which is the server's, ever held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_requests_that_share_an_id_are_two(birds: Canaries):

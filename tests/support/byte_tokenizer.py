@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xlane.models.errors import TokenizerError
+from xlane.models.template_processes import USUAL, TemplateLimits
 
 BOS, EOS, END_OF_TURN = 256, 257, 258
 SPECIAL = {BOS: "<bos>", EOS: "<eos>", END_OF_TURN: "<eot>"}
@@ -33,7 +34,7 @@ class ByteTokenizer:
     tool_template: str | None = None
     response_template: Any = None
 
-    def template_variables(self, *, tools: bool = False) -> frozenset[str]:
+    def template_variables(self, *, tools: bool = False, limits: TemplateLimits = USUAL) -> frozenset[str]:
         return frozenset({"enable_thinking", "thinking", "documents"})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -70,6 +71,7 @@ class ByteTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        limits: TemplateLimits = USUAL,
         **kwargs: Any,
     ) -> str:
         """`[role]content|` per message; refuses the system message "refuse me"."""
@@ -96,6 +98,7 @@ class ThinkingTokenizer(ByteTokenizer):
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        limits: TemplateLimits = USUAL,
         **kwargs: Any,
     ) -> str:
         text = super().apply_chat(messages, tools, add_generation_prompt, continue_final_message, **kwargs)
