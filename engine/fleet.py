@@ -74,7 +74,7 @@ class Fleet:
         """Look once at all there are."""
         for place in self._names:
             await self._resolve(place)
-        await self._gather()
+        await self._gather(watched=False)
         await asyncio.gather(*(self.look(replica) for replica in self.all))
 
     @property
@@ -170,26 +170,33 @@ class Fleet:
                 logger.warning("%s cannot be resolved: %s", place, error)
             self._unknown.add(place)
 
-    async def _gather(self) -> None:
-        """Take in the engines at all places, and let go of those at none that have nothing left to do."""
+    async def _gather(self, *, watched: bool = True) -> None:
+        """Take in the engines at all places, and let go of those at none that have nothing left to do. `watched`: new ones are
+        looked at from now on."""
+        changed = False
         wanted = dict.fromkeys(address for addresses in self._places.values() for address in addresses)
         for address in wanted:
             if address not in self._replicas:
                 replica = self._replicas[address] = Replica(address, self._connect(address))
-                self._tasks[address] = asyncio.create_task(self._watch(replica))
+                changed = True
+                if watched:
+                    self._tasks[address] = asyncio.create_task(self._watch(replica))
         for address, replica in list(self._replicas.items()):
+            changed |= replica.listed != (address in wanted)
             replica.listed = address in wanted
             if not replica.listed and not replica.requests:
-                await self._part(replica)
-        self._changed()
+                changed |= await self._part(replica)
+        if changed:
+            self._changed()
 
-    async def _part(self, replica: Replica) -> None:
-        """Let go of an engine; what it had counted stays."""
+    async def _part(self, replica: Replica) -> bool:
+        """Let go of an engine; what it had counted stays. Whether it is gone by this."""
         if replica in self.answering:
             await self.look(replica)
         if replica.listed or self._replicas.pop(replica.address, None) is None:
-            return  # another name's turn was quicker
+            return False  # another name's turn was quicker
         self._tasks.pop(replica.address).cancel()
         if replica.stats is not None:
             self.past = replica.stats if self.past is None else count_on(self.past, replica.stats)
         await replica.client.close()
+        return True

@@ -11,13 +11,14 @@ from starlette.requests import Request as HttpRequest
 
 from .backend import Backend, Serving
 from .config import ServerConfig
-from .errors import Busy, NoSuchModel
+from .errors import Busy
 from .grammars import Grammars
 from .keys import Keys, own_share
 from .metrics import Metrics
 from .models import Models
 from .reasoning import Markers
 from .text import TextWorkers
+from .validate_openai import check_model
 
 WINDOW = 64
 """Requests that the estimate of a permit's return looks back on."""
@@ -138,13 +139,10 @@ def front_of(request: HttpRequest) -> Front:
 
 
 def front_named(request: HttpRequest, name: str | None) -> Front:
-    """The front of a model as it is now, loaded or not. Raises NoSuchModel."""
+    """The front of a model as it is now: of several, loaded or not. Raises NoSuchModel; for the only one NotReady, too."""
     models: Models | None = request.app.state.models
     if models is not None:
         return request.app.state.fronts[models.find(name).name]
     front = front_of(request)
-    if name is not None and name != front.model_name:
-        raise NoSuchModel(
-            f"The model {name[:200]!r} does not exist; this server has {front.model_name!r}", param="model"
-        )
+    check_model(name, front.model_name, front.backend.serving().info)
     return front

@@ -327,6 +327,47 @@ async def test_a_name_is_resolved_again_and_again(
         assert [replica.address for replica in fleet.all] == ["c"]
 
 
+class Counting(Near):
+    """Counts how often it is asked how it is."""
+
+    looks = 0
+
+    async def serving(self) -> bool:
+        self.looks += 1
+        return await super().serving()
+
+
+async def test_a_survey_asks_each_engine_once():
+    engines = {name: Counting(FakeCore()) for name in "ab"}
+    fleet = Fleet(tuple(engines), "fake", connect=engines.__getitem__)
+    await fleet.survey()
+    assert [(replica.told, engines[replica.address].looks) for replica in fleet.all] == [("serving", 1)] * 2
+    await fleet.close()
+    for engine in engines.values():
+        engine.core.stop()
+
+
+async def test_where_nothing_changed_nobody_is_told(monkeypatch: pytest.MonkeyPatch):
+    core, asked, told = FakeCore(), [], []
+
+    async def look_up(name: str) -> set[str]:
+        asked.append(name)
+        return {"a"}
+
+    monkeypatch.setattr(fleet_module, "resolve", look_up)
+    fleet = Fleet(
+        ["dns:///engines:9000"], "fake", on_change=lambda: told.append(fleet.states["serving"]),
+        connect=lambda address: Near(core), look_s=0.001,
+    )  # fmt: skip
+    await fleet.start()
+    assert told[-1] == 1
+    known, seen = len(asked), len(told)
+    await until(lambda: len(asked) > known + 5)
+    assert len(told) == seen
+    await fleet.close()
+    core.stop()
+
+
 class Mortal(Near):
     """Simulates an engine that dies, with all that runs in it, when a request with KILL_TOKEN gets to its third token; the
     next one is there at once. Times are random."""
