@@ -30,6 +30,7 @@ from .config import EngineConfig, texts_folder
 from .errors import PlanError
 from .heads import heads_shape, load_heads
 from .kernels.native import native_kernels
+from .kernels.pallas_tpu_rows import LANE as TPU_LANE
 from .manifest import read_manifest
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages
 from .pages import pages_for
@@ -354,6 +355,12 @@ def slower(blueprint: Blueprint) -> str:
         return (
             f"weights in {blueprint.quantize} save memory and cost speed here: XLA expands them anew in each step on CPUs; the "
             "native kernels do not"
+        )
+    wide = blueprint.shapes.kv_rows is not None and blueprint.shapes.kv_rows[1] > TPU_LANE
+    if platform == "tpu" and blueprint.kv_dtype == "int8" and wide:
+        return (
+            "keys and values in int8 save memory and cost speed here: for heads of more than 128 numbers XLA copies a layer's "
+            "pools in each launch on TPUs"
         )
     return ""
 

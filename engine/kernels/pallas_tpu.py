@@ -21,7 +21,8 @@ from .pallas_tpu_bodies import BLOCK_TOKENS, Form, blocks, decode_kernel, prefil
 from .pallas_tpu_rows import LANE, WideRows
 
 SUBLANES = 16
-"""Page sizes are whole multiples: pages lie side by side in a block, on the borders of bfloat16's tiles."""
+"""Page sizes are whole multiples: pages lie side by side in a block, on the borders of bfloat16's tiles. Those of int8 are whole
+multiples of `LANE`, because the scales of a page lie along it."""
 MOST_TABLE_BYTES = 2**19
 """The page table is read as scalars, from a memory that has room for this much of it."""
 QUERY_ROWS = 512
@@ -52,8 +53,8 @@ class PallasTpuKernels(XlaKernels):
 
     def refusal(self, page_tokens: int, table: tuple[int, ...], kv_dtype: str) -> str:
         """See `Kernels.refusal`."""
-        if kv_dtype == "int8":
-            return "keys and values in int8"
+        if kv_dtype == "int8" and page_tokens % LANE:
+            return f"pages of {page_tokens} tokens in int8, not of a multiple of {LANE}"
         if page_tokens % SUBLANES or min(BLOCK_TOKENS % page_tokens, page_tokens % BLOCK_TOKENS):
             return (
                 f"pages of {page_tokens} tokens, not of 16, 32, 64, 128, 256 or a multiple of {BLOCK_TOKENS}"
@@ -145,7 +146,7 @@ class PallasTpuKernels(XlaKernels):
             queries: Any = place.fitted(("tokens", "kv_heads", None, None), q.shape).spec
             by_token: Any = place.fitted(("tokens",), q.shape[:1]).spec
             table: Any = by_token if table_by_token else place.replicated.spec
-            inputs = (queries, KvLayer(heads, heads), PagedBatch(by_token, by_token, table), heads, heads)
+            inputs = (queries, heads, PagedBatch(by_token, by_token, table), heads, heads)
             part = jax.shard_map(attend, mesh=place.mesh, in_specs=inputs, out_specs=queries, check_vma=False)
             return part(q, *rest)
 
@@ -171,16 +172,17 @@ def decode_attention(
     first, last = blocks(batch.positions, batch.positions, form.window)
     turns = (last - first + 1).sum().reshape(1)
     smem, vmem, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.VMEM, pl.ANY))
+    pools = _pools(kv)
     return pl.pallas_call(
         partial(decode_kernel, form=form),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        in_specs=[smem, smem, smem, vmem, vmem, vmem, hbm, hbm],
+        in_specs=[smem, smem, smem, vmem, vmem, vmem, (hbm,) * len(pools)],
         out_specs=vmem,
-        scratch_shapes=[*_stream(kv.k, kv_heads), *_sums(kv_heads, group, head_dim)],
+        scratch_shapes=[*_stream(pools, kv_heads), _sums(kv_heads, group, head_dim)],
         interpret=pltpu.InterpretParams() if interpret else False,
         name="xlane_decode_attention",
     )(
-        turns, batch.positions, batch.table.reshape(-1), q, slope[..., None], sink[..., None], kv.k, kv.v
+        turns, batch.positions, batch.table.reshape(-1), q, slope[..., None], sink[..., None], pools
     )  # fmt: skip
 
 
@@ -204,26 +206,26 @@ def prefill_attention(
     scalars = (positions, rows, _piece_ends(positions, rows, size), batch.table.reshape(-1))
     block = pl.BlockSpec((None, group, size, head_dim), lambda k, t, *_: (k, 0, t, 0))
     of_head = pl.BlockSpec((None, group, 1, 1), lambda k, t, *_: (k, 0, 0, 0))
-    pool = pl.BlockSpec(memory_space=pl.ANY)
+    pools = _pools(kv)
     out = pl.pallas_call(
         partial(prefill_kernel, form=form),
         out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(kv_heads, (tokens + more) // size),
-            in_specs=[block, of_head, of_head, pool, pool],
+            in_specs=[block, of_head, of_head, (pl.BlockSpec(memory_space=pl.ANY),) * len(pools)],
             out_specs=block,
             scratch_shapes=[
-                *_stream(kv.k, 1),
+                *_stream(pools, 1),
                 pltpu.SMEM((1,), jnp.int32),
-                *_sums(group, size, head_dim),
+                _sums(group, size, head_dim),
             ],
         ),
         # One after the other: what a program computes with, the one before it has sent for.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="xlane_prefill_attention",
-    )(*scalars, queries, slope[..., None, None], sink[..., None, None], kv.k, kv.v)
+    )(*scalars, queries, slope[..., None, None], sink[..., None, None], pools)
     return out[:, :, :tokens].transpose(2, 0, 1, 3)
 
 
@@ -241,12 +243,17 @@ def _piece_ends(positions: jax.Array, rows: jax.Array, size: int) -> jax.Array:
     return jax.lax.cummin(ends, reverse=True)
 
 
-def _stream(pool: jax.Array, heads: int) -> list[Any]:
-    """Two buffers of a block each for keys and for values, and what says that they are full."""
-    buffer = pltpu.VMEM((2, heads, BLOCK_TOKENS, pool.shape[3]), pool.dtype)
-    return [buffer, buffer, pltpu.SemaphoreType.DMA((2, 2))]
+def _pools(kv: KvLayer) -> tuple[jax.Array, ...]:
+    """What there is of keys, values and the scales of both."""
+    return tuple(pool for pool in kv if pool is not None)
 
 
-def _sums(*shape: int) -> list[Any]:
+def _stream(pools: tuple[jax.Array, ...], heads: int) -> list[Any]:
+    """Two buffers of a block each for each pool, and what says that they are full."""
+    buffers = tuple(pltpu.VMEM((2, heads, BLOCK_TOKENS, *pool.shape[3:]), pool.dtype) for pool in pools)
+    return [buffers, pltpu.SemaphoreType.DMA((len(pools), 2))]
+
+
+def _sums(*shape: int) -> tuple[Any, ...]:
     """Of online softmax: maximum and total float32[A, B, 1], weighted values float32[A, B, H]."""
-    return [pltpu.VMEM((*shape[:2], last), jnp.float32) for last in (1, 1, shape[2])]
+    return tuple(pltpu.VMEM((*shape[:2], last), jnp.float32) for last in (1, 1, shape[2]))

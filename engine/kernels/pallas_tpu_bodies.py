@@ -41,13 +41,23 @@ def blocks(first: jax.Array, last: jax.Array, window: int | None) -> tuple[jax.A
     return (jnp.zeros_like(end) if window is None else block(first - window + 1)), end
 
 
-class _Stream(NamedTuple):
-    """The way of keys and values from the pools [K, P, W, H] to two buffers [2, k, S, H] that take turns."""
+class _Block(NamedTuple):
+    """Keys and values [k, S, H] of a block, of int8 as they are, and what they are to be multiplied with, float32[k, S]."""
 
-    pools: tuple[Any, Any]
-    buffers: tuple[Any, Any]
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array | None
+    value_scales: jax.Array | None
+
+
+class _Stream(NamedTuple):
+    """The way of keys and values from the pools [K, P, W, H], of int8 with their scales' [K, P, W], to two buffers each,
+    [2, k, S, H] and [2, k, S], that take turns."""
+
+    pools: tuple[Any, ...]
+    buffers: tuple[Any, ...]
     arrived: Any
-    """Semaphores [2, 2]: of keys and values, of each buffer."""
+    """Semaphores [2 or 4, 2]: of each pool, of each buffer."""
     table: Any
     """int32[R Pmax]"""
     form: Form
@@ -70,14 +80,21 @@ class _Stream(NamedTuple):
                     source, target = pool.at[heads, page, pl.ds(begin, width)], buffer.at[slot, :, place]
                     getattr(pltpu.make_async_copy(source, target, self.arrived.at[which, slot]), act)()
 
+    def read(self, slot: Any, block: jax.Array, last: jax.Array, dtype: Any) -> _Block:
+        """What a buffer holds of a block, of a row that ends at `last`."""
+        key, value, *scales = (buffer[slot] for buffer in self.buffers)
+        if not scales:
+            return _Block(key, _held(value, block, last), None, None)
+        # No int8 is a NaN, but a scale may be one.
+        return _Block(key.astype(dtype), value.astype(dtype), scales[0], _held(scales[1], block, last))
+
 
 def decode_kernel(*refs: Any, form: Form) -> None:
     """All rows and kv heads, a query a row, in one loop. The number of turns int32[1], the positions int32[T] and the
     table are scalars; q [T, K, G, H], slope and sink float32[K, G, 1], pools in HBM -> [T, K, G, H]."""
-    turns, positions, table, q, slope, sink, k_pool, v_pool, out, *scratch = refs
-    k_buffer, v_buffer, arrived, *sums = scratch
+    turns, positions, table, q, slope, sink, pools, out, buffers, arrived, sums = refs
     maximum, total, acc = sums
-    stream = _Stream((k_pool, v_pool), (k_buffer, v_buffer), arrived, table, form)
+    stream = _Stream(pools, buffers, arrived, table, form)
     rows = positions.shape[0]
 
     def move(act: str, row: jax.Array, block: jax.Array, slot: Any) -> None:
@@ -106,10 +123,12 @@ def decode_kernel(*refs: Any, form: Form) -> None:
         def _():
             _begin(sums, sink[...])
 
-        k, values = k_buffer[slot], _held(v_buffer[slot], block, position)
-        scores = _dot(q[row], k, (((2,), (2,)), ((0,), (0,))))
+        keys, values, key_scales, value_scales = stream.read(slot, block, position, q.dtype)
+        scores = _dot(q[row], keys, (((2,), (2,)), ((0,), (0,))))
+        scores = scores if key_scales is None else scores * key_scales[:, None]
         key = block * BLOCK_TOKENS + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
         weights, fade = _weigh(scores, key, position, key <= position, slope[...], maximum, total, form)
+        weights = weights if value_scales is None else weights * value_scales[:, None]
         acc[...] = acc[...] * fade + _dot(weights.astype(values.dtype), values, (((2,), (1,)), ((0,), (0,))))
 
         @pl.when(ends)
@@ -127,10 +146,9 @@ def prefill_kernel(*refs: Any, form: Form) -> None:
     """A kv head and a block of U tokens, which several rows may share: a piece of each is attended behind the other. Scalars
     are positions, rows and `ends` int32[T], where the piece of each token ends, and the table; q [G, U, H], slope and
     sink float32[G, 1, 1], pools in HBM -> [G, U, H]. Each program begins what the next one waits for."""
-    positions, rows, ends, table, q, slope, sink, k_pool, v_pool, out, *scratch = refs
-    k_buffer, v_buffer, arrived, turns, *sums = scratch
+    positions, rows, ends, table, q, slope, sink, pools, out, buffers, arrived, turns, sums = refs
     maximum, total, acc = sums
-    stream = _Stream((k_pool, v_pool), (k_buffer, v_buffer), arrived, table, form)
+    stream = _Stream(pools, buffers, arrived, table, form)
     head, number = pl.program_id(0), pl.program_id(1)
     tokens, (group, size, head_dim) = positions.shape[0], q.shape
     by_query = group * size
@@ -162,17 +180,18 @@ def prefill_kernel(*refs: Any, form: Form) -> None:
         following = follow(piece, block, slot)
         move("wait", head, piece, block, slot)
         last = positions[ends[piece] - 1]
-        k, values = k_buffer[slot, 0], _held(v_buffer[slot, 0], block, last)
-        scores = _dot(q[...].reshape(by_query, head_dim), k, (((1,), (1,)), ((), ())))
+        keys, values, key_scales, value_scales = stream.read(slot, block, last, q.dtype)
+        scores = _dot(q[...].reshape(by_query, head_dim), keys[0], (((1,), (1,)), ((), ())))
+        scores = scores if key_scales is None else scores * key_scales
         scores = scores.reshape(group, size, BLOCK_TOKENS)
         key = block * BLOCK_TOKENS + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
         behind = number * size - piece + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         query = positions[piece] + behind
         seen = (key <= query) & (behind >= 0) & (query <= last)
         weights, fade = _weigh(scores, key, query, seen, slope[...], maximum, total, form)
-        product = _dot(
-            weights.astype(values.dtype).reshape(by_query, BLOCK_TOKENS), values, (((1,), (0,)), ((), ()))
-        )
+        weights = weights.reshape(by_query, BLOCK_TOKENS)
+        weights = weights if value_scales is None else weights * value_scales
+        product = _dot(weights.astype(values.dtype), values[0], (((1,), (0,)), ((), ())))
         acc[...] = acc[...] * fade + product.reshape(acc.shape)
         return following
 
@@ -216,9 +235,8 @@ def _weigh(scores, key, query, seen, slope, maximum, total, form: Form) -> tuple
 
 
 def _held(values: jax.Array, block: jax.Array, last: jax.Array) -> jax.Array:
-    """What lies behind a row's last token is nobody's or another's: a weight of 0 does not silence a NaN. [..., S, H]"""
-    axis = values.ndim - 2
-    key = block * BLOCK_TOKENS + jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
+    """What lies behind a row's last token is nobody's or another's: a weight of 0 does not silence a NaN. [k, S, …]"""
+    key = block * BLOCK_TOKENS + jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
     return jnp.where(key <= last, values, jnp.zeros_like(values))
 
 

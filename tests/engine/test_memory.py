@@ -192,7 +192,7 @@ def test_a_tpus_pages_are_as_large_as_the_longest_context_asks(
     ("changes", "told"),
     [
         ({"page_tokens": 4}, "attention in all programs is XLA's: pages of 4 tokens"),
-        ({"kv_dtype": "int8"}, "attention in all programs is XLA's: keys and values in int8"),
+        ({"kv_dtype": "int8"}, "attention in all programs is XLA's: pages of 16 tokens in int8"),
         # 4 pages of 4 bytes a row, and room for one row.
         (
             {},

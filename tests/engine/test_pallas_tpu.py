@@ -26,6 +26,12 @@ PREFILL = (
 )
 """A piece behind what is cached and over a block's border, a whole prompt, a piece over a page's border, one token."""
 MIXED = ([BLOCK_TOKENS + 6, -1, *range(40, 58), *range(9), -1], [0, 1, *[2] * 18, *[3] * 10], 2)
+OVER_BORDERS = (
+    [BLOCK_TOKENS + 6, -1, *range(BLOCK_TOKENS - 12, BLOCK_TOKENS + 6), *range(9), -1],
+    MIXED[1],
+    2,
+)
+"""The same, where a prompt's piece lies over the border of a block and of a page of any size."""
 LAUNCHES = {"decode": DECODE, "prefill": PREFILL, "mixed": MIXED}
 
 KINDS = {
@@ -157,6 +163,49 @@ def test_bfloat16_is_as_near_as_bfloat16_is():
     np.testing.assert_allclose(got, expected, rtol=0.01, atol=0.03)
 
 
+def in_steps(pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A pool in int8 and its scales; what no row holds has no number for a scale."""
+    scales = np.abs(pool).max(axis=-1) / 127
+    steps = np.nan_to_num(np.round(np.asarray(pool) / np.where(scales == 0, 1, scales)[..., None]), nan=99)
+    return jnp.array(steps, jnp.int8), jnp.array(scales, jnp.float32)
+
+
+def compare_in_int8(kernels, shape, form, width: int, monkeypatch: pytest.MonkeyPatch, split: int = 1):
+    qkv, kv, batch = launch(OVER_BORDERS, *shape, width=width)
+    (k, k_scales), (v, v_scales) = (in_steps(in_rows(pool, kernels, split)) for pool in (kv.k, kv.v))
+    given = qkv, KvLayer(k, v, k_scales, v_scales), batch
+    got, got_kv = attend(kernels, OVER_BORDERS, given, **form)
+    monkeypatch.setattr(pallas_tpu, "MOST_TABLE_BYTES", 0)  # so it is plain XLA's
+    expected, expected_kv = attend(kernels, OVER_BORDERS, given, **form)
+    real = np.array(OVER_BORDERS[0]) >= 0
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], rtol=2e-5, atol=2e-5)
+    assert np.isfinite(got).all()
+    assert np.abs(np.asarray(got)[real]).max() > 0.1
+    for mine, reference in zip(got_kv, expected_kv, strict=True):
+        np.testing.assert_array_equal(mine, reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    [
+        ("plain", 128),
+        ("all heads share", 256),
+        ("wide", 128),
+        ("window over a block's border", 512),
+        ("three heads in two rows", 128),
+        ("all", 256),
+    ],
+)
+def test_keys_and_values_in_int8(kind: str, width: int, monkeypatch: pytest.MonkeyPatch):
+    *shape, form = KINDS[kind]
+    compare_in_int8(PallasTpuKernels(interpret=True), shape, form, width, monkeypatch)
+
+
+def test_devices_attend_in_int8_with_what_lies_there(monkeypatch: pytest.MonkeyPatch):
+    kernels = PallasTpuKernels(make_placement(2, 2), interpret=True)
+    compare_in_int8(kernels, (2, 2, 128), {}, 128, monkeypatch, split=2)
+
+
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 128), (6, 64)])
 def test_devices_attend_with_what_lies_there(kv_heads: int, head_dim: int):
     kernels = PallasTpuKernels(make_placement(2, 2), interpret=True)
@@ -190,7 +239,8 @@ def test_rows_of_the_pool_are_whole_tiles(heads: tuple[int, int], split: int, ro
     [
         (32, 64, "bfloat16", ""),
         (16, 64, "float32", ""),
-        (32, 64, "int8", "int8"),
+        (128, 64, "int8", ""),
+        (64, 64, "int8", "pages of 64 tokens in int8, not of a multiple of 128"),
         (4, 64, "bfloat16", "pages of 4 tokens"),
         (512, 64, "bfloat16", ""),
         (48, 64, "bfloat16", "pages of 48 tokens"),  # a block is no whole number of them

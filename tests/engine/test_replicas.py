@@ -328,8 +328,6 @@ async def test_a_name_is_resolved_again_and_again(
 
 
 class Counting(Near):
-    """Counts how often it is asked how it is."""
-
     looks = 0
 
     async def serving(self) -> bool:

@@ -5,7 +5,9 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -349,6 +351,10 @@ def test_a_start_warns_of_options_that_cost_speed(model: Path) -> None:
     blueprint = design(config(None, quantize="int4"), opened.config)[0]
     assert "weights in int4" in slower(blueprint)
     assert slower(design(config(None), opened.config)[0]) == ""
+    tpu = replace(blueprint, quantize=None, placement=SimpleNamespace(device=SimpleNamespace(platform="tpu")))
+    for width, kv_dtype, told in ((256, "int8", True), (128, "int8", False), (256, "bfloat16", False)):
+        shaped = replace(tpu, kv_dtype=kv_dtype, shapes=tpu.shapes._replace(kv_rows=(2, width)))
+        assert ("copies a layer's pools" in slower(shaped)) == told
 
 
 def test_what_cannot_work_is_refused_before_anything_is_compiled(
