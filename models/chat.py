@@ -1,12 +1,15 @@
 """Chat templates: where a model keeps them, and which one is applied. Knows messages, no ids."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import TokenizerError
+from .errors import TemplateTooCostly, TokenizerError
 from .template_processes import USUAL, TemplateLimits, TemplateProcesses
+
+logger = logging.getLogger(__name__)
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """Names of templates that mean something; a model may carry others."""
@@ -84,12 +87,23 @@ class ChatTemplates:
         return self._variables[template]
 
     def warm(self) -> None:
-        """Start what applies the template and compile it, so that the first chat does not wait for that."""
-        if self.default is not None:
-            try:
-                self.render([{"role": "user", "content": "Hello"}])
-            except TokenizerError:
-                pass  # whoever asks for a chat is told
+        """Start what applies the template and compile it, so that the first chat does not wait for that. A template that is none,
+        or takes too much for a word, is warned of."""
+        if self.default is None:
+            return
+        useless: TokenizerError | None = None
+        try:
+            self.variables()
+        except TokenizerError as error:
+            useless = error
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except TemplateTooCostly as error:
+            useless = error
+        except TokenizerError:
+            pass  # it may want other messages; whoever asks for a chat is told
+        if useless is not None:
+            logger.warning("chats will be refused, texts will not: %s", useless)
 
     def _choose(self, tools: bool) -> str:
         name = TOOL_USE if tools and TOOL_USE in self.templates else DEFAULT

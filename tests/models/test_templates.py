@@ -40,6 +40,25 @@ def test_what_takes_too_much_is_broken_off(way: str):
     assert (str(caught.value), caught.value.took) == (why, "memory" if "memory" in why else "time")
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% if %}", "the chat template cannot be read: Expected an expression"),
+        ("{{ messages[0].content * 10**9 }}", "the chat template takes more than 256 MB"),
+        ("{{ raise_exception('a system message, please') }}", ""),
+        (WORDS, ""),
+    ],
+)
+def test_one_that_is_of_no_use_is_warned_of_when_it_is_loaded(
+    template: str, why: str, caplog: pytest.LogCaptureFixture
+):
+    ChatTemplates({"default": template}, {}).warm()
+    told = [record.message for record in caplog.records]
+    assert [line.startswith(f"chats will be refused, texts will not: {why}") for line in told] == [
+        True
+    ] * bool(why)
+
+
 def test_variables_are_looked_for_within_limits_too():
     chat = ChatTemplates({"default": "{{ mood }}" * 5_000}, {})
     with pytest.raises(TemplateTooCostly, match=r"longer than 0\.01 s"):
@@ -106,7 +125,7 @@ def test_what_is_no_json_is_refused():
 )
 def test_what_a_template_refuses_is_said_in_its_words(template: str, message: str):
     chat = ChatTemplates({"default": template}, {})
-    chat.warm()  # says nothing: nobody asked for a chat yet
+    chat.warm()
     with pytest.raises(TokenizerError, match=message):
         chat.render(MESSAGES)
 
