@@ -20,6 +20,7 @@ from ..models.demo import default_cache_dir
 from ..models.kernels import Kernels
 from ..models.loader import dummy_params, load_params
 from ..models.lora_weights import AdaptedWeights, AdapterArrays
+from ..models.repeated import RepeatedHeads, for_devices
 from ..models.spec import Quant
 from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, imagined_placement, make_placement
@@ -154,6 +155,12 @@ def design(
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
     kernels, note = _kernels(config, platform, placement, dtype, report)
     most = _most_tokens(config, model)
+    model = for_devices(model, placement.model_size)
+    if model.lora and model.kv_copies > 1:
+        raise PlanError(
+            f"--lora-adapters are not read where kv heads have copies, as the {model.kv_heads // model.kv_copies} of this model "
+            f"have over {model.kv_heads} devices: lower --num-shard"
+        )
     # Some rotary scalings follow from the context that is served, whatever the model was made for.
     model = replace(model, max_positions=most)
     quant = _asked_bits(config, model)
@@ -247,7 +254,7 @@ def _placement(
         )
     split = placement.model_size
     # A vocabulary that does not divide is whole on every device; of these a whole copy would be the model itself.
-    parts = {"heads": model.heads} if model.latent else {"kv_heads": model.kv_heads}
+    parts = {"heads": model.heads} if model.latent else {"kv_heads": for_devices(model, split).kv_heads}
     parts["ffn_size"] = model.ffn_size
     if model.experts:
         parts |= {"experts": model.experts.count, "shared_ffn_size": model.experts.shared_ffn_size}
@@ -377,6 +384,8 @@ def load_weights(
     heads = load_heads(config, blueprint, source)
     if source is None:
         return (*dummy_params(blueprint.graph.specs, place, 0), *heads)
+    if blueprint.config.kv_copies > 1:
+        source = RepeatedHeads(source, blueprint.config)
     loaded = load_params(
         blueprint.graph.specs, source, place, lambda done, total: report("weights", done, total)
     )

@@ -83,11 +83,15 @@ def _of_model(
         "family": model.family,
         "parameters": parameters(blueprint.graph.specs),
         "layers": model.layers,
+        "KV heads": model.kv_heads,
+        "copies of each KV head": blueprint.config.kv_copies,
         "context tokens": model.max_positions,
         "dtype": blueprint.dtype,
         "quantize": blueprint.quantize or "none",
         "weights bytes": memory.weights_bytes,
-        "KV cache bytes per token": page_bytes(model, 1, blueprint.kv_dtype, blueprint.shapes.kv_rows),
+        "KV cache bytes per token": page_bytes(
+            blueprint.config, 1, blueprint.kv_dtype, blueprint.shapes.kv_rows
+        ),
     }
 
 

@@ -164,6 +164,8 @@ class ModelConfig:
     """N"""
     kv_heads: int
     """K, divides N; 1 with `latent`"""
+    kv_copies: int = 1
+    """Of these heads so many in a row are one of the checkpoint's (`repeated.py`)."""
     head_dim: int
     """H, of a key"""
     ffn_size: int

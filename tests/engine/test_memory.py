@@ -11,6 +11,7 @@ from xlane.engine.build import design
 from xlane.engine.kernels import pallas_tpu
 from xlane.engine.kernels.pallas_tpu import PallasTpuKernels
 from xlane.engine.memory import GIB, Demand, MemoryPlan, machine_bytes, plan_pages
+from xlane.models.config import Lora
 from xlane.models.opened import open_model
 from xlane.tpu.chips import find_topology
 
@@ -91,7 +92,7 @@ def test_design_by_hand(model) -> None:
         ({"max_total_tokens": 32, "max_input_tokens": 32}, r"max_input_tokens=32 leaves no room"),
         ({"data_parallel": 2}, r"3 lanes cannot be split over data_parallel=2"),
         ({"model_parallel": 99}, r"a mesh of data=1 x model=99 needs 99 devices"),
-        ({"model_parallel": 4}, r"kv_heads=2 of this model cannot be split over 4 devices"),
+        ({"model_parallel": 8}, r"kv_heads=2 of this model cannot be split over 8 devices"),
         ({"kernels": "native", "dtype": "bfloat16"}, r"--kernels native serves one CPU in float32"),
         (
             {"kernels": "pallas"},
@@ -104,6 +105,18 @@ def test_design_by_hand(model) -> None:
 def test_what_cannot_work_is_refused_by_name(model, changes: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         design(config(**changes), model)
+
+
+def test_more_devices_than_kv_heads_have_copies_of_them(model) -> None:
+    """Its two over four devices: each has one, so keys and values take twice the memory, and no adapter is read."""
+    over_four = config(lanes=4, model_parallel=4)
+    blueprint, split, _ = design(over_four, model)
+    assert blueprint.shapes.kv_rows == (4, 16)
+    one = design(config(lanes=4), model)[1]
+    assert split.kv_bytes == 2 * one.kv_bytes
+    lora = Lora(names=("a",), digests=("",), slots=1, rank=2, maps=(("qkv", 3),))
+    with pytest.raises(PlanError, match=r"--lora-adapters .* the 2 of this model .* over 4 devices"):
+        design(over_four, replace(model, lora=lora))
 
 
 def test_memory_counts_every_copy_on_every_device(model) -> None:

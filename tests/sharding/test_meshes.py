@@ -48,6 +48,7 @@ def _asked() -> list[Request]:
         (SPLIT_VOCAB, 2, 2),
         (WHOLE_VOCAB, 1, 2),
         ("mixtral", 2, 2),
+        ("cohere", 1, 4),  # which has two kv heads, and norms of each
     ],
 )
 def test_tokens_do_not_depend_on_the_mesh(engine_of, models: Path, kind: str, data: int, model: int):
@@ -148,7 +149,7 @@ def test_memory_counts_what_each_device_holds(models: Path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("llama-gqa-tied", {"model_parallel": 4}, r"kv_heads=2 .* over 4 devices: lower --num-shard"),
+        ("llama-gqa-tied", {"model_parallel": 8}, r"kv_heads=2 .* over 8 devices: lower --num-shard"),
         (SPLIT_VOCAB, {"model_parallel": 16}, r"needs 16 devices, but there are 8"),
         (SPLIT_VOCAB, {"data_parallel": 3, "model_parallel": 1}, r"4 lanes .* over data_parallel=3"),
     ],
