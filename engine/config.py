@@ -102,13 +102,16 @@ class EngineConfig:
 
     def _adapter_places(self, asked: str, default: int) -> int:
         """Raises PlanError."""
-        for name, _, value in (adapter.partition("=") for adapter in self.lora_adapters):
-            if name != asked:
-                continue
-            if not value.isdecimal() or not 1 <= int(value) <= ADAPTER_PLACES[name]:
+        parted = [adapter.partition("=") for adapter in self.lora_adapters]
+        values = [value for name, _, value in parted if name == asked]
+        if len(values) > 1:
+            said = ", ".join(f"{asked}={value}" for value in values)
+            raise PlanError(f"--lora-adapters {said}: {asked} is said {len(values)} times, say it once")
+        for value in values:
+            if not value.isdecimal() or not 1 <= int(value) <= ADAPTER_PLACES[asked]:
                 raise PlanError(
-                    f"--lora-adapters {name}={value}: expected a whole number from 1 to {ADAPTER_PLACES[name]} ({name} of adapters "
-                    f"that are loaded while serving; none can be called {name!r})"
+                    f"--lora-adapters {asked}={value}: expected a whole number from 1 to {ADAPTER_PLACES[asked]} ({asked} of adapters "
+                    f"that are loaded while serving; none can be called {asked!r})"
                 )
             return int(value)
         return default

@@ -4,6 +4,7 @@ Scheduler, pages, several requests at once and the network are what is looked at
 for all families and has tests of its own, so programs are made without it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import ids, request, run
+from tests.support.lora import lora
 from tests.support.rounding import rounded_model
 from tests.support.tiny import TINY_KINDS, hf_greedy, one_of_each, tiny_model
 from xlane.engine import EngineConfig, PlanError, sampler, step, traced
 from xlane.engine.engine import Engine
+from xlane.engine.opening import open_served
 from xlane.engine.prompt_scores import SCORE_WIDTH
 from xlane.models.opened import open_model
 from xlane.models.registry import read_config
@@ -88,6 +91,36 @@ def test_greedy_text_in_few_bits_is_that_of_transformers_with_rounded_weights(
     expected = [hf_greedy(rounded_model(path, quantize), prompt, TOKENS) for prompt in PROMPTS]
     where = OVER_TWO if quantize == "int4" else {"lanes": 1}
     assert text(kind, path, cache, quantize=quantize, **where) == expected
+
+
+@pytest.mark.usefixtures("quick")
+def test_adapters_that_come_later_answer_as_merged_weights_over_two_devices_and_in_8_bits(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Merged with what is left of the weights in 8 bits, which the adapters were not rounded with."""
+    plain, to = tiny_model("llama-gqa-tied", models), tmp_path_factory.mktemp("adapters")
+    rounded = rounded_model(plain, "int8")
+    adapters = [
+        lora(rounded, to, 4, "proj", seed=1),
+        lora(rounded, to, 8, r"layers\.0.*(k_proj|down_proj)", seed=2),
+    ]
+    config = EngineConfig(
+        model_id="m", cache_dir=str(tmp_path_factory.getbasetemp().parent / "kernels"), page_tokens=4, max_total_tokens=32,
+        prefill_chunk_tokens=8, quantize="int8", lora_adapters=("slots=1", "rank=8"), **OVER_TWO,
+    )  # fmt: skip
+    opened = open_served(config, plain)
+    engine = Engine.build(config, opened.config, opened.source)
+    try:
+        for number, (folder, merged) in enumerate(adapters):
+            name = str(number)
+            engine.load_adapter(name, str(folder))
+            asked = [replace(request(PROMPTS[0], max_tokens=TOKENS), adapter=one) for one in (name, "")]
+            want = [hf_greedy(path, PROMPTS[0], TOKENS) for path in (merged, rounded)]
+            assert want[0] != want[1]
+            assert [ids(outputs) for outputs in run(engine, *asked)] == want
+            engine.unload_adapter(name)
+    finally:
+        engine.stop()
 
 
 @pytest.mark.usefixtures("quick")

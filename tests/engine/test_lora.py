@@ -191,11 +191,17 @@ def test_what_fits_no_slot_is_refused_and_changes_nothing(
     assert ids(outputs) == want["few"]
 
 
-@pytest.mark.parametrize("said", ["slots=0", "slots=./folder", "rank=1025"])
-def test_places_that_cannot_be_are_refused(said: str, models: Path) -> None:
-    config = EngineConfig(model_id=KIND, lora_adapters=(said, "slots=1"))
-    with pytest.raises(PlanError, match=f"--lora-adapters {said}: expected a whole number from 1 to"):
+@pytest.mark.parametrize("said", [("slots=0",), ("slots=./folder",), ("rank=1025", "slots=1")])
+def test_places_that_cannot_be_are_refused(said: tuple[str, ...], models: Path) -> None:
+    config = EngineConfig(model_id=KIND, lora_adapters=said)
+    with pytest.raises(PlanError, match=f"--lora-adapters {said[0]}: expected a whole number from 1 to"):
         open_served(config, tiny_model(KIND, models))
+
+
+@pytest.mark.parametrize("said", [("slots=2", "slots=3"), ("rank=8", "slots=1", "rank=8")])
+def test_places_said_twice_are_refused(said: tuple[str, ...], models: Path) -> None:
+    with pytest.raises(PlanError, match=r"(slots=2, slots=3|rank=8, rank=8): \w+ is said 2 times"):
+        open_served(EngineConfig(model_id=KIND, lora_adapters=said), tiny_model(KIND, models))
 
 
 def test_a_rank_without_places_is_refused(models: Path) -> None:
