@@ -125,6 +125,22 @@ def _phi3(read: Metadata) -> dict[str, Any]:
     return {"sliding_window": read.integer("attention.sliding_window", 0) or None}
 
 
+def _phimoe(read: Metadata) -> dict[str, Any]:
+    experts = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+    biases = {"attention_bias": "blk.0.attn_q.bias", "lm_head_bias": "output.bias"}
+    return _phi3(read) | read.given(experts) | {key: read.holds(name) for key, name in biases.items()}
+
+
+def _stablelm(read: Metadata) -> dict[str, Any]:
+    # Its converter says this where config.json does not, wrongly: the norm between the two says it.
+    read.flag("use_parallel_residual", True)
+    return {
+        "use_parallel_residual": not read.holds("blk.0.ffn_norm.weight"),
+        "use_qkv_bias": read.holds("blk.0.attn_q.bias"),
+        "qk_layernorm": read.holds("blk.0.attn_q_norm.weight"),
+    }
+
+
 def _falcon(read: Metadata) -> dict[str, Any]:
     heads = read.integer("attention.head_count")
     kv_heads = read.integer("attention.head_count_kv", heads)
@@ -261,11 +277,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": _architecture("Olmo2"),
     "phi2": _architecture("Phi", norm_eps="layer_norm_eps", partial_rotary=True),
     "phi3": _architecture("Phi3", partial_rotary=True, particulars=_phi3),
+    "phimoe": _architecture("PhiMoE", particulars=_phimoe),
     "qwen2": _architecture("Qwen2"),
     "qwen2moe": _architecture("Qwen2Moe", particulars=_qwen_moe),
     "qwen3": _architecture("Qwen3"),
     "qwen3moe": _architecture("Qwen3Moe", particulars=_qwen3_moe),
     "smollm3": _architecture("SmolLM3", permuted=True, particulars=_smollm3),
+    "stablelm": _architecture(
+        "StableLm", norm_eps="layer_norm_eps", partial_rotary=True, particulars=_stablelm
+    ),
     "starcoder": _architecture("GPTBigCode", **_GPT),
     "starcoder2": _architecture("Starcoder2", norm_eps="norm_epsilon", particulars=_starcoder2),
 }

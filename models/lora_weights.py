@@ -81,9 +81,7 @@ class AdapterArrays:
     def _misfits(self, spec: ParamSpec, adapter: Adapter) -> list[str]:
         """What of this adapter's tensors does not fit a parameter."""
         recipe, names = self.maps[_map(spec)][0], self._names(spec, adapter)
-        sizes = [part[0] for part in recipe.parts(spec.shape)] if spec.path.endswith(B) else []
-        if len(sizes) > len(names):
-            sizes = [sum(sizes)]
+        sizes = [source[0] for source in recipe.source_shapes(spec.shape)] if spec.path.endswith(B) else []
         problems: list[str] = []
         for number, name in enumerate(names):
             if not adapter.changes(name):

@@ -41,7 +41,9 @@ from .families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    santacoder,
     smollm3,
+    stablelm,
     starcoder2,
 )
 from .families.hf import eos_ids
@@ -74,6 +76,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     "DeepseekV2ForCausalLM": deepseek_v2,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "FalconForCausalLM": falcon,
+    "GPT2LMHeadCustomModel": santacoder,
     "GPT2LMHeadModel": gpt2,
     "GPTBigCodeForCausalLM": gpt_bigcode,
     "GPTJForCausalLM": gptj,
@@ -100,6 +103,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
     "SmolLM3ForCausalLM": smollm3,
+    "StableLmForCausalLM": stablelm,
     "Starcoder2ForCausalLM": starcoder2,
 }
 

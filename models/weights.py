@@ -102,7 +102,7 @@ class Recipe:
     [2, F, …]. `alternating`: experts whose rows are gate and up in turns, [X, 2, F, …]. `paired`: all experts' gates, then all
     their ups, [X, 2, F, …]."""
     names: tuple[str, ...]
-    """Of `qkv` and `gate_up`, one name stands for one tensor with the parts below each other. `{e}` stands for the expert:
+    """Of `qkv` and `gate_up`, the last name stands for one tensor with all parts that are left below each other. `{e}` stands for the expert:
     then this is what each entry of the parameter's first axis is made of."""
     merged: int = 1
     """Of `plain`: the tensor has this many of the parameter's first axes as one, [K * … * H, …] for [K, …, H, …]."""
@@ -156,9 +156,8 @@ class Recipe:
 
     def source_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shape each source must have for a parameter of this logical shape."""
-        parts = self.parts(shape)
-        if len(parts) > len(self.names):
-            parts = ((sum(part[0] for part in parts), *parts[0][1:]),)
+        parts, last = self.parts(shape), len(self.names) - 1
+        parts = (*parts[:last], (sum(part[0] for part in parts[last:]), *parts[last][1:]))
         return tuple((*part[:-2], part[-1], part[-2]) for part in parts) if self.transposed else parts
 
 
@@ -168,7 +167,7 @@ def plain(name: str, merged: int = 1, *, transposed: bool = False) -> Recipe:
 
 
 def qkv(*names: str, transposed: bool = False) -> Recipe:
-    """Three projections (of queries, keys, values) fused, grouped by kv head; or one tensor that has them in this order."""
+    """Three projections (of queries, keys, values) fused, grouped by kv head; or one or two tensors that have them in this order."""
     return Recipe("qkv", names, transposed=transposed)
 
 
@@ -377,10 +376,10 @@ def assemble(recipe: Recipe, tensors: Rows, spec: ParamSpec, index: Index) -> np
 def _rows_of(recipe: Recipe, tensors: Rows, shape: tuple[int, ...]) -> Callable[[int, int, int], np.ndarray]:
     """What reads rows start … stop-1 of a part, wherever it lies."""
     sizes = [part[0] for part in recipe.parts(shape)]
-    joined = len(sizes) > len(recipe.names)
+    last = len(recipe.names) - 1
 
     def read(part: int, start: int, stop: int) -> np.ndarray:
-        name, first = (recipe.names[0], sum(sizes[:part])) if joined else (recipe.names[part], 0)
+        name, first = recipe.names[min(part, last)], sum(sizes[last:part])
         if not recipe.transposed:
             return tensors.read_rows(name, first + start, first + stop)
         if len(tensors.shape(name)) > 2:

@@ -54,9 +54,11 @@ _UNSAID = {
     "granite": {"key_length", "value_length"},
     "falcon": {"rope_freq_base"},
     "phi2": {"rope_freq_base"},
+    "phimoe": {"key_length", "value_length"},
+    "stablelm": {"rope_freq_base"},
 }
 """What the converter leaves out."""
-_WINDOWS = ("gemma2", "gemma3", "phi3", "cohere2", "gpt-oss")
+_WINDOWS = ("gemma2", "gemma3", "phi3", "phimoe", "cohere2", "gpt-oss")
 """Those of which it tells the window."""
 _PERMUTED = ("llama", "granite", "olmo", "smollm3")
 _BY_HEAD = ("bloom", "gptneox", "falcon")
@@ -100,7 +102,7 @@ def converted(path: Path, arch: str, to: Path) -> Path:
 def _particular(arch: str, said: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     head_dim = keys["embedding_length"] // keys["head_count"]
     match arch:
-        case "phi2" | "phi3" | "gptneox":
+        case "phi2" | "phi3" | "phimoe" | "stablelm" | "gptneox":
             part = said.get("partial_rotary_factor", said.get("rotary_pct", 1.0))
             return {"rope_dimension_count": int(part * head_dim)}
         case "mpt":

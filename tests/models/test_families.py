@@ -1,17 +1,22 @@
 """config.json to ModelConfig: what transformers writes is understood, what it would change is refused by name."""
 
 import inspect
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tests.support.tiny import TINY_KINDS, tiny_model
+from tests.support.tiny import TINY_KINDS, hf_tensors, tiny_model
 from xlane.models.catalogue import markdown
 from xlane.models.config import Llama3Rope, ModelConfig
+from xlane.models.decoder import DecoderGraph
 from xlane.models.errors import UnsupportedModel
+from xlane.models.opened import open_model
 from xlane.models.registry import ARCHITECTURES, config_from_hf, family_for, read_config
 from xlane.models.rope import attention_factor, inverse_frequencies
 
@@ -226,6 +231,7 @@ def test_refusals_name_key_and_value(change: dict[str, Any], message: str):
         ("Qwen2", {"mlp_bias": True}, "mlp_bias = True"),
         ("Mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
         ("SmolLM3", {"no_rope_layers": [1, 2, 1, 0]}, "only 0 and 1"),
+        ("StableLm", {"qk_layernorm": True}, "qk_layernorm = True is not supported for StableLM"),
     ],
 )
 def test_refusals_of_families(name: str, change: dict[str, Any], message: str):
@@ -379,8 +385,46 @@ def test_the_page_of_models_is_current():
     assert page.read_text() == markdown(), "run: python -m xlane.models.catalogue > docs/models.md"
 
 
+def test_santacoder_is_gpt_bigcode_in_another_layout(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    """As its authors' code stores it, which transformers no longer runs; what the other layout says is held against it."""
+    plain = tiny_model("gpt_bigcode", tmp_path_factory.getbasetemp() / "tiny")
+    tensors: dict[str, np.ndarray] = {}
+    for name, tensor in hf_tensors(plain).items():
+        parts = {name: tensor}
+        if ".c_attn." in name:
+            parts = {
+                name.replace("c_attn", "q_attn"): tensor[:64],
+                name.replace("c_attn", "kv_attn"): tensor[64:],
+            }
+        turned = re.search(r"(c_attn|c_proj|c_fc)\.weight", name)
+        tensors |= {part: np.ascontiguousarray(x.T if turned else x) for part, x in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    said = json.loads((plain / "config.json").read_text())
+    del said["multi_query"]
+    said |= {
+        "architectures": ["GPT2LMHeadCustomModel"],
+        "model_type": "gpt2",
+        "attention_head_type": "multiquery",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    ours, theirs = open_model(tmp_path), open_model(plain)
+    assert replace(ours.config, family="gpt_bigcode") == theirs.config
+    specs = DecoderGraph.of(ours.config, "float32").specs
+    assert ours.source is not None
+    assert theirs.source is not None
+    ours.source.check(specs)
+    for spec in specs:
+        index = tuple(slice(size // 2, size) for size in spec.shape)
+        for part in (index, tuple(slice(0, size) for size in spec.shape)):
+            np.testing.assert_array_equal(ours.source.read(spec, part), theirs.source.read(spec, part))
+    with pytest.raises(UnsupportedModel, match="attention_head_type = 'multihead': supported: multiquery"):
+        config_from_hf(said | {"attention_head_type": "multihead"})
+
+
 def test_every_architecture_is_tried():
-    tried = {kind.split("-")[0] for kind in TINY_KINDS}
+    tried = {"santacoder"} | {kind.split("-")[0] for kind in TINY_KINDS}
     known = {inspect.getmodule(family.config_from_hf) for family in ARCHITECTURES.values()}
     assert {module.__name__.rsplit(".", 1)[1] for module in known if module} == tried
 

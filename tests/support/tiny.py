@@ -134,6 +134,8 @@ _KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
     ),
     "phimoe": ("Phimoe", {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     "gpt_oss": (
         "GptOss",
         {"num_local_experts": 4, "head_dim": 16, "sliding_window": 5,
@@ -167,6 +169,7 @@ _OF_GGUF: Mapping[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48},
     ),
+    "phimoe-gguf": ("Phimoe", {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
     "smollm3-gguf": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     "gemma2-gguf": (
         "Gemma2", {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
