@@ -23,7 +23,7 @@ heads.
 Each family is tried on tiny random models against transformers: the logits of prefills (in chunks, beside another
 sequence) and of decodes over page borders agree to 1e-4 of the largest, with weights packed for the native CPU kernels and
 without; several are also split over two devices. Each also answers through the real engine as transformers does, on one
-device and over two.
+device and over two. Two published sizes were run: SmolLM2-135M (the demo), and Llama 3.1 8B's shape with random weights (performance.md).
 
 Of DeepSeek's keys and values the vector is kept that they are made of (latent form): 576 numbers a token and layer, whatever
 the number of heads; 70 kB a token of V3 in bfloat16. Heads are split over the model axis, and that vector is whole on each of its devices.
@@ -37,8 +37,8 @@ Checkpoints of GPTQ (4 and 8 bits, both conventions of zero points, `desc_act`),
 (`pack-quantized`, `int-quantized`) are served as they are stored: 4 bits in groups of a multiple of 32 inputs, with or without zero points,
 and 8 bits without, with one scale an output or a group. Scales of 4 bits are rounded to bfloat16. FP8 weights (float8_e4m3, of
 `fp8` and compressed-tensors checkpoints) are kept too, with a scale a tensor, an output or a block of 128 by 128, and converted in the
-product. The native CPU kernels have no form for FP8 and for 8 bits in groups: there, and where inputs do not divide into the
-groups, these are dequantised as they are read; so are 8 bits with zero points, and what `desc_act` sorts in experts and in the output head. Activations are not rounded where a
+product, by the native CPU kernels as well. Where inputs do not divide into the groups, weights are dequantised as they are read; so are
+8 bits with zero points, and what `desc_act` sorts in experts and in the output head. Activations are not rounded where a
 checkpoint would have them rounded: that is an approximation for speed, which no weight depends on. What is left out (`ignore`,
 `modules_to_not_convert`, `dynamic`) stays in full, and an option that is not understood is refused by name.
 

@@ -60,12 +60,9 @@ def param(
 
 
 def as_stored(weight: nnx.Param, quant: Quant, group: int) -> nnx.Param:
-    """The same parameter in the bits the checkpoint has it in; in full where its inputs do not divide into groups, and where
-    the native kernels, which have no FP8 and no groups of 8 bits, are to multiply it."""
+    """The same parameter in the bits the checkpoint has it in; in full where its inputs do not divide into groups."""
     spec: ParamSpec = weight.get_metadata()["spec"]
-    if spec.shape[-1] % (GROUP if quant == "int4" else group or 1) or (
-        spec.packed and (quant == "fp8" or group)
-    ):
+    if spec.shape[-1] % (GROUP if quant == "int4" else group or 1):
         return weight
     return _described(replace(spec, quant=quant, group=group, as_stored=True))
 

@@ -20,10 +20,10 @@ from .build import build
 
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
 LINEAR = "xlane_linear.1"
-LINEAR8 = "xlane_linear8.1"
+LINEAR8 = "xlane_linear8.2"
 LINEAR4 = "xlane_linear4.2"
 GROUPED = "xlane_grouped.1"
-GROUPED8 = "xlane_grouped8.1"
+GROUPED8 = "xlane_grouped8.2"
 GROUPED4 = "xlane_grouped4.2"
 ATTEND = "xlane_attend.3"
 ATTEND8 = "xlane_attend8.1"
@@ -150,12 +150,12 @@ def _stored(
     groups: tuple[int, ...],
     targets: tuple[str, str, str],
 ) -> tuple[str, tuple[jax.Array, ...]]:
-    """Which of the targets (for float32, int8, int4) takes this weight, and the arrays it takes."""
+    """Which of the targets (for float32, int8 or FP8, int4) takes this weight, and the arrays it takes."""
     _require_float32(function, x=x)
     if not isinstance(weight, Quantized):
         _require_float32(function, weight=weight)
         arrays, target, inputs_each = (weight,), targets[0], 1
-    elif weight.values.dtype == jnp.int8:
+    elif weight.floors is None:
         arrays, target, inputs_each = (weight.values, weight.scales), targets[1], 1
     else:
         arrays, target, inputs_each = tuple(jax.tree.leaves(weight)), targets[2], 2

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from xlane.engine.kernels.native import NativeKernels, native_kernels
 from xlane.models.kernels import KvLayer, PagedBatch
-from xlane.models.spec import pack
+from xlane.models.spec import Quantized, pack
 
 LAYER = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 """(outputs, inputs) of one layer's matmuls."""
@@ -49,16 +50,29 @@ def ceilings(seconds: float) -> tuple[float, float]:
     return big.nbytes / best["read"] / 1e6, 2 * 2048**3 / best["fma"] / 1e6
 
 
+def stored(weight: np.ndarray, kind: str) -> jax.Array | Quantized[jax.Array]:
+    """Panels of a weight [N, D]; for the time that it takes, its values do not matter."""
+    bits, _, group = kind.partition("/")
+    if bits == "float32":
+        return jnp.asarray(pack(weight))
+    values = (weight * 1000).astype(np.int8 if bits == "int8" else ml_dtypes.float8_e4m3fn)
+    scales = np.full((len(weight), weight.shape[1] // int(group) if group else 1), 1e-3, np.float32)
+    return Quantized(jnp.asarray(pack(values)), jnp.asarray(pack(scales)))
+
+
 def matmuls(
-    kernels: NativeKernels, tokens: list[int], seconds: float, with_xla: bool
+    kernels: NativeKernels, tokens: list[int], seconds: float, with_xla: bool, kind: str
 ) -> list[dict[str, float]]:
-    """ms of every matmul of a step, chained so that none can be skipped; each layer has its own weights."""
+    """ms of every matmul of a step, chained so that none can be skipped; each layer has its own weights of this kind."""
     rng = np.random.default_rng(0)
     shapes = LAYER * LAYERS + [HEAD]
     plain = [rng.standard_normal(shape, dtype=np.float32) * 0.02 for shape in shapes]
-    packed = [jnp.asarray(pack(weight)) for weight in plain]
+    packed = [stored(weight, kind) for weight in plain]
     weights = [jnp.asarray(weight) for weight in plain] if with_xla else []
-    size = sum(weight.nbytes for weight in packed)
+    size, products = (
+        sum(array.nbytes for array in jax.tree.leaves(packed)),
+        sum(weight.size for weight in plain),
+    )
 
     def step(linear: Callable[[jax.Array, jax.Array, int], jax.Array]) -> Callable[..., jax.Array]:
         def run(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
@@ -78,7 +92,7 @@ def matmuls(
         if with_xla:
             calls |= {"x@W.T": lambda x=x: xwt(x, weights), "W@x.T": lambda x=x: wxt(x, weights)}
         best = best_ms(calls, seconds)
-        best |= {"GB/s": size / best["native"] / 1e6, "GFLOP/s": count * size / 2 / best["native"] / 1e6}
+        best |= {"GB/s": size / best["native"] / 1e6, "GFLOP/s": 2 * count * products / best["native"] / 1e6}
         rows.append({"tokens": count} | {name: round(value, 2) for name, value in best.items()})
         print(rows[-1], flush=True)
     return rows
@@ -126,6 +140,11 @@ def attention(kernels: NativeKernels, seconds: float) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 8, 16, 32, 128, 512])
+    parser.add_argument(
+        "--weights",
+        default="float32",
+        help="float32, int8 or fp8, /N of the latter two with a scale for N inputs",
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     parser.add_argument("--no-xla", action="store_true", help="the native kernels only")
     parser.add_argument("--cache-dir", type=Path, default=Path(tempfile.gettempdir()) / "xlane-bench-native")
@@ -139,7 +158,7 @@ def main() -> None:
         "kernels": kernels.name,
         "read_gb_s": round(read, 1),
         "matmul_gflop_s": round(fma, 1),
-        "matmuls": matmuls(kernels, options.tokens, options.seconds, not options.no_xla),
+        "matmuls": matmuls(kernels, options.tokens, options.seconds, not options.no_xla, options.weights),
         "attention": attention(kernels, options.seconds),
     }
     print(json.dumps(result))

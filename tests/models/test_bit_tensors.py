@@ -135,7 +135,12 @@ def test_every_parameter_is_what_the_definition_says(checkpoint, case: str) -> N
 
 @pytest.mark.parametrize(
     ("case", "kernels", "devices"),
-    [(IN_ORDER, "native", 1), (IN_ORDER, "xla", 2), ("gptq-8-bits-in-order", "xla", 2)],
+    [
+        (IN_ORDER, "native", 1),
+        (IN_ORDER, "xla", 2),
+        ("gptq-8-bits-in-order", "native", 1),
+        ("gptq-8-bits-in-order", "xla", 2),
+    ],
 )
 def test_the_logits_are_those_of_the_weights_in_full(
     checkpoint, tmp_path_factory: pytest.TempPathFactory, case: str, kernels: str, devices: int

@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.rounding import rounded_model
 from tests.support.tiny import TINY_KINDS, hf_logits, one_of_each, tiny_model
-from xlane.engine.kernels.native import native_kernels
 from xlane.engine.programs import param_sharding
 from xlane.engine.state import Shapes, abstract_kv, zeros_like
 from xlane.models.attention import XlaKernels
@@ -48,16 +47,6 @@ OTHER = np.random.default_rng(2).integers(3, 131, 9).tolist()
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(params=["xla", "native"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if request.param == "xla":
-        return XlaKernels("cpu")
-    native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
-    if isinstance(native, str):
-        pytest.skip(native)
-    return native
 
 
 class Network:

@@ -13,13 +13,12 @@ from safetensors.numpy import save_file
 from tests.models.test_decoder import OURS, TOLERANCE, Network, largest_error
 from tests.support.in_bits import in_fp8
 from tests.support.tiny import hf_logits, tiny_model
-from xlane.models.attention import XlaKernels
 from xlane.models.checkpoint import open_safetensors
 from xlane.models.errors import CheckpointError
 from xlane.models.fp8 import Fp8Tensors
-from xlane.models.modules import as_stored, param
+from xlane.models.kernels import Kernels
 from xlane.models.quantize import dequantized
-from xlane.models.spec import Quant, Quantized
+from xlane.models.spec import Quantized
 
 ROWS, COLUMNS = 200, 300
 RNG = np.random.default_rng(0)
@@ -134,13 +133,14 @@ def test_a_model_of_fp8_answers_as_the_same_in_full(
     end: str,
     block: int,
     kept: dict[str, int],
+    kernels: Kernels,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """As they are published: projections in FP8, but for one that nothing names, the rest in bfloat16."""
     plain = tiny_model(kind, tmp_path_factory.getbasetemp() / "tiny")
     few, full = in_fp8(plain, tmp_path, said, end, block, leave=f"lm_head|{LEFT}")
-    network = Network(few, XlaKernels("cpu"), 2)
+    network = Network(few, kernels, 1 if kernels.packed else 2)
     specs = {spec.path: spec for spec in network.graph.specs}
     for path, group in kept.items():
         spec = specs["layers.1." + path]
@@ -152,10 +152,3 @@ def test_a_model_of_fp8_answers_as_the_same_in_full(
         assert count < held < 1.2 * count  # a byte each, and scales
     got = network(OURS[:12], [0] * 12, list(range(12)), False)
     assert largest_error(got, hf_logits(full, OURS[:12])) <= TOLERANCE
-
-
-def test_native_kernels_are_given_it_in_full() -> None:
-    weight = param((32, 64), (None, None), "float32", packed=True)
-    kinds: list[tuple[Quant, int]] = [("fp8", 0), ("fp8", 32), ("int8", 32)]
-    for quant, group in kinds:
-        assert as_stored(weight, quant, group) is weight

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.rounding import rounded
+from tests.support.rounding import in_bytes, rounded
 from xlane.engine.kernels.native import NativeKernels, native_kernels
 from xlane.models.config import Experts
 from xlane.models.experts import route
@@ -70,6 +70,16 @@ def test_every_group_meets_its_own_weight_in_few_bits(grouped: Grouped, quant: Q
     got = np.asarray(grouped(jnp.asarray(x), quantized(weight, quant), jnp.array([3, 0, 17, 12], jnp.int32)))
     for group, rows in ((0, slice(0, 3)), (2, slice(3, 20)), (3, slice(20, 32))):
         np.testing.assert_allclose(got[rows], x[rows] @ rounded(weight[group], quant).T, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int8", 32), ("fp8", 0), ("fp8", 32)])
+def test_every_group_meets_its_own_stored_bytes(grouped: Grouped, kind: str, group: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 64), dtype=np.float32)
+    values, scales, full = in_bytes(rng, kind, group, 4, OUTPUTS, 64)
+    got = np.asarray(grouped(jnp.asarray(x), Quantized(values, scales), jnp.array([3, 0, 17, 12], jnp.int32)))
+    for number, rows in ((0, slice(0, 3)), (2, slice(3, 20)), (3, slice(20, 32))):
+        np.testing.assert_allclose(got[rows], x[rows] @ full[number].T, rtol=0, atol=5e-5)
 
 
 def test_a_row_is_the_same_bits_whatever_its_group_holds(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models.test_loader import one_device, opened, split
-from tests.support.rounding import rounded
+from tests.support.rounding import FINITE, in_bytes, rounded
 from tests.support.tiny import tiny_model
 from xlane.engine.kernels.native import native_kernels
 from xlane.models import loader
@@ -23,6 +23,8 @@ from xlane.models.registry import read_config
 from xlane.models.spec import ParamSpec, Quant, Quantized, pack
 
 QUANTS = ("int8", "int4")
+BYTES = [("int8", 32), ("fp8", 0), ("fp8", 32)]
+"""What checkpoints alone have: kind, and inputs that share a scale."""
 
 
 @pytest.fixture(scope="session")
@@ -102,16 +104,6 @@ def test_a_weight_that_had_4_bits_keeps_them() -> None:
     np.testing.assert_array_equal(np.concatenate([pairs & 15, pairs >> 4], axis=-1), steps + 8)
 
 
-@pytest.fixture(params=["xla", "native"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if request.param == "xla":
-        return XlaKernels("cpu")
-    native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
-    if isinstance(native, str):
-        pytest.skip(native)
-    return native
-
-
 @partial(jax.jit, static_argnums=(0, 3))
 def _linear(kernels, x, weight, outputs):
     return kernels.linear(x, weight, outputs)
@@ -139,6 +131,29 @@ def test_linear_matches_numpy(kernels: Kernels, quant: Quant, outputs: int, inpu
     assert (np.abs(got - x.astype(np.float64) @ stands_for.T) <= bound).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 17, 70])
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 64), (100, 96), (960, 576)])
+@pytest.mark.parametrize(("kind", "group"), BYTES)
+def test_linear_of_stored_bytes_matches_numpy(
+    kernels: Kernels, kind: str, group: int, outputs: int, inputs: int, tokens: int
+) -> None:
+    rng = np.random.default_rng(tokens)
+    x = rng.standard_normal((tokens, inputs), dtype=np.float32)
+    values, scales, full = in_bytes(rng, kind, group, outputs, inputs)
+    bound = 2.0**-24 * (inputs + 2) * np.abs(x).astype(np.float64) @ np.abs(full).T
+    got = linear(kernels, x, Quantized(values, scales))
+    assert (np.abs(got - x.astype(np.float64) @ full.T) <= bound).all()
+
+
+def test_every_number_of_fp8_is_itself(kernels: Kernels) -> None:
+    """The smallest too, which other kernels might take for nothing."""
+    x, values = np.eye(1, 8, 3, np.float32), np.zeros((len(FINITE), 8), FINITE.dtype)
+    values[:, 3] = FINITE
+    for scales in (np.ones((len(FINITE), 1), np.float32), np.ones((len(FINITE), 2), np.float32)):
+        got = linear(kernels, x, Quantized(values, scales))
+        np.testing.assert_array_equal(got[0], FINITE.astype(np.float32))
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_accelerators_multiply_in_bfloat16(quant: Quant, tokens: int) -> None:
@@ -161,14 +176,19 @@ def test_int8_needs_no_whole_groups(kernels: Kernels) -> None:
     np.testing.assert_allclose(got, x @ rounded(weight, "int8").T, atol=1e-5)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_a_row_is_the_same_bits_in_any_batch(quant: Quant, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int4", 0), *BYTES])
+def test_a_row_is_the_same_bits_in_any_batch(
+    kind: Quant, group: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
     if isinstance(native, str):
         pytest.skip(native)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((100, 576), dtype=np.float32)
-    made = quantized(rng.standard_normal((1000, 576), dtype=np.float32), quant)
+    if (kind, group) in BYTES:
+        made = Quantized(*in_bytes(rng, kind, group, 1000, 576)[:2])
+    else:
+        made = quantized(rng.standard_normal((1000, 576), dtype=np.float32), kind)
     whole = linear(native, x, made)
     for tokens in [*range(1, 20), 64]:
         np.testing.assert_array_equal(linear(native, x[:tokens], made), whole[:tokens])

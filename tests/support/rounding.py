@@ -45,6 +45,21 @@ def _int4(group: np.ndarray) -> np.ndarray:
     )
 
 
+FINITE = np.array([bits for bits in range(256) if bits & 127 != 127], np.uint8).view(ml_dtypes.float8_e4m3fn)
+"""Every number of FP8."""
+
+
+def in_bytes(
+    rng: np.random.Generator, kind: str, group: int, *shape: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A random weight [..., D] of `int8` or `fp8` as checkpoints have it, with a scale for so many inputs (0: for all) -> its
+    values, its scales, and what it stands for, in float64."""
+    values = rng.choice(FINITE, shape) if kind == "fp8" else rng.integers(-127, 128, shape).astype(np.int8)
+    scales = rng.uniform(0.001, 0.002, (*shape[:-1], shape[-1] // group if group else 1)).astype(np.float32)
+    spread = scales.astype(np.float64).repeat(shape[-1] // scales.shape[-1], axis=-1)
+    return values, scales, values.astype(np.float64) * spread
+
+
 def rounded_model(path: Path, kind: str) -> Path:
     """A copy of a checkpoint whose weights are rounded. Made once."""
     copy = path.with_name(f"{path.name}-{kind}")
