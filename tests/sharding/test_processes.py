@@ -1,11 +1,15 @@
-"""Two processes, one model: the tokens of one process, and no process outlives the other."""
+"""Two or four processes, one model: the tokens of one process, and no process outlives another.
 
+A group that lost one is whole again when all were started again."""
+
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -17,6 +21,9 @@ from tests.sharding.test_meshes import PROMPTS, SPLIT_VOCAB
 from tests.support.guided import MODEL_VOCAB, byte_level
 from tests.support.tiny import tiny_model
 from tests.support.untrained import untrained_model
+from xlane.engine.process import Supervisor
+from xlane.engine.replay import ReplayingClient
+from xlane.engine.rpc_client import RpcClient
 from xlane.sharding.processes import ProcessError, all_equal, join_processes, least_of_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +58,18 @@ def free_ports() -> int:
             return port
 
 
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with so many simulated devices."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+
 @pytest.fixture
 def start(models: Path, tmp_path: Path) -> Iterator[Start]:
-    """Start process N of a group of two, each with `devices` simulated devices of its own."""
+    """Start process N of a group, of two unless told otherwise, each with `devices` simulated devices of its own."""
     coordinator = f"127.0.0.1:{free_ports()}"
     started: list[subprocess.Popen[str]] = []
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
@@ -70,14 +86,10 @@ def start(models: Path, tmp_path: Path) -> Iterator[Start]:
             **options,
         }
         command = [sys.executable, "-m", "tests.support.group_process", str(model)]
-        env = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
         process = subprocess.Popen(
             [*command, json.dumps(config), *told],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment(devices),
         )  # fmt: skip
         started.append(process)
         return process
@@ -99,18 +111,24 @@ def running(start: Start, tmp_path: Path) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize(
-    ("devices", "options"), [(2, {}), (1, {"data_parallel": 2}), (1, {"speculate": 3})], ids=str
+    ("count", "devices", "options"),
+    [(2, 2, {}), (4, 1, {"data_parallel": 4, "lanes": 4}), (2, 1, {"speculate": 3})],
+    ids=str,
 )
-def test_two_processes_make_the_tokens_of_one(engine_of, start: Start, devices: int, options: dict):
-    leader = start(0, json.dumps(REQUESTS), devices=devices, **options)
-    follower = start(1, devices=devices, **options)
+def test_several_processes_make_the_tokens_of_one(
+    engine_of, start: Start, count: int, devices: int, options: dict
+):
+    options = {"processes": count, "devices": devices, **options}
+    leader = start(0, json.dumps(REQUESTS), **options)
+    followers = [start(number, **options) for number in range(1, count)]
     single = engine_of(SPLIT_VOCAB)
     expected = [ids(output) for output in run(single, *(request(prompt, **how) for prompt, how in REQUESTS))]
     output, errors = leader.communicate(timeout=300)
     assert leader.returncode == 0, errors
     assert json.loads(output.splitlines()[-1]) == expected  # before it, gloo says that it is connected
-    _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
-    assert follower.returncode == 0, errors
+    for follower in followers:
+        _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
+        assert follower.returncode == 0, errors
 
 
 def test_a_guided_request_through_a_group_makes_the_tokens_of_one_process(start: Start, tmp_path: Path):
@@ -139,16 +157,60 @@ def test_a_guided_request_through_a_group_makes_the_tokens_of_one_process(start:
         jsonschema.validate(json.loads(text.decode(guided)), schema)
 
 
-@pytest.mark.parametrize(
-    ("victim", "message"),
-    [(1, "process 1 on {host} is gone"), (0, "the leader (process 0 at 127.0.0.1:")],
-    ids=["follower", "leader"],
-)
-def test_no_process_outlives_another(running: list[subprocess.Popen[str]], victim: int, message: str):
-    running[victim].kill()
-    _, errors = running[1 - victim].communicate(timeout=ENDS_WITHIN_S)
-    assert running[1 - victim].returncode == 5, errors
-    assert message.format(host=socket.gethostname()) in errors
+def test_a_follower_does_not_outlive_its_leader(running: list[subprocess.Popen[str]]):
+    leader, follower = running
+    leader.kill()
+    _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
+    assert follower.returncode == 5, errors
+    assert "the leader (process 0 at 127.0.0.1:" in errors
+
+
+def test_a_group_that_lost_a_process_is_started_again_and_its_stream_goes_on(tmp_path: Path):
+    model = untrained_model(tmp_path / "model", num_hidden_layers=1)
+    command = [
+        sys.executable, "-m", "xlane.server", "engine", "--model-id", str(model), "--load-format=dummy", "--kernels=xla",
+        "--max-batch-size=1", "--page-tokens=4", "--max-batch-prefill-tokens=8", "--num-processes=2",
+        f"--coordinator=127.0.0.1:{free_ports()}", "--cache-dir=none",
+    ]  # fmt: skip
+    asyncio.run(_lose_a_follower(command, environment(devices=1)))
+
+
+async def _lose_a_follower(command: list[str], env: dict[str, str]) -> None:
+    followers: list[asyncio.subprocess.Process] = []
+
+    async def follow() -> None:
+        """As a service manager does: one that ends is started again."""
+        while True:
+            follower = await asyncio.create_subprocess_exec(*command, "--process-id=1", env=env)
+            followers.append(follower)
+            await follower.wait()
+
+    leader = Supervisor([*command, "--process-id=0"], env=env)
+    following = asyncio.create_task(follow())
+    asked = request([5, 6, 7], max_tokens=50)
+    tokens: list[int] = []
+    try:
+        async with asyncio.timeout(300):
+            await leader.start()
+            client = ReplayingClient(RpcClient(leader.address))
+            async for output in client.submit(asked):
+                tokens += (token.id for token in output.tokens)
+                if len(followers) == 1:
+                    followers[0].kill()
+            undisturbed = [output async for output in client.submit(replace(asked, id="again"))]
+            await client.close()
+    finally:
+        following.cancel()
+        for follower in followers:
+            if follower.returncode is None:
+                follower.kill()
+                await follower.wait()
+        await leader.stop(1)
+    assert (len(tokens), client.replays, leader.restarts) == (50, 1, 1)
+    assert tokens == ids(undisturbed)
+    (died,) = [event.detail for event in leader.events if event.kind == "died"]
+    assert died.startswith("exit code 5")
+    assert f"process 1 on {socket.gethostname()} is gone" in died
 
 
 def test_a_leader_that_fails_ends_and_so_does_its_follower(running: list[subprocess.Popen[str]]):
