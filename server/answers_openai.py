@@ -156,15 +156,16 @@ class Completion(_Frame, kw_only=True):
 
 
 class Model(_Answer, kw_only=True):
-    """A model that is served."""
+    """A model that is served, or an adapter, whose parent is the model that it adds to. The length of one that is not loaded is not
+    known."""
 
     id: str
     object: str
     created: int
     owned_by: str
     root: str
-    parent: None
-    max_model_len: int
+    parent: str | None
+    max_model_len: int | None
 
 
 class ModelList(_Answer, kw_only=True):

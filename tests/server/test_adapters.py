@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.testclient import TestClient
 
+from xlane.server.answers_openai import ModelList
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
@@ -55,7 +57,9 @@ def test_a_request_names_its_adapter(adapted: Rig, path: str, body: dict[str, An
 
 
 def test_models_lists_them_behind_the_model(adapted: Rig) -> None:
-    listed = adapted.client.get("/v1/models").json()["data"]
+    answer = adapted.client.get("/v1/models")
+    msgspec.json.decode(answer.content, type=ModelList)  # is what the document says
+    listed = answer.json()["data"]
     assert [(one["id"], one["parent"]) for one in listed] == [
         ("fake/alphabet", None), ("law", "fake/alphabet"), ("org/poems", "fake/alphabet"),
     ]  # fmt: skip
