@@ -54,7 +54,8 @@ checkpoint would have them rounded: that is an approximation for speed, which no
 output, int4 with a scale and a floor for 32 inputs of each output (int8 where inputs do not divide into 32). Embeddings and output head take
 8 bits with either; norms, biases, learned positions and what chooses among experts stay as they are. Logits agree to 1e-4 with
 those of transformers given the same rounded weights. `--kv-cache-dtype int8` keeps keys and values in 8 bits, with a scale for
-each token and head. What both cost and bring: performance.md.
+each token and head; on TPUs, where two heads of 64 fill a row, for both of them (and heads of 256 cost a copy of a layer's pools in each
+launch there). What both cost and bring: performance.md.
 
 `--lora-adapters` takes LoRA adapters in PEFT's form (safetensors) for the projections of attention and feed-forward of every
 family, experts excepted, over quantised weights too. A request names one or none, those of one batch are computed in
