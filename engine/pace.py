@@ -12,8 +12,9 @@ from statistics import median
 from .turn import Size
 
 STRETCH, CROWD_STRETCH = 2.0, 4.0
-"""Without a target: how much longer than a turn of decoding alone a turn may take beside one prompt; and beside several, because
-as many readers then wait for a first token, and lanes stand empty meanwhile."""
+"""Without a target: how much longer than a turn of decoding alone a turn may take beside one prompt; and beside several, at least,
+because as many readers then wait for a first token, and lanes stand empty meanwhile. Where more wait than read, it is STRETCH
+for each prompt to a stream: fifteen first tokens are worth a pause in one stream."""
 WINDOW = 9
 """Launches of a size that its cost is told from: a median, which one slow launch does not move."""
 HARDLY_LONGER = 1.15
@@ -40,8 +41,8 @@ class Pace:
         self._took_s[size].append(seconds)
 
     def prompt_tokens(self, rows: int, prompts: int = 1) -> int:
-        """The budget of a turn in which `rows` lanes decode and so many prompts could be computed: the most that a program computes if none does, at least the
-        smallest piece if any."""
+        """The budget of a turn in which `rows` lanes decode and so many prompts could be computed: the most that a program
+        computes if none does, at least the smallest piece if any."""
         best, *larger = self._beside[rows]
         if not rows:
             return larger[-1].tokens if larger else best.tokens
@@ -62,7 +63,9 @@ class Pace:
             return self._target_s
         alone = self._alone[rows]
         quiet_s = self._took(alone)
-        return None if quiet_s is None else quiet_s * (CROWD_STRETCH if prompts > 1 else STRETCH)
+        if quiet_s is None or prompts < 2:
+            return quiet_s and quiet_s * STRETCH
+        return quiet_s * max(CROWD_STRETCH, STRETCH * prompts / rows)
 
     def _took(self, alone: Size) -> float | None:
         """What a turn without prompts takes; where prompts never cease, at least what less work takes."""

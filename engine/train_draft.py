@@ -23,8 +23,13 @@ from .pages import pages_for
 from .state import abstract_kv, zeros_like
 from .step import Blueprint, Params
 
-READ_TOKENS, READ_TEXTS = 512, 16
-"""Of one launch that reads texts, at most."""
+READ_TOKENS = 512
+"""Of one text, at most: what is behind them is not learnt from."""
+LAUNCH_TEXTS = {"cpu": 16}
+"""Texts that one launch reads, at most, by platform; elsewhere MANY_TEXTS, for there a small launch takes as long as a large one."""
+MANY_TEXTS = 128
+TEXT_TOKENS = 32
+"""Room that a launch has for each of them: fewer long ones, or more short ones."""
 BATCH = 256
 """Positions of one training step."""
 LEARNING_RATE = 1e-3
@@ -86,7 +91,9 @@ def read_texts(
     """Run the model over texts of at most READ_TOKENS tokens each. `progress(done, total)` counts tokens."""
     b, place = blueprint, blueprint.placement
     width = b.shapes.page_tokens
-    shapes = b.shapes._replace(pages=READ_TOKENS // width + READ_TEXTS)
+    most = LAUNCH_TEXTS.get(place.device.platform, MANY_TEXTS)
+    size = max(READ_TOKENS, most * TEXT_TOKENS)
+    shapes = b.shapes._replace(pages=size // width + most)
 
     @partial(jax.jit, donate_argnums=1)
     def think(params: Params, kv, tokens: jax.Array, batch: PagedBatch):
@@ -96,38 +103,55 @@ def read_texts(
         return kv, place.everywhere((hidden.astype(jnp.float16), likeliest))
 
     kv = zeros_like(abstract_kv(b.config, shapes, b.kv_dtype, place))
+    total = sum(len(text.tokens) for text in texts)
     parts: list[Thoughts] = []
-    total, done, number = sum(len(text.tokens) for text in texts), 0, 0
-    for group in _groups([text.tokens for text in texts]):
-        tokens, rows, batch = _packed(group, width)
-        kv, (hidden, likeliest) = think(params, kv, place.put(tokens), jax.tree.map(place.put, batch))
+    under_way: list[Any] = []
+    number = done = 0
+
+    def keep(hidden: jax.Array, likeliest: jax.Array, *known: np.ndarray) -> None:
+        nonlocal done
+        tokens, rows, own = known
+        read = (np.asarray(hidden), tokens, np.asarray(likeliest, np.int32), rows, own)
+        parts.append(Thoughts(*(array[: len(tokens)] for array in read)))
+        done += len(tokens)
+        progress(done, total)
+
+    for group in _groups([text.tokens for text in texts], most, size):
+        tokens, rows, batch = _packed(group, width, most, size)
+        kv, thought = think(params, kv, place.put(tokens), jax.tree.map(place.put, batch))
         count = sum(map(len, group))
         given = [text.given for text in texts[number : number + len(group)]]
         own = np.asarray(batch.positions) >= np.take(given, rows)
-        read = (np.asarray(hidden), tokens, np.asarray(likeliest, np.int32), rows + number, own)
-        parts.append(Thoughts(*(array[:count] for array in read)))
-        number, done = number + len(group), done + count
-        progress(done, total)
+        under_way.append((*thought, tokens[:count], rows[:count] + number, own[:count]))
+        number += len(group)
+        if len(under_way) > 1:  # one is fetched while the device is at the next
+            keep(*under_way.pop(0))
+    for one in under_way:
+        keep(*one)
     return Thoughts(*map(np.concatenate, zip(*parts)))
 
 
-def _groups(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Texts that are read in one launch."""
+def _groups(texts: Sequence[Sequence[int]], most: int, size: int) -> Iterator[list[Sequence[int]]]:
+    """Texts that are read in one launch: at most so many, of at most `size` tokens in all."""
     group: list[Sequence[int]] = []
+    tokens = 0
     for text in texts:
-        if group and (len(group) == READ_TEXTS or sum(map(len, group)) + len(text) > READ_TOKENS):
+        if group and (len(group) == most or tokens + len(text) > size):
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(text)
+        tokens += len(text)
     if group:
         yield group
 
 
-def _packed(group: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray, PagedBatch]:
-    """The tokens of texts behind each other, padded; the text that each is of; and where it stands."""
-    tokens, rows = np.zeros((2, READ_TOKENS), np.int32)
-    positions = np.full(READ_TOKENS, -1, np.int32)
-    table = np.zeros((READ_TEXTS, pages_for(READ_TOKENS, width)), np.int32)
+def _packed(
+    group: Sequence[Sequence[int]], width: int, most: int, size: int
+) -> tuple[np.ndarray, np.ndarray, PagedBatch]:
+    """The tokens of texts behind each other, padded to `size`; the text that each is of; and where it stands."""
+    tokens, rows = np.zeros((2, size), np.int32)
+    positions = np.full(size, -1, np.int32)
+    table = np.zeros((most, pages_for(READ_TOKENS, width)), np.int32)
     at = page = 0
     for row, text in enumerate(group):
         end, pages = at + len(text), pages_for(len(text), width)

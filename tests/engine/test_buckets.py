@@ -35,7 +35,7 @@ def test_launch_sizes_by_hand() -> None:
 
     assert names(16, 1, 128, 8) == [
         "decode[1]", "decode[2]", "decode[4]", "decode[8]", "mixed[1+8]", "mixed[4+8]", "decode[16]", "mixed[1+16]",
-        "mixed[16+8]", "prefill[32]", "mixed[16+32]", "prefill[64]", "prefill[128]",
+        "mixed[16+8]", "prefill[32]", "mixed[16+32]", "prefill[64]", "prefill[128]", "mixed[16+128]",
     ]  # fmt: skip
     assert {*names(16, 1, 128, 8, 4)} == {*names(16, 1, 128, 8), "mixed[1+4]", "mixed[4+4]"}
     assert names(16, 1, 128, 8, 8) == names(16, 1, 128, 8)
@@ -46,6 +46,7 @@ def test_launch_sizes_by_hand() -> None:
         "mixed[1+8]",
         "mixed[4+8]",
         "mixed[1+16]",
+        "mixed[4+16]",
     ]
     assert names(2, 2, 16, 8) == ["decode[2]", "mixed[2+8]", "mixed[2+16]"]
     assert names(1, 1, 8, 8) == ["decode[1]", "mixed[1+8]"]
