@@ -13,8 +13,11 @@ HOPE = 1.0
 """Accepted guesses a launch that are expected before any was made."""
 LEAST_REST_TOKENS, MOST_REST_TOKENS = 16, 256
 """How long guessing rests; twice as long each time that another try was no better."""
-FORGETTING = 0.25
-"""Weight of the newest launch in what is expected of the next."""
+FORGETTING, HEADS_FORGETTING = 0.25, 0.1
+"""Weight of the newest launch in what is expected of the next: what was found repeats itself or does not; heads, which offer
+nothing where they are not sure themselves, are right now and then everywhere."""
+NO_GUESS = -1
+"""What heads offer where it would not be worth its launch."""
 
 
 class Drafter:
@@ -28,7 +31,7 @@ class Drafter:
         self._followers: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in LENGTHS)
         """By length: some tokens -> where what followed them last stands."""
         self._indexed = 0
-        self._found, self._heads = _Worth(), _Worth() if heads else None
+        self._found, self._heads = _Worth(FORGETTING), _Worth(HEADS_FORGETTING) if heads else None
         self._used = self._found
         """Where the newest guess came from."""
         self._offered: list[int] = []
@@ -91,7 +94,8 @@ class Drafter:
 class _Worth:
     """What guesses of one source are worth for one sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, forgetting: float) -> None:
+        self._forgetting = forgetting
         self.expected = HOPE
         """Accepted guesses of the next launch."""
         self._rest_tokens = LEAST_REST_TOKENS
@@ -103,7 +107,7 @@ class _Worth:
 
     def judge(self, accepted: int, length: int) -> None:
         """Take in how many of a launch were right, which made the sequence this long."""
-        self.expected += FORGETTING * (accepted - self.expected)
+        self.expected += self._forgetting * (accepted - self.expected)
         if self.expected >= HOPE:
             self._rest_tokens = LEAST_REST_TOKENS
         if self.expected < WORTH:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from .batch import RESULT_WIDTH, pack_plan, read_result, read_scores
+from .draft import NO_GUESS
 from .errors import RequestFailed
 from .launcher import Launcher, Made
 from .request import TokenOutput
@@ -72,7 +73,7 @@ def _read(sequence: Sequence, rows: list[np.ndarray]) -> tuple[Result, list[int]
             return token, []
         if token is not None:
             made.append(token)
-            offered = row[RESULT_WIDTH:].tolist()
+            offered = [token for token in row[RESULT_WIDTH:].tolist() if token != NO_GUESS]
     return tuple(made) or None, offered
 
 

@@ -18,6 +18,7 @@ from ..models.modules import Style
 from ..models.spec import ParamSpec, Quant
 from ..sharding.mesh import Placement
 from .batch import DecodePlan, PrefillPlan, pack_result, read_plan
+from .draft import NO_GUESS, WORTH
 from .prompt_scores import block_rows, prompt_scores
 from .sampler import IN_PROMPT, SamplingRows, sample
 from .state import LaneState, Shapes
@@ -157,7 +158,11 @@ def step(
     guesses = None
     if b.heads is not None:
         heads = Heads.of(params[len(b.graph.specs) :])
-        guesses = heads.guess(b.placement.everywhere(read), sampled.token, decoder.embed, b.kernels)
+        state_read = b.placement.everywhere(read)
+        scale = b.config.logits_scale
+        offered, sure = heads.guess(state_read, sampled.token, decoder.embed, b.heads.inner, scale, b.kernels)
+        # What is right less often than it costs is not worth a row.
+        guesses = jnp.where(sure.sum(axis=1, keepdims=True) < WORTH, NO_GUESS, offered)
     return kv, state, (pack_result(samples, sampled, guesses), scores)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from ..models.attention import XlaKernels
-from ..models.draft_heads import INNER, Head, Heads
+from ..models.draft_heads import Head, Heads
 from ..models.kernels import PagedBatch
 from .errors import PlanError
 from .own_text import Text
@@ -30,8 +30,10 @@ LAUNCH_TEXTS = {"cpu": 16}
 MANY_TEXTS = 128
 TEXT_TOKENS = 32
 """Room that a launch has for each of them: fewer long ones, or more short ones."""
-BATCH = 256
-"""Positions of one training step."""
+INNER = 4
+"""Width of a head's block, in hidden sizes."""
+LEAST_BATCH, MOST_BATCH, EPOCH_STEPS = 256, 1024, 400
+"""Positions of one training step: as many as leave an epoch so many steps, within bounds."""
 LEARNING_RATE = 1e-3
 HELD_OUT = 0.1
 """Share of the texts that heads are judged by, and never see."""
@@ -47,7 +49,7 @@ class Course:
     """Tokens to guess at a time."""
     candidates: int = 8192
     """Most tokens that can be guessed: the commonest."""
-    epochs: int = 4
+    epochs: int = 8
 
 
 class Thoughts(NamedTuple):
@@ -177,6 +179,7 @@ class Trainer:
                 f"{len(thoughts.token)} tokens in {texts} texts are too few to learn from: give more"
             )
         self._judged = rng.permutation(unseen)[:JUDGED]
+        self._batch = min(MOST_BATCH, max(LEAST_BATCH, self._learnt.size // EPOCH_STEPS))
         self._order = np.concatenate([rng.permutation(self._learnt) for _ in range(course.epochs)])
         counts = np.bincount(thoughts.likeliest[starts], minlength=blueprint.config.vocab_size)
         # Of those that never came, low ids first: most tokenizers number what is common before what is rare.
@@ -191,7 +194,7 @@ class Trainer:
             jnp.array(occurs, jnp.int32),
             jnp.array(thoughts.likeliest),
         )
-        self.steps = max(1, len(self._order) // BATCH)
+        self.steps = max(1, len(self._order) // self._batch)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, LEARNING_RATE, min(50, self.steps // 10 + 1), self.steps
         )
@@ -204,17 +207,18 @@ class Trainer:
 
     def train(self) -> Iterator[tuple[int, jax.Array]]:
         """Yields the steps done and the loss of the newest, as soon as it is under way."""
+        size = self._batch
         for step in range(self.steps):
-            chosen = np.resize(self._order[step * BATCH : (step + 1) * BATCH], BATCH)
+            chosen = np.resize(self._order[step * size : (step + 1) * size], size)
             self._blocks, self._state, loss = self._learn(self._blocks, self._state, self._tables, chosen)
             yield step + 1, loss
 
     def judge(self) -> Judged:
         """On the texts held out."""
         losses, rights = [], []
-        for start in range(0, len(self._judged), BATCH):
-            chosen = self._judged[start : start + BATCH]
-            loss, right = self._look(self._blocks, self._tables, np.resize(chosen, BATCH))
+        for start in range(0, len(self._judged), self._batch):
+            chosen = self._judged[start : start + self._batch]
+            loss, right = self._look(self._blocks, self._tables, np.resize(chosen, self._batch))
             losses.append(float(loss))
             rights.append(np.asarray(right)[: len(chosen)])
         right = np.concatenate(rights)
@@ -239,7 +243,7 @@ class Trainer:
         token, likeliest = tables.token[window[:, 1:]], tables.likeliest[window[:, 1:]]
         state, losses, rights = hidden[:, 0], [], []
         for ahead, block in enumerate(blocks):
-            state = block.advance(state, tables.embedding[token[:, ahead]], kernels)
+            state = block.advance(state, tables.embedding[token[:, ahead]], INNER * hidden.shape[-1], kernels)
             logits = kernels.linear(state, tables.rows, count) * self._scale
             wanted = kernels.linear(hidden[:, ahead + 1], tables.rows, count) * self._scale
             losses.append(optax.softmax_cross_entropy(logits, jax.nn.softmax(wanted)).mean())

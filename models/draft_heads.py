@@ -25,13 +25,11 @@ from .weights import Weights, WeightSource, plain
 
 FORMAT = "xlane-draft-heads.1"
 TOKENS = "tokens"
-INNER = 2
-"""Width of a head's block, in hidden sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadsShape:
-    """Sizes of a set of heads: F is INNER times D."""
+    """Sizes of a set of heads."""
 
     count: int
     """K, heads, that is, tokens guessed at a time."""
@@ -39,6 +37,8 @@ class HeadsShape:
     """D, of the decoder."""
     candidates: int
     """C, tokens that can be guessed."""
+    inner: int
+    """F, the width of a head's block."""
 
     def specs(self, style: Style) -> tuple[ParamSpec, ...]:
         """The weights: the output rows, then each head's two maps. A whole copy on every device, where they are packed in 8
@@ -46,8 +46,7 @@ class HeadsShape:
         shapes = [("rows", (self.candidates, self.hidden))]
         for head in range(self.count):
             up, down = f"heads.{head}.up", f"heads.{head}.down"
-            inner = INNER * self.hidden
-            shapes += [(up, (inner, 2 * self.hidden)), (down, (self.hidden, inner))]
+            shapes += [(up, (self.inner, 2 * self.hidden)), (down, (self.hidden, self.inner))]
         return tuple(
             ParamSpec(
                 path, shape, style.dtype, (None, None), style.packed, quant="int8" if style.packed else None
@@ -64,12 +63,11 @@ class Head(NamedTuple):
     down: Weight
     """[D, F]"""
 
-    def advance(self, hidden: jax.Array, embedded: jax.Array, kernels: Kernels) -> jax.Array:
-        """The hidden state [R, D] a decoder had after one token more, about, whose embedding is given."""
-        width = hidden.shape[1]
+    def advance(self, hidden: jax.Array, embedded: jax.Array, inner: int, kernels: Kernels) -> jax.Array:
+        """The hidden state [R, D] a decoder had after one token more, about, whose embedding is given. `inner` is F."""
         inputs = jnp.concatenate([_normed(hidden), _normed(embedded)], axis=1)
-        inner = jax.nn.silu(kernels.linear(inputs, self.up, INNER * width))
-        return hidden + kernels.linear(inner, self.down, width)
+        wide = jax.nn.silu(kernels.linear(inputs, self.up, inner))
+        return hidden + kernels.linear(wide, self.down, hidden.shape[1])
 
 
 class Heads(NamedTuple):
@@ -89,16 +87,25 @@ class Heads(NamedTuple):
         return cls(rows, tuple(map(Head, blocks[::2], blocks[1::2])), tokens)
 
     def guess(
-        self, hidden: jax.Array, token: jax.Array, embed: Callable[[jax.Array], jax.Array], kernels: Kernels
-    ) -> jax.Array:
-        """hidden [R, D], and the token int32[R] that was chosen after each -> int32[R, K]: what may follow that token."""
+        self,
+        hidden: jax.Array,
+        token: jax.Array,
+        embed: Callable[[jax.Array], jax.Array],
+        inner: int,
+        scale: float,
+        kernels: Kernels,
+    ) -> tuple[jax.Array, jax.Array]:
+        """hidden [R, D], and the token int32[R] that was chosen after each -> what may follow that token, int32[R, K], and how
+        likely it and all before it are what the model would say, float32[R, K]. `inner` is F, `scale` the model's of logits."""
         guesses: list[jax.Array] = []
+        sure: list[jax.Array] = []
         for block in self.blocks:
-            hidden = block.advance(hidden, embed(token), kernels)
-            logits = kernels.linear(hidden, self.rows, self.tokens.shape[0])
+            hidden = block.advance(hidden, embed(token), inner, kernels)
+            logits = kernels.linear(hidden, self.rows, self.tokens.shape[0]).astype(jnp.float32) * scale
             token = self.tokens[jnp.argmax(logits, axis=1)]
             guesses.append(token)
-        return jnp.stack(guesses, axis=1)
+            sure.append(jax.nn.softmax(logits, axis=1).max(axis=1))
+        return jnp.stack(guesses, axis=1), jnp.cumprod(jnp.stack(sure, axis=1), axis=1)
 
 
 def _normed(x: jax.Array) -> jax.Array:
@@ -145,7 +152,7 @@ def open_heads(path: Path) -> HeadsFile:
         tokens = file.get_tensor(TOKENS)
     names = [name for name in source.names() if name != TOKENS]
     candidates, hidden = source.shape("rows")
-    shape = HeadsShape(len(names) // 2, hidden, candidates)
+    shape = HeadsShape(len(names) // 2, hidden, candidates, source.shape("heads.0.up")[0])
     weights = Weights(source, {name: plain(name) for name in names}, [TOKENS])
     weights.check(shape.specs(Style("float32", packed=False)))
     return HeadsFile(shape, tokens, weights, about["made_for"], about["model_id"])

@@ -111,10 +111,12 @@ def test_what_is_judged_is_what_is_guessed(trained: tuple[Judged, Judged, Heads,
     """By hand: each head adds its block to the state it got, and its token is looked up for the next one."""
     heads, rng = trained[2], np.random.default_rng(1)
     table, hidden = rng.normal(size=(MODEL_VOCAB, 32)), rng.normal(size=(2, 32))
-    guessed = heads.guess(
+    guessed, sure = heads.guess(
         jnp.array(hidden, jnp.float32),
         jnp.array([3, 4]),
         lambda t: jnp.array(table, jnp.float32)[t],
+        heads.blocks[0].up.shape[0],  # type: ignore[union-attr]
+        0.5,
         XlaKernels("cpu"),
     )
 
@@ -122,12 +124,15 @@ def test_what_is_judged_is_what_is_guessed(trained: tuple[Judged, Judged, Heads,
         return x / np.sqrt((x**2).mean())
 
     for row, token in enumerate((3, 4)):
-        state = hidden[row]
+        state, likely = hidden[row], 1.0
         for ahead, block in enumerate(heads.blocks):
             inner = np.asarray(block.up) @ np.concatenate([normed(state), normed(table[token])])
             state = state + np.asarray(block.down) @ (inner / (1 + np.exp(-inner)))
-            token = int(heads.tokens[np.argmax(np.asarray(heads.rows) @ state)])
+            chances = np.exp(0.5 * np.asarray(heads.rows) @ state)
+            token = int(heads.tokens[np.argmax(chances)])
+            likely *= chances.max() / chances.sum()
             assert int(guessed[row, ahead]) == token
+            assert float(sure[row, ahead]) == pytest.approx(likely, rel=1e-4)
 
 
 def test_a_file_gives_back_what_was_written(
@@ -187,3 +192,16 @@ def test_heads_guess_where_nothing_was_said_before(
     (output,) = run(engine, asked({"max_tokens": 5}, PROMPT))
     assert len({*pairwise([*PROMPT, *ids(output)][:5])}) == 4
     assert engine.stats().guessed_tokens - before >= 3
+
+
+def test_heads_that_are_sure_of_nothing_offer_nothing(
+    trained: tuple[Judged, Judged, Heads, Path], engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """Rows of zeros find every token as likely: three guesses in a row are right once in a long while."""
+    heads = trained[2]
+    flat = heads._replace(rows=jnp.zeros_like(heads.rows))  # type: ignore[arg-type]
+    save_heads(tmp_path / "flat", flat, "dummy", "m")
+    engine = engine_of(speculate=3, draft_model=str(tmp_path / "flat"))
+    (output,) = run(engine, asked({"max_tokens": 5}, PROMPT))
+    assert len(ids(output)) == 5
+    assert engine.stats().guessed_tokens == 0
