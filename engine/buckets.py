@@ -66,13 +66,13 @@ def launch_sizes(
     """Everything to compile, smallest first: decodes, prompts, and both in one launch.
 
     Of these there are few: the smallest piece of a prompt beside one lane, a quarter of them or all; twice as much beside one,
-    four times as much and a whole chunk beside all; `few_tokens`, if that is less, beside one and a quarter. A prompt that fits
+    every second size and a whole chunk beside all; `few_tokens`, if that is less, beside one and a quarter. A prompt that fits
     beside one lane has no program of its own.
     """
     rows, tokens = decode_rows(lanes, data), prefill_tokens(chunk_tokens, least_tokens)
     guessing = decode_rows(most_rows or lanes, data)  # nobody guesses beside prompts
     one, quarter, few = rows[0], rows[max(0, len(rows) - 3)], min(few_tokens or tokens[0], tokens[0])
-    beside = (one, (few, *tokens[:2])), (quarter, (few, tokens[0])), (lanes, (*tokens[:3:2], tokens[-1]))
+    beside = (one, (few, *tokens[:2])), (quarter, (few, tokens[0])), (lanes, (*tokens[::2], tokens[-1]))
     mixed = {Size(some, count) for some, counts in beside for count in counts}
     sizes = {Size(some, 0) for some in (*rows, *guessing)} | mixed | {Size(0, count) for count in tokens[2:]}
     return tuple(sorted(sizes, key=lambda size: (sum(size), size)))

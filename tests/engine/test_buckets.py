@@ -37,6 +37,8 @@ def test_launch_sizes_by_hand() -> None:
         "decode[1]", "decode[2]", "decode[4]", "decode[8]", "mixed[1+8]", "mixed[4+8]", "decode[16]", "mixed[1+16]",
         "mixed[16+8]", "prefill[32]", "mixed[16+32]", "prefill[64]", "prefill[128]", "mixed[16+128]",
     ]  # fmt: skip
+    beside_all = [f"mixed[128+{tokens}]" for tokens in (64, 256, 1024, 2048)]
+    assert [name for name in names(128, 1, 2048, 64) if name.startswith("mixed[128+")] == beside_all
     assert {*names(16, 1, 128, 8, 4)} == {*names(16, 1, 128, 8), "mixed[1+4]", "mixed[4+4]"}
     assert names(16, 1, 128, 8, 8) == names(16, 1, 128, 8)
     assert names(4, 1, 16, 8) == [
