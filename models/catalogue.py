@@ -69,8 +69,11 @@ have begun keep their adapter to their end, and its slot with it; with `load_inp
 dies is followed by one with the same adapters, if their files are still the same. Several processes
 (`--num-processes`) and engines elsewhere (`--engine`) have their adapters from the start.
 
-| family | `architectures` | what it is |
-|---|---|---|
+What stands above holds for every family; where one is an exception it says so. A model of any of them is also read from GGUF, under
+the name that llama.cpp writes, where the table has one; Mistral and Mixtral go by `llama` there, DeepSeek-V3 by `deepseek2`.
+
+| family | `architectures` | in GGUF | what it is |
+|---|---|---|---|
 """
 
 
@@ -80,7 +83,7 @@ def markdown() -> str:
 Rotary scalings (`rope_type`): {KINDS}. Where they follow from the length of the
 context (dynamic, longrope), it is the context that is served (`--max-total-tokens`), the same for all texts.
 
-GGUF files: {", ".join(sorted(GGUF_ARCHITECTURES))}, stored as {", ".join(READABLE)}.
+GGUF files are stored as {", ".join(READABLE)}.
 """
     return HEADING + "".join(_rows()) + formats
 
@@ -96,7 +99,10 @@ def _rows() -> Iterator[str]:
         modules[name] = module
     for name, module in sorted(modules.items()):
         said = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-        yield f"| {name} | {', '.join(names[name])} | {said} |\n"
+        files = [
+            f"`{file}`" for file, known in GGUF_ARCHITECTURES.items() if f"`{known.hf_class}`" in names[name]
+        ]
+        yield f"| {name} | {', '.join(names[name])} | {', '.join(files)} | {said} |\n"
 
 
 if __name__ == "__main__":
