@@ -57,7 +57,7 @@ def test_streams_and_prompts_side_by_side_are_what_each_is_alone(engine: Engine)
 
 
 def test_a_long_prompt_holds_up_no_stream(engine: Engine) -> None:
-    """Pieces of eight tokens or of sixteen: in each turn that computes one, the stream beside it gets a token."""
+    """Pieces of four tokens to sixteen: in each turn that computes one, the stream beside it gets a token."""
 
     async def main() -> tuple[int, int]:
         client = LocalClient(engine)
@@ -73,5 +73,5 @@ def test_a_long_prompt_holds_up_no_stream(engine: Engine) -> None:
         return pieces, after.steps - before.steps
 
     pieces, steps = asyncio.run(main())
-    assert 3 <= pieces <= 6
+    assert 3 <= pieces <= 12
     assert steps >= pieces

@@ -120,7 +120,7 @@ def test_the_device_at_hand_is_measured_and_its_programs_checked(model: Path):
     )
     told = describe(config, model, compiled=True)
     assert told["device"] == "cpu (cpu)"
-    assert told["programs"] == "decode[2], mixed[1+16] compiled and checked"
+    assert told["programs"] == "decode[2], mixed[2+16] compiled and checked"
     assert told["temporaries bytes"] > 0
     assert told["memory GB/s of a device"] > 0.1
     assert told["TFLOP/s of a device"] > 0.0005
