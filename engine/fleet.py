@@ -67,14 +67,14 @@ class Fleet:
         """Return when one of the engines serves. Whatever happens, `close` must be called in the end."""
         for place in self._names:
             self._tasks[place] = asyncio.create_task(self._follow(place))
-        await self._gather()
+        await self._keep_up()
         await self.serves.wait()
 
     async def survey(self) -> None:
         """Look once at all there are."""
         for place in self._names:
             await self._resolve(place)
-        await self._gather(watched=False)
+        await self._gather()
         await asyncio.gather(*(self.look(replica) for replica in self.all))
 
     @property
@@ -158,7 +158,7 @@ class Fleet:
         """Keep up with what a name stands for. What it does not stand for any more may finish what it has."""
         while True:
             await self._resolve(place)
-            await self._gather()
+            await self._keep_up()
             await asyncio.sleep(self._look_s)
 
     async def _resolve(self, place: str) -> None:
@@ -170,17 +170,21 @@ class Fleet:
                 logger.warning("%s cannot be resolved: %s", place, error)
             self._unknown.add(place)
 
-    async def _gather(self, *, watched: bool = True) -> None:
-        """Take in the engines at all places, and let go of those at none that have nothing left to do. `watched`: new ones are
-        looked at from now on."""
+    async def _keep_up(self) -> None:
+        """Have those engines that there are now, and look at each from now on."""
+        await self._gather()
+        for replica in self.all:
+            if replica.address not in self._tasks:
+                self._tasks[replica.address] = asyncio.create_task(self._watch(replica))
+
+    async def _gather(self) -> None:
+        """Take in the engines at all places, and let go of those at none that have nothing left to do."""
         changed = False
         wanted = dict.fromkeys(address for addresses in self._places.values() for address in addresses)
         for address in wanted:
             if address not in self._replicas:
-                replica = self._replicas[address] = Replica(address, self._connect(address))
+                self._replicas[address] = Replica(address, self._connect(address))
                 changed = True
-                if watched:
-                    self._tasks[address] = asyncio.create_task(self._watch(replica))
         for address, replica in list(self._replicas.items()):
             changed |= replica.listed != (address in wanted)
             replica.listed = address in wanted
@@ -195,7 +199,8 @@ class Fleet:
             await self.look(replica)
         if replica.listed or self._replicas.pop(replica.address, None) is None:
             return False  # another name's turn was quicker
-        self._tasks.pop(replica.address).cancel()
+        if (task := self._tasks.pop(replica.address, None)) is not None:
+            task.cancel()
         if replica.stats is not None:
             self.past = replica.stats if self.past is None else count_on(self.past, replica.stats)
         await replica.client.close()

@@ -63,9 +63,9 @@ class Pace:
             return self._target_s
         alone = self._alone[rows]
         quiet_s = self._took(alone)
-        if quiet_s is None or prompts < 2:
-            return quiet_s and quiet_s * STRETCH
-        return quiet_s * max(CROWD_STRETCH, STRETCH * prompts / rows)
+        if quiet_s is None:
+            return None
+        return quiet_s * (STRETCH if prompts < 2 else max(CROWD_STRETCH, STRETCH * prompts / rows))
 
     def _took(self, alone: Size) -> float | None:
         """What a turn without prompts takes; where prompts never cease, at least what less work takes."""

@@ -13,6 +13,7 @@ from ..models.spec import parameters
 from ..tpu.chips import Topology, TopologyError, chip_of, compile_only_devices, find_topology
 from .audit import faults
 from .bench import measure_ceilings
+from .buckets import covering
 from .build import compile_within, design
 from .config import EngineConfig
 from .errors import PlanError
@@ -71,8 +72,7 @@ def _compiled(
 
 def largest(blueprint: Blueprint) -> Blueprint:
     """The same with the largest launch of each kind alone (lanes, prompts, both): no other needs as much memory."""
-    kinds = {(size.rows > 0, size.tokens > 0): size for size in blueprint.sizes}
-    return replace(blueprint, sizes=tuple(kinds.values()))
+    return replace(blueprint, sizes=covering(blueprint.sizes))
 
 
 def _of_model(

@@ -25,11 +25,10 @@ from .step import Blueprint, Params
 
 READ_TOKENS = 512
 """Of one text, at most: what is behind them is not learnt from."""
-LAUNCH_TEXTS = {"cpu": 16}
-"""Texts that one launch reads, at most, by platform; elsewhere MANY_TEXTS, for there a small launch takes as long as a large one."""
-MANY_TEXTS = 128
+LAUNCH_TOKENS = 4096
+"""Of one launch that reads texts, where a small launch takes as long as a large one; on CPUs READ_TOKENS."""
 TEXT_TOKENS = 32
-"""Room that a launch has for each of them: fewer long ones, or more short ones."""
+"""A launch reads a text for each so many of its tokens: fewer long ones, or more short ones."""
 INNER = 4
 """Width of a head's block, in hidden sizes."""
 LEAST_BATCH, MOST_BATCH, EPOCH_STEPS = 256, 1024, 400
@@ -93,8 +92,8 @@ def read_texts(
     """Run the model over texts of at most READ_TOKENS tokens each. `progress(done, total)` counts tokens."""
     b, place = blueprint, blueprint.placement
     width = b.shapes.page_tokens
-    most = LAUNCH_TEXTS.get(place.device.platform, MANY_TEXTS)
-    size = max(READ_TOKENS, most * TEXT_TOKENS)
+    size = READ_TOKENS if place.device.platform == "cpu" else LAUNCH_TOKENS
+    most = size // TEXT_TOKENS
     shapes = b.shapes._replace(pages=size // width + most)
 
     @partial(jax.jit, donate_argnums=1)
@@ -107,29 +106,31 @@ def read_texts(
     kv = zeros_like(abstract_kv(b.config, shapes, b.kv_dtype, place))
     total = sum(len(text.tokens) for text in texts)
     parts: list[Thoughts] = []
-    under_way: list[Any] = []
     number = done = 0
 
-    def keep(hidden: jax.Array, likeliest: jax.Array, *known: np.ndarray) -> None:
+    def keep(made: Thoughts) -> None:
         nonlocal done
-        tokens, rows, own = known
-        read = (np.asarray(hidden), tokens, np.asarray(likeliest, np.int32), rows, own)
-        parts.append(Thoughts(*(array[: len(tokens)] for array in read)))
-        done += len(tokens)
+        count = len(made.token)
+        fetched = made._replace(
+            hidden=np.asarray(made.hidden)[:count], likeliest=np.asarray(made.likeliest, np.int32)[:count]
+        )
+        parts.append(fetched)
+        done += count
         progress(done, total)
 
+    before: Thoughts | None = None
     for group in _groups([text.tokens for text in texts], most, size):
         tokens, rows, batch = _packed(group, width, most, size)
-        kv, thought = think(params, kv, place.put(tokens), jax.tree.map(place.put, batch))
+        kv, (hidden, likeliest) = think(params, kv, place.put(tokens), jax.tree.map(place.put, batch))
         count = sum(map(len, group))
         given = [text.given for text in texts[number : number + len(group)]]
         own = np.asarray(batch.positions) >= np.take(given, rows)
-        under_way.append((*thought, tokens[:count], rows[:count] + number, own[:count]))
+        if before is not None:  # fetched while the device is at the next
+            keep(before)
+        before = Thoughts(hidden, tokens[:count], likeliest, rows[:count] + number, own[:count])  # type: ignore[arg-type]
         number += len(group)
-        if len(under_way) > 1:  # one is fetched while the device is at the next
-            keep(*under_way.pop(0))
-    for one in under_way:
-        keep(*one)
+    if before is not None:
+        keep(before)
     return Thoughts(*map(np.concatenate, zip(*parts)))
 
 

@@ -110,6 +110,25 @@ def in_parts(
     return [part for part in parts if part[1].stop > part[1].start]
 
 
+def on_devices(attend: Any, placement: Placement | None, *, table_by_token: bool) -> Any:
+    """A kernel's attention (queries [T, K, …], pool, batch, and two by kv head) where several devices each attend with the kv heads,
+    and the part of the tokens, that lie there. `table_by_token`: a row is a token."""
+    if (place := placement) is None:
+        return attend
+    heads: Any = place.sharding(("kv_heads",)).spec
+
+    def spread(queries: jax.Array, *rest: Any) -> jax.Array:
+        # A prompt's tokens need not divide over the axis of the lanes.
+        lying: Any = place.fitted(("tokens", "kv_heads", None, None), queries.shape).spec
+        by_token: Any = place.fitted(("tokens",), queries.shape[:1]).spec
+        table: Any = by_token if table_by_token else place.replicated.spec
+        inputs = (lying, heads, PagedBatch(by_token, by_token, table), heads, heads)
+        part = jax.shard_map(attend, mesh=place.mesh, in_specs=inputs, out_specs=lying, check_vma=False)
+        return part(queries, *rest)
+
+    return spread
+
+
 def write(
     kv: KvLayer, k: jax.Array, v: jax.Array | None, batch: PagedBatch, placement: Placement | None
 ) -> KvLayer:

@@ -9,8 +9,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xlane.models.kernels import Kernels
 
 SIMULATED_DEVICES = 8
 
@@ -65,3 +69,17 @@ def compiled_programs_go() -> Iterator[None]:
 def one_device_env() -> dict[str, str]:
     """The environment for a child process that should see one device, as on a user's machine."""
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+@pytest.fixture(params=["xla", "native"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Kernels":
+    """Both kernels of a CPU."""
+    from xlane.engine.kernels.native import native_kernels
+    from xlane.models.attention import XlaKernels
+
+    if request.param == "xla":
+        return XlaKernels("cpu")
+    native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
+    if isinstance(native, str):
+        pytest.skip(native)
+    return native

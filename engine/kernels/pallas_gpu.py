@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from ...models.attention import XlaKernels, in_parts, write
+from ...models.attention import XlaKernels, in_parts, on_devices, write
 from ...models.kernels import KvLayer, PagedBatch
 from ...sharding.mesh import Placement
 from .pallas_gpu_bodies import Form, combine_kernel, decode_kernel, prefill_kernel
@@ -76,7 +76,11 @@ class PallasGpuKernels(XlaKernels):
 
         def attention(compute: Any, keys: int, *, table_by_token: bool) -> Any:
             tiled = form._replace(keys=min(keys, most))
-            return self._spread(partial(compute, form=tiled, interpret=self._interpret), table_by_token)
+            return on_devices(
+                partial(compute, form=tiled, interpret=self._interpret),
+                self.placement,
+                table_by_token=table_by_token,
+            )
 
         decode = attention(decode_attention, DECODE_KEYS, table_by_token=True)
         prefill = attention(prefill_attention, PREFILL_KEYS, table_by_token=False)
@@ -86,31 +90,6 @@ class PallasGpuKernels(XlaKernels):
         ]
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return out.reshape(tokens, kv_heads * group, head_dim), kv
-
-    def _spread(self, attend: Any, table_by_token: bool) -> Any:
-        """Each device attends with the kv heads, and the part of the tokens, that lie there."""
-        place = self.placement
-        if place is None:
-            return attend
-        heads: Any = place.sharding(("kv_heads",)).spec
-        pool: Any = place.sharding(("kv_heads", None, None, None)).spec
-
-        def spread(qkv: jax.Array, *rest: Any) -> jax.Array:
-            # A prompt's tokens need not divide over the axis of the lanes.
-            queries: Any = place.fitted(("tokens", "kv_heads", None, None), qkv.shape).spec
-            by_token: Any = place.fitted(("tokens",), qkv.shape[:1]).spec
-            table: Any = by_token if table_by_token else place.replicated.spec
-            batch, held = PagedBatch(by_token, by_token, table), KvLayer(pool, pool, heads, heads)
-            part = jax.shard_map(
-                attend,
-                mesh=place.mesh,
-                in_specs=(queries, held, batch, heads, heads),
-                out_specs=queries,
-                check_vma=False,
-            )
-            return part(qkv, *rest)
-
-        return spread
 
 
 def decode_attention(

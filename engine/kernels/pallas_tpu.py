@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...models.attention import MASKED, XlaKernels, in_parts, write
+from ...models.attention import MASKED, XlaKernels, in_parts, on_devices, write
 from ...models.kernels import KvLayer, PagedBatch
 from ...sharding.mesh import Placement
 from ..pages import pages_for
@@ -124,7 +124,11 @@ class PallasTpuKernels(XlaKernels):
         # A sink is a key already seen; one that weighs nothing stands where there is none.
         sink = jnp.full_like(slope, MASKED) if sink is None else sink
         decode, prefill = (
-            self._spread(partial(compute, form=form, interpret=self._interpret), table_by_token)
+            on_devices(
+                partial(compute, form=form, interpret=self._interpret),
+                self.placement,
+                table_by_token=table_by_token,
+            )
             for compute, table_by_token in ((decode_attention, True), (prefill_attention, False))
         )
         parts = [
@@ -133,24 +137,6 @@ class PallasTpuKernels(XlaKernels):
         ]
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return out.reshape(tokens, -1, width), kv
-
-    def _spread(self, attend: Any, table_by_token: bool) -> Any:
-        """Each device attends with the kv heads, and the part of the tokens, that lie there."""
-        place = self.placement
-        if place is None:
-            return attend
-        heads: Any = place.sharding(("kv_heads",)).spec
-
-        def spread(q: jax.Array, *rest: Any) -> jax.Array:
-            # A prompt's tokens need not divide over the axis of the lanes.
-            queries: Any = place.fitted(("tokens", "kv_heads", None, None), q.shape).spec
-            by_token: Any = place.fitted(("tokens",), q.shape[:1]).spec
-            table: Any = by_token if table_by_token else place.replicated.spec
-            inputs = (queries, heads, PagedBatch(by_token, by_token, table), heads, heads)
-            part = jax.shard_map(attend, mesh=place.mesh, in_specs=inputs, out_specs=queries, check_vma=False)
-            return part(q, *rest)
-
-        return spread
 
 
 def _table_bytes(rows: int, pages: int) -> int:

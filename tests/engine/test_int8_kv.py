@@ -17,16 +17,6 @@ from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.sharding.mesh import make_placement
 
 
-@pytest.fixture(params=["xla", "native"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if request.param == "xla":
-        return XlaKernels("cpu")
-    native = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
-    if isinstance(native, str):
-        pytest.skip(native)
-    return native
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _attend(kernels, window, one_token_rows, qkv, kv, batch, sinks):
     scale = qkv.shape[-1] ** -0.5
