@@ -168,7 +168,7 @@ def _middleware(
         Middleware(RequestIds),
         *cors,
         Middleware(RequireKey, keys=keys),
-        Middleware(BodyLimit, limit=config.payload_limit),
+        Middleware(BodyLimit, limit=config.payload_limit, together=config.bodies_limit),
         *([Middleware(ReleaseModels, models=models)] if models is not None else []),
     ]
 

@@ -139,7 +139,8 @@ async def _run(
         return
     backend = Backend()
     # Nobody else asks: what protects a server from its clients does not apply.
-    config = replace(server, max_concurrent_requests=sys.maxsize, payload_limit=sys.maxsize)
+    most = sys.maxsize
+    config = replace(server, max_concurrent_requests=most, payload_limit=most, bodies_limit=most)
     app = create_app(backend, config)
     model = LoadedModel(
         engine, run, backend, work.console, tokenizer_config_path=server.tokenizer_config_path

@@ -17,6 +17,7 @@ def _seconds(name: str, help: str) -> Flag:
 
 
 BOUNDS = (
+    _bound("bodies_limit", "Most bytes of request bodies held at a time; more are answered with 429."),
     _bound("url_limit", "Longest path and query of a request, bytes."),
     _bound("header_limit", "Most bytes of a request's headers together."),
     _bound("header_count_limit", "Most header lines of a request."),

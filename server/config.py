@@ -53,6 +53,8 @@ class ServerConfig:
 
     payload_limit: int = 2_000_000
     """Largest request body, bytes."""
+    bodies_limit: int = 256_000_000
+    """Most bytes of request bodies that are held at a time: as many as all permits need at their largest."""
     url_limit: int = 8_192
     """Longest path and query of a request, bytes."""
     header_limit: int = 32_768

@@ -6,7 +6,7 @@ import re
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import BodyTooLarge, error_response, speaks_anthropic
+from .errors import BodyTooLarge, Busy, error_response, speaks_anthropic
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SLASHES = re.compile(r"/{2,}")
@@ -53,11 +53,16 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses a body over the limit: at once if its length is declared, else when that many bytes have come."""
+    """Bounds the bodies of requests: each, at once if its length is declared, else when that many bytes have come; and all
+    that are held at a time, so that a crowd of large ones cannot take the memory that running requests need.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    A body is held from its first byte until its request is answered.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, together: int) -> None:
         self._app = app
-        self._limit = limit
+        self._limit, self._together = limit, together
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,19 +70,28 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal() or int(declared[:20]) > self._limit:
-            await error_response(self._error(), scope["path"])(scope, receive, send)
+            await error_response(self._too_large(), scope["path"])(scope, receive, send)
             return
         seen = 0
 
         async def receive_counted() -> Message:
             nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
+            come = len(message.get("body", b""))
+            seen += come
+            self._held += come
             if seen > self._limit:
-                raise self._error()
+                raise self._too_large()
+            if come and self._held > self._together:
+                raise Busy(
+                    f"Bodies of requests hold {self._together} bytes already (--limit bodies_limit=…); ask again later"
+                )
             return message
 
-        await self._app(scope, receive_counted, send)
+        try:
+            await self._app(scope, receive_counted, send)
+        finally:
+            self._held -= seen
 
-    def _error(self) -> BodyTooLarge:
+    def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The request body is larger than {self._limit} bytes")

@@ -110,7 +110,9 @@ async def test_an_engine_that_hangs_tells_where_and_is_replaced(tmp_path: Path):
     )
 
 
-async def test_an_engine_that_is_stopped_is_killed_and_its_streams_go_on():
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGUSR1], ids=["stopped", "in a circle"])
+async def test_an_engine_whose_event_loop_stands_still_is_killed_and_its_streams_go_on(sent: signal.Signals):
+    """It was stopped; or its event loop's thread runs, and never comes back from a callback."""
     async with supervised(*FAKE_ENGINE, "--turn-s", "0.02") as supervisor:
         await supervisor.start()
         engine = RpcClient(supervisor.address)
@@ -131,7 +133,7 @@ async def test_an_engine_that_is_stopped_is_killed_and_its_streams_go_on():
         first = await anext(outputs)
         stopped = supervisor.pid
         assert stopped is not None
-        os.kill(stopped, signal.SIGSTOP)
+        os.kill(stopped, sent)
         watching = asyncio.ensure_future(supervisor.watch(answers, pause_s=0.05, misses=3))
         ids = [first.tokens[0].id] + [token.id async for output in outputs for token in output.tokens]
         assert supervisor.pid != stopped

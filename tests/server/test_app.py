@@ -173,6 +173,24 @@ class TestBodyLimit:
             assert message_of(response) == "The request body is larger than 1000 bytes"
 
 
+class TestBodiesLimit:
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(bodies_limit=500)
+
+    @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+    def test_what_is_held_is_given_back(self, rig: Rig, path: str):
+        def ask(size: int) -> Any:
+            body = b'{"inputs": "a", "prompt": "a", "stop": ["%s"]}' % (b"a" * size)
+            return rig.client.post(path, content=body, headers={"content-type": "application/json"})
+
+        for _ in range(3):
+            assert [ask(300).status_code for _ in range(2)] == [200, 200]  # one after another they fit
+            refused = ask(500)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert "--limit bodies_limit=" in message_of(refused)
+
+
 def test_unknown_routes_and_methods(rig: Rig):
     for path in ("/nothing", "/v1/nothing", "/v1/chat"):
         response = rig.client.get(path)

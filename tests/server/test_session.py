@@ -4,6 +4,8 @@ import io
 import json
 import os
 import queue
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -248,6 +250,54 @@ def status_of(one: socket.socket) -> str:
         return one.recv(100)[9:12].decode()
     except ConnectionError:
         return ""
+
+
+def memory_kb(pid: int, what: str) -> int:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(what)]
+    return int(line.split()[1])
+
+
+def test_where_memory_ends_a_crowd_of_large_bodies_is_turned_away_and_streams_go_on(start: Start):
+    """800 MB are sent to a process that may have 450 MB more than it has; the default bounds keep it from needing them."""
+    server = start(turn_s=0.01).ready()
+    whole, pid = server.stream(100), server.process.pid
+    before_kb = memory_kb(pid, "VmRSS")
+    most = 1024 * memory_kb(pid, "VmData") + 450_000_000
+    resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
+    port = int(server.url.rsplit(":", 1)[1])
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2000000\r\n\r\n"
+    answers: list[bytes] = []
+    texts: list[str] = []
+
+    def flood() -> None:
+        with ExitStack() as stack:
+            waiting = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(400)
+            ]
+            for one in waiting:
+                one.sendall(head + b" " * 1_990_000)
+
+            def refused() -> int:
+                readable, _, _ = select.select(waiting, [], [], 0)
+                for one in readable:
+                    waiting.remove(one)
+                    answers.append(one.recv(12))
+                return len(answers)
+
+            # Of 2 MB each, 128 fit into 256 MB: what came of those that were refused counted until they were.
+            eventually(lambda: refused() >= 400 - 128, "all that do not fit are refused", PATIENCE_S)
+            texts.append(server.stream(100))
+
+    crowd = threading.Thread(target=flood)
+    crowd.start()
+    while crowd.is_alive():
+        texts.append(server.stream(100))
+    crowd.join()
+    print(len(answers), before_kb, memory_kb(pid, "VmHWM"))
+    assert set(texts) == {whole}
+    assert len(answers) >= 400 - 128
+    assert set(answers) == {b"HTTP/1.1 429"}
+    assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def scripted(tmp_path: Path, *changes: str) -> list[str]:

@@ -312,6 +312,12 @@ class FakeCore:
         )
 
 
+def _turn_in_a_circle(*_: object) -> None:
+    """In the thread that signals come to, which is the event loop's."""
+    while True:
+        pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--turn-s", type=float, default=0.002)
@@ -325,6 +331,7 @@ def main() -> None:
     link = ParentLink(arguments.progress_fd)
     link.die_with_parent()
     link.report("weights", 1, 2)
+    signal.signal(signal.SIGUSR1, _turn_in_a_circle)
     core = FakeCore(turn_s=arguments.turn_s)
     if arguments.hang_once and os.path.exists(arguments.hang_once):
         os.unlink(arguments.hang_once)
