@@ -304,6 +304,8 @@ class Loop:
 
     def _emit(self, outputs: list[tuple[Sequence, Delivery]]) -> None:
         """Deliver, one call per sink; forget the sequences that ended."""
+        if not outputs:
+            return
         by_sink: dict[int, tuple[Sink, list[Delivery]]] = {}
         ended = []
         for sequence, output in outputs:

@@ -6,6 +6,7 @@ Launching returns at once; `Launch.read` waits. Knows arrays and programs; why a
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ class Launch:
     def read(self) -> list[tuple[Sequence, Result, list[int]]]:
         """Wait for the device; then what each sequence got, and what draft heads guess to follow."""
         rows = zip(self.sequences, np.asarray(self.result))
-        by_sequence = itertools.groupby(rows, lambda row: row[0])
+        by_sequence = itertools.groupby(rows, itemgetter(0))
         return [
             (sequence, *_read(sequence, [row for _, row in group]))
             for sequence, group in by_sequence

@@ -12,7 +12,7 @@ Knows no device and no time: the loop calls `plan` once a turn and `absorb` for 
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .errors import RequestFailed
@@ -101,7 +101,7 @@ class Scheduler:
         room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
-                guesses = self._guesses(sequence, room)
+                guesses = () if sequence.drafter is None else self._guesses(sequence, room)
                 room -= len(guesses)
                 self._decode(turn, sequence, guesses)
         return turn
@@ -109,6 +109,8 @@ class Scheduler:
     @property
     def hopes(self) -> bool:
         """Whether it pays to read what is in flight before the next turn is planned: somebody may guess then, or has."""
+        if not self.limits.decode_rows:
+            return False
         decoding = [sequence for sequence in self._running if sequence.phase is Phase.DECODE]
         return len(decoding) < self.limits.decode_rows and any(sequence.hopes for sequence in decoding)
 
@@ -309,13 +311,15 @@ class Scheduler:
             sequence.pages += self.pages.take(more) or []
         return guesses[: len(sequence.pages) * self.limits.page_tokens - sequence.length]
 
-    def _decode(self, turn: Turn, sequence: Sequence, guesses: list[int]) -> None:
+    def _decode(self, turn: Turn, sequence: Sequence, guesses: Iterable[int]) -> None:
         width = self.limits.page_tokens
+        at = sequence.length - 1
+        sequence.guessed = 0
         for ahead, guess in enumerate((0, *guesses)):
-            page_index, slot = divmod(sequence.length - 1 + ahead, width)
+            page_index, slot = divmod(at + ahead, width)
             page = sequence.pages[page_index] if slot == 0 else NO_PAGE
             turn.rows.append(Row(sequence.lane, page_index, page, ahead, guess))
             turn.decoded.append(sequence)
+            sequence.guessed = ahead
         sequence.computed += 1
         sequence.in_flight += 1
-        sequence.guessed = len(guesses)

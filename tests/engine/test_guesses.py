@@ -314,8 +314,8 @@ def test_what_repeats_comes_several_tokens_a_step(engine_of) -> None:
     before = guessing.stats()
     (output,) = run(guessing, asked({"logit_bias": ((17, 100.0),)}))
     assert ids(output) == [17] * 60
-    assert max(len(step.tokens) for step in output) == 5
-    assert guessing.stats().steps - before.steps < 20
+    # Of the sixty, the first comes of the prompt; a reader that is late is given several steps as one.
+    assert 59 / 5 <= guessing.stats().steps - before.steps < 20
     assert output[-1].finish_reason is FinishReason.LENGTH
 
 
