@@ -53,6 +53,12 @@ def _apply(rules: Mapping[str, str]) -> None:
 _apply(_RULES)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: begun at the end, one of them would keep one processor while others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_go() -> Iterator[None]:
     """Free what a module compiled. Each program takes some hundred memory mappings, and a process has 65,530: a suite

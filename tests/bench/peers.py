@@ -90,7 +90,8 @@ def load(url: str, *, clients: int, requests: int, **options: Any) -> Result:
 def peers(args: argparse.Namespace) -> dict[str, Peer]:
     """All that can be measured, each with as many slots."""
     host, slots = ["--host", "127.0.0.1"], args.slots
-    llama = [args.llama_server, "-m", args.gguf, "-np", str(slots), "-c", str(slots * 512), "-t", "2", *host]
+    context = slots * max(512, 2 * (args.prompt_tokens + args.output_tokens))
+    llama = [args.llama_server, "-m", args.gguf, "-np", str(slots), "-c", str(context), "-t", "2", *host]
     # Without continuous batching it answers one request after another.
     torch = [args.transformers, "serve", args.directory, "--dtype", "float32", "--device", "cpu"]
     # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own.

@@ -59,10 +59,9 @@ def test_warmup_leaves_programs_and_a_manifest(model: Path, one_device_env: dict
         name: value for name, value in one_device_env.items() if not name.startswith("JAX_COMPILATION")
     }
     cache = tmp_path / "cache"
-    done = xlane(
-        "warmup", model, "--cache-dir", cache, "--kernels", "xla", "--max-batch-size", "2", env=environ
-    )
+    few = ["--max-batch-size", "1", "--max-batch-prefill-tokens", "8"]
+    done = xlane("warmup", model, "--cache-dir", cache, "--kernels", "xla", *few, env=environ)
     assert done.returncode == 0, done.stderr
     manifest = json.loads(Path(done.stdout.strip()).read_text())
-    assert manifest["programs"]
+    assert [program["name"] for program in manifest["programs"]] == ["decode[1]", "mixed[1+4]", "mixed[1+8]"]
     assert list((cache / "programs").iterdir())

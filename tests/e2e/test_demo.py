@@ -16,6 +16,8 @@ from ..bench.kills import kill_under_load
 from ..support.whole_server import Served
 from .make_demo_greedy import PATH, TOKENS, greedy, reference_model
 
+pytestmark = pytest.mark.slow
+
 CASES = json.loads(PATH.read_text())
 
 

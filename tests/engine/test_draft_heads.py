@@ -12,6 +12,7 @@ import pytest
 
 from tests.engine.conftest import ids, run
 from tests.engine.test_guesses import JSON, TEXT, WAYS, asked, same
+from tests.support.few_programs import few_programs
 from tests.support.guided import MODEL_VOCAB
 from tests.support.untrained import untrained_model
 from xlane.engine import EngineConfig
@@ -28,6 +29,8 @@ from xlane.models.draft_heads import Heads, open_heads, save_heads
 from xlane.models.errors import CheckpointError
 from xlane.models.guidance import guidance_tokenizer
 from xlane.models.opened import open_model
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = {"lanes": 2, "page_tokens": 4, "max_total_tokens": 200, "prefill_chunk_tokens": 16}
 CONFIG = EngineConfig(model_id="m", kernels="xla", **OPTIONS)
@@ -88,7 +91,8 @@ def engine_of(model: Path) -> Iterator[Callable[..., Engine]]:
         if key not in built:
             config = replace(CONFIG, **options)
             opened = open_model(model, weights=False)
-            made = build(config, opened.config, None)
+            with few_programs():
+                made = build(config, opened.config, None)
             made = replace(made, params=sure(made.programs.blueprint, made.params))
             built[key] = Engine(
                 config, opened.config, made, guidance=lambda: guidance_tokenizer(TEXT, MODEL_VOCAB)

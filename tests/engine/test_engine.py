@@ -24,6 +24,8 @@ from xlane.engine.engine import Engine
 from xlane.engine.local import LocalClient
 from xlane.models.opened import open_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     np.random.default_rng(seed).integers(3, 131, size).tolist()
     for seed, size in enumerate((5, 40, 1, 17, 33, 8))

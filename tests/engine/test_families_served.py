@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import ids, request, run
+from tests.support.few_programs import few_programs
 from tests.support.lora import lora
 from tests.support.rounding import rounded_model
 from tests.support.tiny import TINY_KINDS, hf_greedy, one_of_each, tiny_model
@@ -22,6 +23,8 @@ from xlane.engine.engine import Engine
 from xlane.engine.opening import open_served
 from xlane.engine.prompt_scores import SCORE_WIDTH
 from xlane.models.opened import open_model
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [np.random.default_rng(seed).integers(3, 131, size).tolist() for seed, size in enumerate((21, 5))]
 TOKENS = 8
@@ -56,7 +59,8 @@ def text(kind: str, path: Path, cache: Path, **options: Any) -> list[list[int]]:
     config = EngineConfig(
         model_id=kind, cache_dir=str(cache), page_tokens=4, max_total_tokens=32, prefill_chunk_tokens=8, **options
     )  # fmt: skip
-    engine = Engine.build(config, opened.config, opened.source)
+    with few_programs():
+        engine = Engine.build(config, opened.config, opened.source)
     try:
         return [ids(output) for output in run(engine, *(request(p, max_tokens=TOKENS) for p in PROMPTS))]
     finally:
@@ -102,7 +106,8 @@ def test_adapters_that_come_later_answer_as_merged_weights_over_two_devices_and_
         prefill_chunk_tokens=8, quantize="int8", lora_adapters=("slots=1", "rank=8"), **OVER_TWO,
     )  # fmt: skip
     opened = open_served(config, plain)
-    engine = Engine.build(config, opened.config, opened.source)
+    with few_programs():
+        engine = Engine.build(config, opened.config, opened.source)
     try:
         for number, (folder, merged) in enumerate(adapters):
             name = str(number)

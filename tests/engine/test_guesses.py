@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from tests.engine.conftest import ids, request, run
 from tests.engine.test_programs import GREEDY, LANES, MOST, PAGE, PROMPT, Device, tokens_of
+from tests.support.few_programs import few_programs
 from tests.support.guided import MODEL_VOCAB, byte_level
 from tests.support.untrained import CONFIG, loud, untrained_model
 from xlane.engine import (
@@ -38,6 +39,8 @@ from xlane.models.guidance import guidance_tokenizer
 from xlane.models.loader import dummy_params
 from xlane.models.lora_weights import is_adapters
 from xlane.models.opened import open_model
+
+pytestmark = pytest.mark.slow
 
 RANDOM = replace(GREEDY, temperature=1.3, seed=9, logprobs=True, top_logprobs=3, max_tokens=12)
 ROWS = 8
@@ -237,7 +240,8 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
                 model_id="guesses", kernels="xla", lora_adapters=(f"tuned={adapter}",), **options
             )
             model = open_served(config, path, weights=False).config
-            made = build(config, model, None)
+            with few_programs():
+                made = build(config, model, None)
             # Random as the weights are, and large enough to be heard beside them.
             params = tuple(
                 20 * array if is_adapters(spec) else array

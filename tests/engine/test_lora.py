@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import ids, request, run
+from tests.support.few_programs import few_programs
 from tests.support.lora import changed, lora
 from tests.support.tiny import hf_greedy, tiny_model
 from xlane.engine import EngineConfig, InvalidRequest, PlanError
@@ -57,7 +58,8 @@ def engine(models: Path, paths, tmp_path_factory: pytest.TempPathFactory) -> Ite
         lora_adapters=(*(f"{name}={paths[name][0]}" for name in NAMED), "slots=1", "rank=8"),
     )  # fmt: skip
     opened = open_served(config, tiny_model(KIND, models))
-    engine = Engine.build(config, opened.config, opened.source)
+    with few_programs():
+        engine = Engine.build(config, opened.config, opened.source)
     yield engine
     engine.stop()
 

@@ -10,6 +10,8 @@ from xlane.models.attention import XlaKernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.sharding.mesh import Placement, make_placement
 
+pytestmark = pytest.mark.slow
+
 INTERPRET = jax.default_backend() != "gpu"
 """On a GPU the kernels themselves are tested: `JAX_PLATFORMS=cuda pytest tests/engine/test_pallas_gpu.py`."""
 

@@ -13,6 +13,8 @@ from xlane.models.attention import XlaKernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.sharding.mesh import make_placement
 
+pytestmark = pytest.mark.slow
+
 PAGES, WIDTH, PAGE_TOKENS = 24, 10, 64
 NOBODYS = PAGES - 1
 """A page full of NaN, that stands wherever a row holds nothing."""

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.engine.conftest import ids, request, run
+from tests.support.few_programs import few_programs
 from tests.support.untrained import loud, untrained_model
 from xlane.engine import EngineConfig, PlanError, prefix_file
 from xlane.engine.build import Built, build
@@ -105,7 +106,8 @@ class Lives:
             prefix_cache_path=str(self.path),
         )  # fmt: skip
         self.model = open_model(model, weights=False).config
-        built = build(self.config, self.model, None)
+        with few_programs():
+            built = build(self.config, self.model, None)
         self.built = replace(built, params=loud(built.params))
 
     def start(self, built: Built | None = None, sha: str | None = None, **changes) -> Engine:

@@ -20,6 +20,8 @@ from xlane.engine.sampler import ONE_DEVICE
 from xlane.engine.turn import Size
 from xlane.models.opened import open_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     np.random.default_rng(seed).integers(3, 131, size).tolist()
     for seed, size in enumerate((5, 80, 1, 17, 33, 2, 32))

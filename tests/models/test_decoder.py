@@ -21,6 +21,8 @@ from xlane.models.opened import open_model
 from xlane.models.spec import Quant
 from xlane.sharding.mesh import make_placement
 
+pytestmark = pytest.mark.slow
+
 PAGE_TOKENS, PAGES, WIDTH = 4, 24, 8
 TOLERANCE = 1e-4
 """Largest error relative to the largest logit, float32. Never relaxed."""

@@ -26,6 +26,8 @@ from xlane.engine.replay import ReplayingClient
 from xlane.engine.rpc_client import RpcClient
 from xlane.sharding.processes import ProcessError, all_equal, join_processes, least_of_all
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ENDS_WITHIN_S = 60
 # Every process compiles for itself, and no follower finds anything in the cache: few programs, and quickly.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.conftest import ids, request, run
+from tests.support.few_programs import few_programs
 from xlane.engine import EngineConfig, EngineError, Request
 from xlane.engine.engine import Engine
 from xlane.engine.follow import follow
@@ -21,10 +22,11 @@ def main() -> int:
     model, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     config = EngineConfig(model_id="tiny", **options)
     try:
-        if config.process_id:
-            follow(config, model)
-            return 0
-        engine = start(config, model)
+        with few_programs():
+            if config.process_id:
+                follow(config, model)
+                return 0
+            engine = start(config, model)
     except EngineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 3

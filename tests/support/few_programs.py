@@ -1,0 +1,30 @@
+"""Engines of as few programs as do any work, for tests that look at something else: most of a test engine's time is
+compiling, and the programs that larger ones can stand in for are for speed alone.
+
+What each size computes is looked at in `test_programs` and `test_mixed`, and engines of all sizes in `test_start` and `e2e`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from xlane.engine import build
+from xlane.engine.buckets import covering, launch_sizes
+from xlane.engine.turn import Size
+
+
+@contextmanager
+def few_programs() -> Iterator[None]:
+    """Engines that are built meanwhile have no size that another can stand in for; but all lanes decode in one of their own,
+    whether somebody guesses or not."""
+
+    def needed(lanes: int, *asked: Any) -> tuple[Size, ...]:
+        sizes = launch_sizes(lanes, *asked)
+        kept = {*covering(sizes), Size(lanes, 0)}
+        return tuple(size for size in sizes if size in kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "launch_sizes", needed)
+        yield
