@@ -69,13 +69,8 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     )
 
     def make(guidance: Callable[[], LLTokenizer] | None = load, **options) -> Engine:
-        options = {
-            "lanes": 4,
-            "page_tokens": 4,
-            "max_total_tokens": 200,
-            "prefill_chunk_tokens": 16,
-            **options,
-        }
+        sizes = {"lanes": 4, "page_tokens": 4, "max_total_tokens": 200, "prefill_chunk_tokens": 16}
+        options = sizes | options
         key = (guidance, *sorted(options.items()))
         if key not in built:
             model = open_model(path, weights=False).config
