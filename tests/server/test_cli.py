@@ -182,7 +182,7 @@ def test_a_model_may_be_a_bare_word():
             "serve --limit hedder_limit=9",
             "--limit hedder_limit=9: there is no such limit: did you mean header_limit",
         ),
-        ("serve --limit x", "there is no such limit: url_limit, header_limit"),
+        ("serve --limit x", "there is no such limit: bodies_limit, url_limit"),
         ("serve --limit max_grammar_bytes=1048577", "expected a whole number from 1 to 1048576"),
         (
             "serve --limit max_best_of=3 --max-best-of 4",
