@@ -12,7 +12,7 @@ Knows no device and no time: the loop calls `plan` once a turn and `absorb` for 
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .errors import RequestFailed
@@ -101,7 +101,7 @@ class Scheduler:
         room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
-                guesses = () if sequence.drafter is None else self._guesses(sequence, room)
+                guesses = self._guesses(sequence, room)
                 room -= len(guesses)
                 self._decode(turn, sequence, guesses)
         return turn
@@ -304,6 +304,8 @@ class Scheduler:
     def _guesses(self, sequence: Sequence, room: int) -> list[int]:
         """What to verify beside its next token, in at most so many rows. Takes the pages for it, but none that a running
         sequence may need to grow."""
+        if sequence.drafter is None:
+            return []
         guesses = sequence.guesses()[: max(0, min(room, sequence.most_tokens - sequence.length - 1))]
         spare = self.pages.free - len(self._running)
         more = min(self._missing(sequence, len(guesses)), spare)
@@ -311,15 +313,14 @@ class Scheduler:
             sequence.pages += self.pages.take(more) or []
         return guesses[: len(sequence.pages) * self.limits.page_tokens - sequence.length]
 
-    def _decode(self, turn: Turn, sequence: Sequence, guesses: Iterable[int]) -> None:
+    def _decode(self, turn: Turn, sequence: Sequence, guesses: list[int]) -> None:
         width = self.limits.page_tokens
         at = sequence.length - 1
-        sequence.guessed = 0
         for ahead, guess in enumerate((0, *guesses)):
             page_index, slot = divmod(at + ahead, width)
             page = sequence.pages[page_index] if slot == 0 else NO_PAGE
             turn.rows.append(Row(sequence.lane, page_index, page, ahead, guess))
             turn.decoded.append(sequence)
-            sequence.guessed = ahead
         sequence.computed += 1
         sequence.in_flight += 1
+        sequence.guessed = len(guesses)

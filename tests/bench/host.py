@@ -41,7 +41,7 @@ class Instant:
 
     def launch(self, size: Size, plan: np.ndarray, mask: np.ndarray | None) -> Made:
         if not size.tokens:
-            plan.tobytes()
+            plan.tobytes()  # as the real one does, to see whether that plan is on the device already
         rows = np.full((size.rows + (SEGMENTS if size.tokens else 0), RESULT_WIDTH), 1, np.int32)
         return Made(cast("Any", rows.view(_There)), None)
 

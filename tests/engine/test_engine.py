@@ -56,7 +56,7 @@ def test_nothing_compiles_after_ready(engine_of) -> None:
 
 @pytest.mark.parametrize("kernels", ["xla", "native"])
 def test_same_seed_same_tokens_alone_or_among_fifteen_others(engine_of, kernels: str) -> None:
-    engine = engine_of(kernels=kernels, lanes=16, prefill_chunk_tokens=8)
+    engine = engine_of(kernels=kernels, lanes=16, prefill_chunk_tokens=8, every_size=True)
     rng = np.random.default_rng(7)
 
     def ours() -> Request:

@@ -17,7 +17,6 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from tests.engine.conftest import collect, ids, run
-from tests.support.few_programs import few_programs
 from tests.support.guided import MODEL_VOCAB, byte_level
 from tests.support.untrained import untrained_model
 from xlane.engine import (
@@ -75,8 +74,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         if key not in built:
             model = open_model(path, weights=False).config
             config = EngineConfig(model_id="guided", kernels="xla", **options)
-            with few_programs():
-                built[key] = Engine.build(config, model, None, guidance=guidance)
+            built[key] = Engine.build(config, model, None, guidance=guidance)
         return built[key]
 
     yield make

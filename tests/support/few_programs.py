@@ -1,7 +1,8 @@
 """Engines of as few programs as do any work, for tests that look at something else: most of a test engine's time is
 compiling, and the programs that larger ones can stand in for are for speed alone.
 
-What each size computes is looked at in `test_programs` and `test_mixed`, and engines of all sizes in `test_start` and `e2e`.
+Not for tests of what a request is alone and among others: those launches have to be of different sizes. What each size
+computes is looked at in `test_programs` and `test_mixed`, and engines of all sizes in `test_start`, `test_guided` and `e2e`.
 """
 
 from collections.abc import Iterator
