@@ -56,7 +56,8 @@ class BodyLimit:
     """Bounds the bodies of requests: each, at once if its length is declared, else when that many bytes have come; and all
     that are held at a time, so that a crowd of large ones cannot take the memory that running requests need.
 
-    A body is held from its first byte until its request is answered.
+    A body is held from its first byte until its request is answered. One that is held alone has its own limit only, lest a
+    large one be told for ever to come again.
     """
 
     def __init__(self, app: ASGIApp, limit: int, together: int) -> None:
@@ -82,7 +83,7 @@ class BodyLimit:
             self._held += come
             if seen > self._limit:
                 raise self._too_large()
-            if come and self._held > self._together:
+            if come and self._held > max(self._together, seen):
                 raise Busy(
                     f"Bodies of requests hold {self._together} bytes already (--limit bodies_limit=…); ask again later"
                 )

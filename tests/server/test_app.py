@@ -7,12 +7,14 @@ from typing import Any
 import httpx
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
 from xlane.server import front
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.errors import Busy
+from xlane.server.middleware import BodyLimit
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
@@ -173,22 +175,42 @@ class TestBodyLimit:
             assert message_of(response) == "The request body is larger than 1000 bytes"
 
 
-class TestBodiesLimit:
-    @pytest.fixture
-    def config(self) -> ServerConfig:
-        return ServerConfig(bodies_limit=500)
+def test_bodies_together_are_bounded_and_one_alone_is_not():
+    """One is held until its answer; beside it there is room for what fits, and afterwards for all."""
+    answered = asyncio.Event()
 
-    @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
-    def test_what_is_held_is_given_back(self, rig: Rig, path: str):
-        def ask(size: int) -> Any:
-            body = b'{"inputs": "a", "prompt": "a", "stop": ["%s"]}' % (b"a" * size)
-            return rig.client.post(path, content=body, headers={"content-type": "application/json"})
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        if scope["path"] == "/first":
+            await answered.wait()
 
+    limited = BodyLimit(app, limit=900, together=500)
+
+    async def ask(path: str, *sizes: int) -> None:
+        parts = [{"type": "http.request", "body": b" " * size, "more_body": True} for size in sizes]
+        messages = iter([*parts, {"type": "http.request", "body": b"", "more_body": False}])
+
+        async def receive() -> Message:
+            return next(messages)
+
+        async def send(message: Message) -> None: ...
+
+        await limited({"type": "http", "path": path, "headers": []}, receive, send)
+
+    async def main() -> None:
+        await ask("/alone", 300, 500)
+        first = asyncio.create_task(ask("/first", 400))
+        await asyncio.sleep(0)
         for _ in range(3):
-            assert [ask(300).status_code for _ in range(2)] == [200, 200]  # one after another they fit
-            refused = ask(500)
-            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-            assert "--limit bodies_limit=" in message_of(refused)
+            await ask("/fits", 50, 50)
+            with pytest.raises(Busy, match="--limit bodies_limit="):
+                await ask("/does-not", 50, 51)
+        answered.set()
+        await first
+        await ask("/alone", 800)
+
+    asyncio.run(main())
 
 
 def test_unknown_routes_and_methods(rig: Rig):
