@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,19 +36,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine_of(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Engine]]:
-    """Build (once per set of options) an engine of a tiny model. Of few programs, unless `every_size` is asked for."""
+    """Build (once per set of options) an engine of a tiny model. Of few programs, see there for `alone`."""
     built: dict[tuple, Engine] = {}
     cache = str(tmp_path_factory.getbasetemp().parent / "kernels")
 
-    def make(kind: str = "llama-gqa-tied", *, every_size: bool = False, **options) -> Engine:
+    def make(kind: str = "llama-gqa-tied", *, alone: bool = False, **options) -> Engine:
         options = {
             "lanes": 4, "page_tokens": 4, "max_total_tokens": 96, "prefill_chunk_tokens": 16, "kernels": "xla", **options,
         }  # fmt: skip
-        key = (kind, every_size, *sorted(options.items()))
+        key = (kind, alone, *sorted(options.items()))
         if key not in built:
             opened = open_model(tiny_model(kind, models))
             config = EngineConfig(model_id=kind, cache_dir=cache, **options)
-            with nullcontext() if every_size else few_programs():
+            with few_programs(alone=alone):
                 built[key] = Engine.build(config, opened.config, opened.source)
         return built[key]
 

@@ -159,19 +159,27 @@ def test_a_file_gives_back_what_was_written(
 
 
 def test_heads_of_another_model_are_refused_by_name(
-    trained: tuple[Judged, Judged, Heads, Path], engine_of: Callable[..., Engine], tmp_path: Path
+    trained: tuple[Judged, Judged, Heads, Path], model: Path, tmp_path: Path
 ) -> None:
+    """By what an engine begins with: nothing has to be compiled for it."""
     heads, folder = trained[2:]
+
+    def begin(draft_model: Path, speculate: int) -> None:
+        config = replace(CONFIG, speculate=speculate, draft_model=str(draft_model))
+        blueprint, _, _ = design(config, open_model(model, weights=False).config)
+        load_weights(config, blueprint, None, lambda *state: None)
+
+    begin(folder, 3)
     save_heads(tmp_path / "like", heads, "another", "org/like")
     with pytest.raises(PlanError, match="was made for org/like, and not for the weights of m"):
-        engine_of(speculate=3, draft_model=str(tmp_path / "like"))
+        begin(tmp_path / "like", 3)
     wide = heads._replace(rows=jnp.ones((len(heads.tokens), 64)))
     blocks = tuple(b._replace(up=jnp.ones((128, 128)), down=jnp.ones((64, 128))) for b in heads.blocks)
     save_heads(tmp_path / "wide", wide._replace(blocks=blocks), "dummy", "org/wide")
     with pytest.raises(PlanError, match="was made for org/wide"):
-        engine_of(speculate=3, draft_model=str(tmp_path / "wide"))
+        begin(tmp_path / "wide", 3)
     with pytest.raises(PlanError, match="guesses nothing without --speculate"):
-        engine_of(draft_model=str(folder))
+        begin(folder, 0)
 
 
 def test_texts_are_the_same_with_heads_as_without(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import collect, ids, request, run
+from tests.support.few_programs import few_programs
 from tests.support.tiny import hf_greedy, hf_logits, tiny_model
 from xlane.engine import (
     EngineConfig,
@@ -56,7 +57,7 @@ def test_nothing_compiles_after_ready(engine_of) -> None:
 
 @pytest.mark.parametrize("kernels", ["xla", "native"])
 def test_same_seed_same_tokens_alone_or_among_fifteen_others(engine_of, kernels: str) -> None:
-    engine = engine_of(kernels=kernels, lanes=16, prefill_chunk_tokens=8, every_size=True)
+    engine = engine_of(kernels=kernels, lanes=16, prefill_chunk_tokens=8, alone=True)
     rng = np.random.default_rng(7)
 
     def ours() -> Request:
@@ -328,7 +329,8 @@ def test_a_model_that_gives_nan_fails_its_request_and_no_other(models, tmp_path,
         model_id="damaged", lanes=2, page_tokens=4, max_total_tokens=16, kv_bytes=8 * 2 * 3 * 4 * 4 * 16 * 4,
         prefill_chunk_tokens=16, kernels=kernels, cache_dir=str(models),
     )  # fmt: skip
-    engine = Engine.build(config, opened.config, opened.source)
+    with few_programs():
+        engine = Engine.build(config, opened.config, opened.source)
 
     async def main() -> None:
         client = LocalClient(engine)

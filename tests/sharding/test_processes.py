@@ -5,6 +5,7 @@ A group that lost one is whole again when all were started again."""
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -61,12 +62,9 @@ def free_ports() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process with so many simulated devices."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    """Of a process with so many simulated devices, that compiles in haste as this one does."""
+    counted = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": re.sub(r"--xla_force_host\S*", counted, os.environ["XLA_FLAGS"])}
 
 
 @pytest.fixture
@@ -114,7 +112,7 @@ def running(start: Start, tmp_path: Path) -> list[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize(
     ("count", "devices", "options"),
-    [(2, 2, {}), (4, 1, {"data_parallel": 4, "lanes": 4}), (2, 1, {"speculate": 3})],
+    [(2, 2, {"speculate": 3}), (4, 1, {"data_parallel": 4, "lanes": 4})],
     ids=str,
 )
 def test_several_processes_make_the_tokens_of_one(
