@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from tests.engine.conftest import collect, ids, run
+from tests.support.few_programs import few_programs
 from tests.support.guided import MODEL_VOCAB, byte_level
 from tests.support.untrained import untrained_model
 from xlane.engine import (
@@ -74,7 +76,9 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         if key not in built:
             model = open_model(path, weights=False).config
             config = EngineConfig(model_id="guided", kernels="xla", **options)
-            built[key] = Engine.build(config, model, None, guidance=guidance)
+            # All sizes where requests are compared with others, alone and beside them: in the first.
+            with few_programs() if options != sizes else nullcontext():
+                built[key] = Engine.build(config, model, None, guidance=guidance)
         return built[key]
 
     yield make
