@@ -43,6 +43,7 @@ from .scheduler import Limits, Scheduler
 from .sequence import Sequence
 from .state import MAX_STOP_IDS
 from .stats import Counters
+from .turn import SEGMENT_TOKENS
 
 MAX_RETRY_AFTER_S = 60.0
 """A longer advice would outlive the load it was measured at."""
@@ -73,6 +74,7 @@ class Engine:
             built.chunk_tokens,
             blueprint.prefill_segments,
             max(size.rows for size in blueprint.sizes) if config.speculate else 0,
+            SEGMENT_TOKENS,
         )
         pace = Pace(blueprint.sizes, None if config.target_itl_ms is None else config.target_itl_ms / 1e3)
         self._scheduler = Scheduler(limits, self._pages, pace.prompt_tokens)

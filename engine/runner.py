@@ -91,10 +91,9 @@ class Runner:
         if not turn.rows and not turn.segments:
             return None
         b = self._blueprint
-        count = sum(len(segment.tokens) for segment in turn.segments)
-        size = self._launcher.smallest(len(turn.rows), count)
+        size = self._launcher.smallest(*turn.asks)
         packed = pack_plan(
-            turn.rows, turn.segments, size, b.prefill_segments, b.shapes.table_width, b.shapes.lanes
+            turn.rows, turn.segments, size, b.segments(size), b.shapes.table_width, b.shapes.lanes
         )
         idle: list[Sequence | None] = [None] * (size.rows - len(turn.rows))
         ended = (s if segment.last else None for segment, s in zip(turn.segments, turn.prefilled))
@@ -105,7 +104,7 @@ class Runner:
         scored = tuple(one for one in zip(turn.prefilled, turn.segments, starts) if one[1].targets)
         if scored and made.scores is not None:
             made.scores.copy_to_host_async()
-        return Launch(made.result, size, sampled, len(turn.rows), count, made.scores, scored)
+        return Launch(made.result, size, sampled, len(turn.rows), turn.prompt_tokens, made.scores, scored)
 
     def _masks(
         self, sequences: Iterable[Sequence | None], aheads: Iterable[int], rows: int

@@ -32,9 +32,11 @@ class Limits:
     chunk_tokens: int
     """Most prompt tokens of a turn."""
     chunk_segments: int
-    """Sequences per prefill launch."""
+    """Sequences per prefill launch, at most."""
     decode_rows: int = 0
     """Rows per decode launch. What decoding lanes leave of them, guesses may have."""
+    segment_tokens: int = 1
+    """Of a budget, for each sequence that shares it; see `turn.SEGMENT_TOKENS`."""
 
 
 class Scheduler:
@@ -190,9 +192,10 @@ class Scheduler:
 
     def _prefill(self, turn: Turn, budget: int) -> None:
         """Plan pieces of prompts of `budget` tokens in all."""
+        most = max(1, min(self.limits.chunk_segments, budget // self.limits.segment_tokens))
         for sequence in self._prompts():
             budget -= self._chunk(turn, sequence, budget)
-            if budget == 0 or len(turn.segments) == self.limits.chunk_segments:
+            if budget == 0 or len(turn.segments) == most:
                 return
 
     def _prompts(self) -> Iterator[Sequence]:

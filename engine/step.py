@@ -65,7 +65,7 @@ class Blueprint:
 
     def segments(self, size: Size) -> int:
         """Pieces of prompts that a launch of this size has room for."""
-        return self.prefill_segments if size.tokens else 0
+        return size.segments(self.prefill_segments)
 
 
 class _Part(NamedTuple):

@@ -10,6 +10,10 @@ from .sequence import Sequence
 NO_PAGE = -1
 """In a decode row: the lane needs no new page."""
 
+SEGMENT_TOKENS = 4
+"""Prompt tokens that a launch has for each request that may share them. A request more is a row of logits more, whether it is
+there or not: beside 4 tokens seven that are not would take a tenth of a step."""
+
 Result = tuple[TokenOutput, ...] | RequestFailed | None
 """What a launch made of a sequence: its new tokens in order, an error, or None if its lane had ended before."""
 
@@ -32,6 +36,10 @@ class Size(NamedTuple):
     def holds(self, rows: int, tokens: int) -> bool:
         """Whether so much work fits. Prompts may leave all rows free; what only decodes takes no program for prompts."""
         return rows <= self.rows and tokens <= self.tokens and (self.tokens > 0) == (tokens > 0)
+
+    def segments(self, most: int) -> int:
+        """Requests, at most `most`, that may share its prompt tokens."""
+        return max(1, min(most, self.tokens // SEGMENT_TOKENS)) if self.tokens else 0
 
 
 class Segment(NamedTuple):
@@ -82,3 +90,14 @@ class Turn:
     rows: list[Row] = field(default_factory=list)
     decoded: list[Sequence] = field(default_factory=list)
     """The sequence of each row."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all segments."""
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    @property
+    def asks(self) -> tuple[int, int]:
+        """Rows and prompt tokens of a size that holds it, with as many segments as it has."""
+        shared = SEGMENT_TOKENS * len(self.segments) if len(self.segments) > 1 else 0
+        return len(self.rows), max(self.prompt_tokens, shared)

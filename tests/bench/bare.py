@@ -15,7 +15,7 @@ from xlane.engine.build import build
 from xlane.engine.config import EngineConfig
 from xlane.engine.launcher import Launcher
 from xlane.engine.request import SamplingParams
-from xlane.engine.turn import NO_PAGE, Row, Segment
+from xlane.engine.turn import NO_PAGE, Row, Segment, Turn
 
 
 class Bare:
@@ -44,9 +44,9 @@ class Bare:
 
     def _launch(self, rows: list[Row], segments: list[Segment]) -> jax.Array:
         b = self._b
-        tokens = sum(len(segment.tokens) for segment in segments)
-        size = next(size for size in b.sizes if size.holds(len(rows), tokens))
-        plan = pack_plan(rows, segments, size, b.prefill_segments, b.shapes.table_width, b.shapes.lanes)
+        asks = Turn(segments=segments, rows=rows).asks
+        size = next(size for size in b.sizes if size.holds(*asks))
+        plan = pack_plan(rows, segments, size, b.segments(size), b.shapes.table_width, b.shapes.lanes)
         return self._launcher.launch(size, plan, None).result
 
     def prompt_ms(self, tokens: int) -> float:

@@ -42,7 +42,7 @@ class Instant:
     def launch(self, size: Size, plan: np.ndarray, mask: np.ndarray | None) -> Made:
         if not size.tokens:
             plan.tobytes()  # as the real one does, to see whether that plan is on the device already
-        rows = np.full((size.rows + (SEGMENTS if size.tokens else 0), RESULT_WIDTH), 1, np.int32)
+        rows = np.full((size.rows + size.segments(SEGMENTS), RESULT_WIDTH), 1, np.int32)
         return Made(cast("Any", rows.view(_There)), None)
 
 
@@ -73,7 +73,7 @@ def one_round(lanes: int, tokens: int) -> dict[str, float]:
     width = -(-(len(prompt) + tokens) // page_tokens)
     shapes = SimpleNamespace(table_width=width, lanes=lanes, vocab=49_152)
     blueprint = SimpleNamespace(
-        prefill_segments=SEGMENTS, shapes=shapes, segments=lambda size: SEGMENTS if size.tokens else 0
+        prefill_segments=SEGMENTS, shapes=shapes, segments=lambda size: size.segments(SEGMENTS)
     )
     runner = Runner(cast("Blueprint", blueprint), cast("Launcher", Instant(lanes)))
     limits = Limits(lanes, page_tokens, 2048, SEGMENTS)

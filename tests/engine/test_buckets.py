@@ -29,6 +29,24 @@ def test_prefill_tokens(chunk: int, smallest: int, sizes: tuple[int, ...]) -> No
     assert prefill_tokens(chunk, smallest) == sizes
 
 
+@pytest.mark.parametrize(
+    ("tokens", "most", "segments"),
+    [
+        (0, 8, 0),
+        (1, 8, 1),
+        (4, 8, 1),
+        (7, 8, 1),
+        (8, 8, 2),
+        (31, 8, 7),
+        (32, 8, 8),
+        (2048, 8, 8),
+        (128, 3, 3),
+    ],
+)
+def test_segments_of_a_size(tokens: int, most: int, segments: int) -> None:
+    assert Size(2, tokens).segments(most) == segments
+
+
 def test_launch_sizes_by_hand() -> None:
     def names(*args: int) -> list[str]:
         return [size.name for size in launch_sizes(*args)]

@@ -115,7 +115,7 @@ class Device:
         for lane in lanes:
             at = int(self.state.position[lane])
             rows.append(Row(lane, at // PAGE, self.pages(lane, at + 1)[-1] if at % PAGE == 0 else NO_PAGE))
-        packed = pack_plan(rows, list(segments), size, b.prefill_segments, b.shapes.table_width, LANES)
+        packed = pack_plan(rows, list(segments), size, b.segments(size), b.shapes.table_width, LANES)
         self.kv, self.state, (result, self.scores) = self.programs(
             size,
             self.params,

@@ -11,7 +11,7 @@ from xlane.engine import FinishReason, Request, SamplingParams, StepOutput, Toke
 from xlane.engine.pages import PageAllocator
 from xlane.engine.scheduler import Limits, Scheduler
 from xlane.engine.sequence import Phase, Sequence
-from xlane.engine.turn import NO_PAGE, Row, Turn
+from xlane.engine.turn import NO_PAGE, SEGMENT_TOKENS, Row, Turn
 
 PAGE = 4
 MOST = 24
@@ -65,8 +65,9 @@ def scheduler(
     chunk_segments: int = 4,
     budget: Callable[[int, int], int] | None = None,
     decode_rows: int = 0,
+    segment_tokens: int = 1,
 ) -> Scheduler:
-    limits = Limits(lanes, PAGE, chunk_tokens, chunk_segments, decode_rows)
+    limits = Limits(lanes, PAGE, chunk_tokens, chunk_segments, decode_rows, segment_tokens)
     return Scheduler(limits, PageAllocator(pages), budget)
 
 
@@ -165,6 +166,16 @@ def test_no_more_segments_than_a_launch_holds() -> None:
     for number in range(4):
         plans.add(sequence(number, 1))
     assert [len(plans.plan().segments) for _ in range(3)] == [2, 2, 0]
+
+
+def test_few_tokens_are_shared_by_few() -> None:
+    """Of 8 tokens two may share; and what they share is asked for, though it is less."""
+    plans = scheduler(lanes=4, segment_tokens=SEGMENT_TOKENS)
+    for number in range(3):
+        plans.add(sequence(number, 1))
+    turns = [plans.plan() for _ in range(3)]
+    assert [len(turn.segments) for turn in turns] == [2, 1, 0]
+    assert [turn.asks for turn in turns] == [(0, 2 * SEGMENT_TOKENS), (2, 1), (3, 0)]
 
 
 def test_lower_priority_numbers_go_first_then_arrival() -> None:

@@ -10,7 +10,7 @@ from tests.support.fake_device import FakeDevice, FakeGuide, FakeLaunch, Oracle,
 from xlane.engine import FinishReason, StepOutput
 from xlane.engine.pages import pages_for
 from xlane.engine.sequence import Phase, Sequence
-from xlane.engine.turn import Turn
+from xlane.engine.turn import SEGMENT_TOKENS, Size, Turn
 
 
 class Machine(RuleBasedStateMachine):
@@ -27,8 +27,11 @@ class Machine(RuleBasedStateMachine):
         packed=st.integers(1, 4),
         beside=st.integers(1, 16),
         guess_rows=st.sampled_from([0, 2, 16]),
+        each=st.sampled_from([1, SEGMENT_TOKENS]),
     )
-    def start(self, pages: int, lanes: int, chunk: int, packed: int, beside: int, guess_rows: int) -> None:
+    def start(
+        self, pages: int, lanes: int, chunk: int, packed: int, beside: int, guess_rows: int, each: int
+    ) -> None:
         self.plans = scheduler(
             pages,
             lanes,
@@ -36,6 +39,7 @@ class Machine(RuleBasedStateMachine):
             packed,
             lambda rows, prompts: min(chunk, beside) if rows else chunk,
             lanes + guess_rows,
+            each,
         )
         self.beside = beside
         self.device = FakeDevice(lanes, pages, PAGE, pages_for(MOST, PAGE))
@@ -130,6 +134,10 @@ class Machine(RuleBasedStateMachine):
             limits = self.plans.limits
             assert sum(len(segment.tokens) for segment in plan.segments) <= limits.chunk_tokens
             assert len(plan.segments) <= limits.chunk_segments
+            if limits.segment_tokens == SEGMENT_TOKENS and plan.segments:
+                size = Size(limits.lanes, min(limits.chunk_tokens, self.beside if plan.rows else 16))
+                assert len(plan.segments) <= size.segments(limits.chunk_segments)
+                assert size.holds(*plan.asks)
             if plan.rows:
                 assert sum(len(segment.tokens) for segment in plan.segments) <= self.beside
             assert all(one.length + one.guessed <= one.most_tokens for one in plan.decoded)
