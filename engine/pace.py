@@ -11,10 +11,9 @@ from statistics import median
 
 from .turn import Size
 
-STRETCH, CROWD_STRETCH = 2.0, 4.0
-"""Without a target: how much longer than a turn of decoding alone a turn may take beside one prompt; and beside several, at least,
-because as many readers then wait for a first token, and lanes stand empty meanwhile. Where more wait than read, it is STRETCH
-for each prompt to a stream: fifteen first tokens are worth a pause in one stream."""
+STRETCH = 2.0
+"""Without a target: how much longer than a turn of decoding alone a turn may take for each prompt it could compute. Beside one, nobody
+who reads shall notice; where several wait, as many readers have no token yet, and lanes stand empty meanwhile."""
 WINDOW = 9
 """Launches of a size that its cost is told from: a median, which one slow launch does not move."""
 HARDLY_LONGER = 1.15
@@ -27,7 +26,7 @@ class Pace:
 
     def __init__(self, sizes: Sequence[Size], target_s: float | None = None) -> None:
         """`sizes` are all that is compiled, smallest first. `target_s` bounds a turn that streams wait for; None: STRETCH
-        or CROWD_STRETCH times a turn without prompts."""
+        times a turn without prompts, for each prompt."""
         self._target_s = target_s
         self._took_s = {size: deque[float](maxlen=WINDOW) for size in sizes}
         lanes = max(size.rows for size in sizes)
@@ -61,11 +60,8 @@ class Pace:
         """None while nothing is known."""
         if self._target_s is not None:
             return self._target_s
-        alone = self._alone[rows]
-        quiet_s = self._took(alone)
-        if quiet_s is None:
-            return None
-        return quiet_s * (STRETCH if prompts < 2 else max(CROWD_STRETCH, STRETCH * prompts / rows))
+        quiet_s = self._took(self._alone[rows])
+        return None if quiet_s is None else quiet_s * STRETCH * prompts
 
     def _took(self, alone: Size) -> float | None:
         """What a turn without prompts takes; where prompts never cease, at least what less work takes."""

@@ -3,6 +3,7 @@
 import pytest
 
 from xlane.engine.buckets import covering, decode_rows, launch_sizes, prefill_tokens
+from xlane.engine.turn import Size
 
 
 @pytest.mark.parametrize(
