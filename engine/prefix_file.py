@@ -70,7 +70,7 @@ def _header(identity: str, page_bytes: int, count: int) -> bytes:
     """The length of the header, and the header."""
     end = count * page_bytes
     head = {
-        "__metadata__": {"format": "xlane prefix cache 1", "identity": identity},
+        "__metadata__": {"format": "xlane prefix cache 2", "identity": identity},
         "pages": _tensor([count, page_bytes], 0, end),
         "digests": _tensor([count, KEY_BYTES], end, end + count * KEY_BYTES),
         "keys": _tensor([count, KEY_BYTES], end + count * KEY_BYTES, end + 2 * count * KEY_BYTES),

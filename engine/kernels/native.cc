@@ -5,8 +5,9 @@
 //
 // The promise everything here keeps: a row's result never depends, in a single bit, on what else is in the launch.
 //   linear   y[t, n] is one accumulator, fed by d = 0, 1, 2, … in that order, whatever the blocking.
-//   attend   keys are met in blocks of KEYS by absolute position; a masked key adds exactly nothing. So a query's result
-//            is also the same however its prompt was cut into chunks, and whether it came in a prefill or a decode.
+//   attend   keys are met in blocks of KEYS by absolute position, and what splits of SPLIT keys give is added up in their
+//            order; a masked key adds exactly nothing. So a query's result is also the same however its prompt was cut
+//            into chunks, whether it came in a prefill or a decode, and on however many threads.
 
 #include <algorithm>
 #include <atomic>
@@ -166,7 +167,7 @@ void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
 }
 
 // Memory that a thread keeps between calls. `slot` keeps users that are alive at the same time apart.
-enum Slot { kRows, kAttend, kSlots };
+enum Slot { kRows, kAttend, kParts, kSlots };
 float* scratch(Slot slot, i64 floats) {
   struct Buffer {
     float* data = nullptr;
@@ -209,31 +210,45 @@ struct Ahead {
   }
 };
 
+enum Use {
+  kLinear,  // x [depth, rows]
+  kScores,  // the same, each panel a piece of its own; some pages fetched ahead
+  kValues,  // x [rows, KEYS], the probabilities of a key block; the result is added to out
+};
+
 // out[r, 16 p + j] (+)= sum over d of x[r, d] * w[d, p, j], for MR rows and NP panels. w lies in `pieces` that hold `run`
-// steps of depth each (the last may hold fewer), `wd` apart; panels are `wp` apart.
-template <int MR, int NP, int XR, int XD, bool Add>
+// steps of depth each (the last may hold fewer), `wd` apart; panels are `wp` apart, or a piece each.
+template <int MR, int NP, int XR, int XD, Use use>
 inline void micro(const float* x, const float* const* pieces, i64 offset, i64 run, i64 wd, i64 wp, i64 depth, float* out,
                   i64 stride, Ahead* ahead) {
   vec acc[MR][NP * VECTORS];
   for (int r = 0; r < MR; ++r)
-    for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] = Add ? load(out + r * stride + c * LANES) : vec{};
+    for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] = use == kValues ? load(out + r * stride + c * LANES) : vec{};
+  const float* panels[NP];
+  for (int p = 0; p < NP; ++p) panels[p] = use == kScores ? pieces[p] : nullptr;
   for (; depth > 0; depth -= run, ++pieces) {
-    const float* w = *pieces + offset;
+    const float* w = use == kScores ? nullptr : *pieces + offset;
+    i64 at = 0;
     auto step = [&] {
       vec weights[NP * VECTORS];
-      for (int p = 0; p < NP; ++p)
-        for (int v = 0; v < VECTORS; ++v) weights[p * VECTORS + v] = load(w + p * wp + v * LANES);
+      for (int p = 0; p < NP; ++p) {
+        const float* panel = use == kScores ? panels[p] + at : w + p * wp;
+        for (int v = 0; v < VECTORS; ++v) weights[p * VECTORS + v] = load(panel + v * LANES);
+      }
       for (int r = 0; r < MR; ++r) {
         vec xr = splat(x[r * XR]);
         for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] += xr * weights[c];
       }
       x += XD;
-      w += wd;
+      if constexpr (use == kScores)
+        at += PANEL;
+      else
+        w += wd;
     };
     const i64 steps = std::min(run, depth);
     i64 d = 0;
     for (; d + 8 <= steps; d += 8) {
-      if (ahead) ahead->fetch(Add ? 16 : 12);
+      if (ahead) ahead->fetch(use == kValues ? 16 : 12);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) step();
     }
@@ -258,12 +273,6 @@ struct Tile {
   Ahead* ahead = nullptr;
 };
 
-enum Use {
-  kLinear,  // x [depth, rows]
-  kScores,  // the same, some pages fetched ahead
-  kValues,  // x [rows, KEYS], the probabilities of a key block; the result is added to out
-};
-
 template <int MR, Use use>
 void tile(const Tile& t) {
   constexpr bool values = use == kValues;
@@ -271,11 +280,12 @@ void tile(const Tile& t) {
   // A key block is 4 panels, and so is a head of 64: 2 + 2 is better than 3 + 1.
   constexpr int fit = panels_at_once(MR), NP = use != kLinear && fit == 3 ? 2 : fit;
   Ahead* ahead = use == kLinear ? nullptr : t.ahead;
+  auto pieces = [&](i64 p) { return use == kScores ? t.w + p : t.w; };
   i64 p = 0;
   for (; p + NP <= t.panels; p += NP)
-    micro<MR, NP, XR, XD, values>(t.x, t.w, p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+    micro<MR, NP, XR, XD, use>(t.x, pieces(p), p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
   for (; p < t.panels; ++p)
-    micro<MR, 1, XR, XD, values>(t.x, t.w, p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+    micro<MR, 1, XR, XD, use>(t.x, pieces(p), p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
 }
 
 using TileFn = void (*)(const Tile&);
@@ -730,23 +740,43 @@ struct Queries {
   i64 head;   // kv head
 };
 
-// Keys or values of all pages [K, P, W, H]: numbers as they are, or int8 with a scale [K, P, W] for each vector.
+// Keys or values of all pages [K, P, W, H]: numbers as they are, or int8 with a scale [K, P, W] for each vector. Keys of pages
+// of whole groups of 16 tokens lie in columns, [K, P, W / 16, H, 16].
 struct Pool {
   float* floats;
   int8_t* steps;
   float* scales;
 
-  // `at` counts vectors.
-  void put(i64 at, const float* from, i64 H) const {
-    if (floats) return (void)std::memcpy(floats + at * H, from, H * sizeof(float));
+  // The scale of a vector, and what to divide it by. `at` counts vectors, here and below.
+  float put_scale(i64 at, const float* from, i64 H) const {
     float most = 0;
     for (i64 h = 0; h < H; ++h) {
       const float size = std::fabs(from[h]);
       most = size > most || size != size ? size : most;  // what is not a number stays none
     }
-    const float scale = most / 127.0f, step = scale == 0 ? 1.0f : scale;
-    scales[at] = scale;
+    scales[at] = most / 127.0f;
+    return scales[at] == 0 ? 1.0f : scales[at];
+  }
+  void put(i64 at, const float* from, i64 H) const {
+    if (floats) return (void)std::memcpy(floats + at * H, from, H * sizeof(float));
+    const float step = put_scale(at, from, H);
     for (i64 h = 0; h < H; ++h) steps[at * H + h] = static_cast<int8_t>(std::nearbyintf(from[h] / step));
+  }
+  // The same into columns: the vectors of 16 tokens behind each other lie as [H, 16], so that scores need no transposition.
+  void put_column(i64 at, const float* from, i64 H) const {
+    const i64 column = at % 16, first = (at - column) * H + column;
+    if (floats)
+      for (i64 h = 0; h < H; ++h) floats[first + h * 16] = from[h];
+    if (floats) return;
+    const float step = put_scale(at, from, H);
+    for (i64 h = 0; h < H; ++h) steps[first + h * 16] = static_cast<int8_t>(std::nearbyintf(from[h] / step));
+  }
+  // 16 columns of int8 as floats.
+  void get_columns(i64 at, float* to, i64 H) const {
+    for (int j = 0; j < 16; j += LANES) {
+      const vec scale = load(scales + at + j);
+      for (i64 h = 0; h < H; ++h) store(to + h * 16 + j, converted(wide(steps + at * H + h * 16 + j)) * scale);
+    }
   }
   void get(i64 at, float* to, i64 H) const {
     if (floats) return (void)std::memcpy(to, floats + at * H, H * sizeof(float));
@@ -770,12 +800,14 @@ struct Attend {
   const float* qkv;  // [T, K, G + 2, H]
   Pool keys, values;
   float* out;
+  float* parts = nullptr;  // what is made apart; see Work
   const int32_t *positions, *rows, *table;
 
   // A query (member < G), the key (G) or the value (G + 1) of a token and kv head.
   const float* part(i64 token, i64 head, i64 member) const { return qkv + ((token * K + head) * (G + 2) + member) * H; }
   i64 page(i64 row, i64 position) const { return table[row * pmax + position / W]; }
-  bool whole_pages() const { return W % 16 == 0 && padded == H; }
+  bool columns() const { return W % 16 == 0; }
+  bool whole_pages() const { return columns() && padded == H; }
   i64 position(const Queries& qs, i64 r) const { return positions[qs.token + (qs.begin + r) / G]; }
   i64 first_key(const Queries& qs) const { return first_key(position(qs, 0)); }
   i64 last_key(const Queries& qs) const { return position(qs, qs.end - qs.begin - 1); }
@@ -784,11 +816,13 @@ struct Attend {
   i64 slot(i64 head, i64 row, i64 position) const { return (head * P + page(row, position)) * W + position % W; }
 };
 
-constexpr i64 QUERY_ROWS = 4 * MAX_ROWS;
+constexpr i64 FEWEST_ROWS = 4 * MAX_ROWS, MOST_ROWS = 16 * MAX_ROWS;
+constexpr i64 SPLIT = 4 * KEYS;                // keys that are added up apart from others, by absolute position
+constexpr i64 MOST_PART_FLOATS = i64{1} << 24;  // of all that is made apart in a launch
 
-// 16 keys (or values) behind each other, `padded` floats each. Pages that are no multiple of 16 tokens, heads that are no
+// 16 vectors of a row behind each other, `padded` floats each. Pages that are no multiple of 16 tokens, heads that are no
 // multiple of 16 wide, and int8 are put together in `spare`.
-const float* keys16(const Attend& a, const Pool& pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
+const float* vectors16(const Attend& a, const Pool& pool, const Queries& qs, i64 row, i64 from, i64 last, float* spare) {
   if (pool.floats && a.whole_pages()) return pool.floats + a.slot(qs.head, row, from) * a.H;
   for (i64 j = 0; j < 16; ++j) {
     float* to = spare + j * a.padded;
@@ -799,9 +833,21 @@ const float* keys16(const Attend& a, const Pool& pool, const Queries& qs, i64 ro
   return spare;
 }
 
+// 16 keys as columns [H, 16]: where they lie, or put together in `to`, which is as large as `spare`.
+const float* columns16(const Attend& a, const Queries& qs, i64 row, i64 from, i64 last, float* to, float* spare, Ahead& ahead) {
+  if (!a.columns()) {
+    transpose16(vectors16(a, a.keys, qs, row, from, last, spare), a.padded, to, ahead);
+    return to;
+  }
+  const i64 at = a.slot(qs.head, row, from);
+  if (a.keys.floats) return a.keys.floats + at * a.H;
+  a.keys.get_columns(at, to, a.H);
+  return to;
+}
+
 // The pages from a key on to the end of its block, to be read soon.
 void add_block(const Attend& a, const Queries& qs, i64 from, Ahead& ahead) {
-  if (!a.whole_pages()) return;
+  if (!a.columns()) return;
   const i64 row = a.rows[qs.token], last = a.last_key(qs);
   for (i64 p = from / 16 * 16; p <= last && p < (from / KEYS + 1) * KEYS; p += 16) {
     a.keys.add(a.slot(qs.head, row, p), a.H, ahead);
@@ -818,118 +864,203 @@ __attribute__((noinline)) void adjust(const Attend& a, i64 head, float* s, i64 b
     for (i64 j = begin; j < end; ++j) s[j] += a.slopes[head] * static_cast<float>(j - own);
 }
 
-// `following`: what this thread does next, or null; its first keys are fetched while the last ones here are used.
-void attend_tile(const Attend& a, const Queries& qs, const Queries* following) {
-  const i64 R = qs.end - qs.begin, H = a.padded, G = a.G;
-  const i64 row = a.rows[qs.token];
-  const i64 first = a.first_key(qs), last = a.last_key(qs);
-  const Cut cut(R);
-
-  float* at = scratch(kAttend, 2 * R * H + R * (KEYS + 16) + 3 * (R + 16) + 2 * KEYS * H);
-  auto take = [&](i64 floats) { float* p = at; at += (floats + 15) / 16 * 16; return p; };
-  float* query = take(R * H);        // per tile [H, rows], already scaled
-  float* sum = take(R * H);          // [R, H]: values weighted so far
-  float* score = take(R * KEYS);     // [R, KEYS]: scores, then probabilities
-  float* mass = take(R * 16);        // [R, 16]: sums of probabilities, lane by lane
-  float* best = take(R);             // [R]: largest score so far
-  float* next = take(R);             // [R]: the same, this block included
-  float* shrink = take(R);           // [R]: what is left of everything so far when the largest score grows
-  float* keys = take(KEYS * H);      // [KEYS / 16, H, 16]
-  float* spare = take(KEYS * H);     // [KEYS, H]: see keys16
-
-  for (i64 i = 0; i < cut.tiles; ++i) {
-    const i64 base = cut.begin(i);
-    const int size = cut.size(i);
-    for (int r = 0; r < size; ++r) {
-      const i64 n = qs.begin + base + r;
-      const float* from = a.part(qs.token + n / G, qs.head, n % G);
-      float* to = query + base * H + r;
-      for (i64 h = 0; h < a.H; ++h) to[h * size] = from[h] * a.scale;
-      for (i64 h = a.H; h < H; ++h) to[h * size] = 0;
-    }
+// What R query rows make of some of their keys. R is rounded up to whole vectors where a row has one number.
+struct Part {
+  float* sum;   // [R, H]: values, weighted
+  float* mass;  // [R, 16]: sums of the weights, lane by lane
+  float* best;  // [R]: the largest score
+  Part(float* at, i64 R, i64 H) : sum(at), mass(at + R * H), best(mass + R * 16) {}
+  static i64 floats(i64 R, i64 H) { return R * (H + 16) + whole(R); }
+  static i64 whole(i64 R) { return (R + 15) / 16 * 16; }
+  void clear(i64 R, i64 H) const {
+    std::memset(sum, 0, R * (H + 16) * sizeof(float));
+    std::fill(best, best + whole(R), -INFINITY);
   }
-  std::memset(sum, 0, R * H * sizeof(float));
-  std::memset(mass, 0, R * 16 * sizeof(float));
-  const bool adjusts = a.softcap > 0 || a.slopes;
-  // A sink is a key already seen, whose value is 0.
-  for (i64 r = 0; r < R; ++r) {
-    best[r] = a.sinks ? a.sinks[qs.head * G + (qs.begin + r) % G] : -INFINITY;
-    if (a.sinks) mass[r * 16] = 1;
-  }
+};
 
-  for (i64 block = first / KEYS * KEYS; block <= last; block += KEYS) {
-    const i64 skip = std::max<i64>(0, first - block) / 16;  // leading groups of 16 nobody sees
-    const i64 count = std::min<i64>(KEYS, last - block + 1), groups = (count + 15) / 16;
-    Ahead ahead;
-    if (block + KEYS <= last)
-      add_block(a, qs, block + KEYS, ahead);
-    else if (following)
-      add_block(a, *following, a.first_key(*following), ahead);
-
-    for (i64 g = skip; g < groups; ++g) {
-      const float* k = keys16(a, a.keys, qs, row, block + g * 16, last, spare);
-      transpose16(k, H, keys + g * 16 * H, ahead);
-    }
-    const float* first_keys = keys + skip * 16 * H;
-    for (i64 i = 0; i < cut.tiles; ++i) {
-      Tile t{query + cut.begin(i) * H, &first_keys, H, PANEL, H * PANEL, H, groups - skip,
-             score + cut.begin(i) * KEYS + skip * 16, KEYS, &ahead};
-      run_tile<kScores>(cut.size(i), t);
-    }
-
-    for (i64 r = 0; r < R; ++r) {
-      float* s = score + r * KEYS;
-      const i64 p = a.position(qs, r), from = a.first_key(p) - block, to = p - block;  // visible: from <= j <= to
-      if (adjusts) adjust(a, qs.head * G + (qs.begin + r) % G, s, skip * 16, groups * 16, to);
-      if (from > skip * 16 || to < groups * 16 - 1)
-        for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > to ? -INFINITY : s[j];
-      vec top = load(s + skip * 16);
-      for (i64 j = skip * 16 + LANES; j < groups * 16; j += LANES) top = larger(top, load(s + j));
-      next[r] = std::max(best[r], largest(top));
-    }
-    for (i64 r = 0; r < R; r += LANES) {
-      const vec top = load(next + r), base = top == -INFINITY ? vec{} : top;  // no key seen yet: nothing to take off
-      store(shrink + r, exp_nonpositive(load(best + r) - base));
-      store(best + r, top);
-      store(next + r, base);
-    }
-    for (i64 r = 0; r < R; ++r) {
-      float* s = score + r * KEYS;
-      ahead.fetch(4);
-      if (shrink[r] != 1.0f) {
-        for (i64 h = 0; h < H; h += LANES) store(sum + r * H + h, load(sum + r * H + h) * shrink[r]);
-        for (int j = 0; j < 16; j += LANES) store(mass + r * 16 + j, load(mass + r * 16 + j) * shrink[r]);
-      }
-      for (i64 j = skip * 16; j < groups * 16; j += LANES) {
-        const vec e = exp_nonpositive(load(s + j) - next[r]);
-        store(s + j, e);
-        float* m = mass + r * 16 + j % 16;
-        store(m, load(m) + e);
-      }
-    }
-
-    const float* values[KEYS / 16];
-    for (i64 g = skip; g < groups; ++g)
-      values[g] = keys16(a, a.values, qs, row, block + g * 16, last, spare + g * 16 * H);
-    for (i64 i = 0; i < cut.tiles; ++i) {
-      Tile t{score + cut.begin(i) * KEYS + skip * 16, values + skip, 16, H, PANEL, count - skip * 16, H / PANEL,
-             sum + cut.begin(i) * H, H, &ahead};
-      run_tile<kValues>(cut.size(i), t);
-    }
-  }
-
-  for (i64 r = 0; r < R; ++r) {
-    const i64 n = qs.begin + r;
-    const float whole = 1.0f / fold16(mass + r * 16, [](float x, float y) { return x + y; });
-    float* to = a.out + ((qs.token + n / G) * a.N + qs.head * G + n % G) * a.H;
-    for (i64 h = 0; h < a.H; ++h) to[h] = sum[r * H + h] * whole;
+// For each row the new largest score, what is left of weights so far when it grows, and what new scores are taken off from.
+inline void grow(i64 R, float* best, float* next, float* shrink) {
+  for (i64 r = 0; r < R; r += LANES) {
+    const vec top = load(next + r), base = top == -INFINITY ? vec{} : top;  // no key seen yet: nothing to take off
+    store(shrink + r, exp_nonpositive(load(best + r) - base));
+    store(best + r, top);
+    store(next + r, base);
   }
 }
 
-// Tokens [begin, end) of one row at consecutive positions, or padding.
+// total += part, which is spent. A part of keys that nobody may see changes no bit.
+__attribute__((noinline)) void add(i64 R, i64 H, const Part& total, const Part& part, float* next, float* shrink) {
+  for (i64 r = 0; r < R; r += LANES) store(next + r, larger(load(total.best + r), load(part.best + r)));
+  grow(R, total.best, next, shrink);
+  for (i64 r = 0; r < R; r += LANES) store(part.best + r, exp_nonpositive(load(part.best + r) - load(next + r)));
+  auto both = [](float* to, const float* from, float keep, float weight) {
+    store(to, load(to) * keep + load(from) * weight);
+  };
+  for (i64 r = 0; r < R; ++r) {
+    for (i64 h = 0; h < H; h += LANES) both(total.sum + r * H + h, part.sum + r * H + h, shrink[r], part.best[r]);
+    for (i64 j = 0; j < 16; j += LANES) both(total.mass + r * 16 + j, part.mass + r * 16 + j, shrink[r], part.best[r]);
+  }
+}
+
+// Query rows, and the splits [begin, end) of their keys. `parts` is where in a launch's parts theirs lie, one for each split;
+// ALONE: nobody else has splits of these rows, and they are added up at once.
+struct Work {
+  static constexpr i64 ALONE = -1;
+  Queries qs;
+  i64 begin, end;
+  i64 parts;
+  i64 R() const { return qs.end - qs.begin; }
+  i64 splits() const { return end - begin; }
+  i64 first(const Attend& a) const { return std::max(a.first_key(qs), begin * SPLIT); }
+};
+
+// Memory for one Work, and its queries as the tiles want them.
+struct Desk {
+  float *query;         // per tile [H, rows], scaled
+  float *score;         // [R, KEYS]: scores, then weights
+  float *next, *shrink; // [R]: see grow
+  float *keys;          // [KEYS / 16, H, 16]
+  float *spare;         // [KEYS, H]: see vectors16
+  Part part, total;
+  Cut cut;
+
+  static i64 floats(i64 R, i64 H) {
+    return R * (H + KEYS) + 2 * Part::whole(R) + 2 * KEYS * H + 2 * Part::floats(R, H);
+  }
+  Desk(const Attend& a, const Queries& qs, float* at, i64 R, i64 H)
+      : query(at), score(query + R * H), next(score + R * KEYS), shrink(next + Part::whole(R)),
+        keys(shrink + Part::whole(R)), spare(keys + KEYS * H), part(spare + KEYS * H, R, H),
+        total(spare + KEYS * H + Part::floats(R, H), R, H), cut(R) {
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      const i64 base = cut.begin(i);
+      const int size = cut.size(i);
+      for (int r = 0; r < size; ++r) {
+        const i64 n = qs.begin + base + r;
+        const float* from = a.part(qs.token + n / a.G, qs.head, n % a.G);
+        float* to = query + base * H + r;
+        for (i64 h = 0; h < a.H; ++h) to[h * size] = from[h] * a.scale;
+        for (i64 h = a.H; h < H; ++h) to[h * size] = 0;
+      }
+    }
+  }
+};
+
+// A block of keys: their scores, then their values, into `part`. Those from `first` to `last` are seen by some row.
+void attend_block(const Attend& a, const Queries& qs, i64 block, i64 first, i64 last, const Desk& at, const Part& to,
+                  Ahead& ahead) {
+  const Desk desk = at;  // copies: what is stored here could otherwise be the pointers themselves, for all the compiler knows
+  const Part part = to;
+  const i64 R = qs.end - qs.begin, H = a.padded, row = a.rows[qs.token];
+  const i64 skip = std::max<i64>(0, first - block) / 16;  // leading groups of 16 nobody sees
+  const i64 count = std::min<i64>(KEYS, last - block + 1), groups = (count + 15) / 16;
+  const float *keys[KEYS / 16], *values[KEYS / 16];
+  for (i64 g = skip; g < groups; ++g)
+    keys[g] = columns16(a, qs, row, block + g * 16, last, desk.keys + g * 16 * H, desk.spare, ahead);
+  for (i64 i = 0; i < desk.cut.tiles; ++i) {
+    const i64 base = desk.cut.begin(i);
+    Tile t{desk.query + base * H, keys + skip, a.H, PANEL, 0, a.H, groups - skip,
+           desk.score + base * KEYS + skip * 16, KEYS, &ahead};
+    run_tile<kScores>(desk.cut.size(i), t);
+  }
+
+  const bool adjusts = a.softcap > 0 || a.slopes;
+  for (i64 r = 0; r < R; ++r) {
+    float* s = desk.score + r * KEYS;
+    const i64 p = a.position(qs, r), from = a.first_key(p) - block, until = p - block;  // visible: from <= j <= until
+    if (adjusts) adjust(a, qs.head * a.G + (qs.begin + r) % a.G, s, skip * 16, groups * 16, until);
+    if (from > skip * 16 || until < groups * 16 - 1)
+      for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > until ? -INFINITY : s[j];
+    vec top = load(s + skip * 16);
+    for (i64 j = skip * 16 + LANES; j < groups * 16; j += LANES) top = larger(top, load(s + j));
+    desk.next[r] = std::max(part.best[r], largest(top));
+  }
+  grow(R, part.best, desk.next, desk.shrink);
+  for (i64 r = 0; r < R; ++r) {
+    float* s = desk.score + r * KEYS;
+    const float shrink = desk.shrink[r];
+    ahead.fetch(4);
+    if (shrink != 1.0f) {
+      for (i64 h = 0; h < H; h += LANES) store(part.sum + r * H + h, load(part.sum + r * H + h) * shrink);
+      for (int j = 0; j < 16; j += LANES) store(part.mass + r * 16 + j, load(part.mass + r * 16 + j) * shrink);
+    }
+    for (i64 j = skip * 16; j < groups * 16; j += LANES) {
+      const vec e = exp_nonpositive(load(s + j) - desk.next[r]);
+      store(s + j, e);
+      float* m = part.mass + r * 16 + j % 16;
+      store(m, load(m) + e);
+    }
+  }
+
+  for (i64 g = skip; g < groups; ++g)
+    values[g] = vectors16(a, a.values, qs, row, block + g * 16, last, desk.spare + g * 16 * H);
+  for (i64 i = 0; i < desk.cut.tiles; ++i) {
+    const i64 base = desk.cut.begin(i);
+    Tile t{desk.score + base * KEYS + skip * 16, values + skip, 16, H, PANEL, count - skip * 16, H / PANEL,
+           part.sum + base * H, H, &ahead};
+    run_tile<kValues>(desk.cut.size(i), t);
+  }
+}
+
+// The sum before any key. A sink is a key already seen, whose value is 0.
+void begin_total(const Attend& a, const Queries& qs, const Part& total) {
+  const i64 R = qs.end - qs.begin;
+  total.clear(R, a.padded);
+  for (i64 r = 0; a.sinks && r < R; ++r)
+    total.best[r] = a.sinks[qs.head * a.G + (qs.begin + r) % a.G], total.mass[r * 16] = 1;
+}
+
+void put_out(const Attend& a, const Queries& qs, const Part& total) {
+  for (i64 r = 0; r < qs.end - qs.begin; ++r) {
+    const i64 n = qs.begin + r;
+    const float whole = 1.0f / fold16(total.mass + r * 16, [](float x, float y) { return x + y; });
+    float* to = a.out + ((qs.token + n / a.G) * a.N + qs.head * a.G + n % a.G) * a.H;
+    for (i64 h = 0; h < a.H; ++h) to[h] = total.sum[r * a.padded + h] * whole;
+  }
+}
+
+Part part_of(const Attend& a, const Work& work, i64 split) {
+  return {a.parts + work.parts + (split - work.begin) * Part::floats(work.R(), a.padded), work.R(), a.padded};
+}
+
+// `following`: what this thread does next, or null; its first keys are fetched while the last ones here are used.
+void attend_work(const Attend& a, const Work& work, const Work* following) {
+  const Queries& qs = work.qs;
+  const i64 R = work.R(), H = a.padded, first = work.first(a), end = std::min(a.last_key(qs) + 1, work.end * SPLIT);
+  Desk desk(a, qs, scratch(kAttend, Desk::floats(R, H)), R, H);
+  const bool alone = work.parts == Work::ALONE;
+  if (alone) begin_total(a, qs, desk.total);
+  for (i64 split = work.begin; split < work.end; ++split) {
+    const Part part = alone ? desk.part : part_of(a, work, split);
+    part.clear(R, H);
+    const i64 from = std::max(first, split * SPLIT), until = std::min(end, (split + 1) * SPLIT);
+    for (i64 block = from / KEYS * KEYS; block < until; block += KEYS) {
+      Ahead ahead;
+      if (block + KEYS < end)
+        add_block(a, qs, block + KEYS, ahead);
+      else if (following)
+        add_block(a, following->qs, following->first(a), ahead);
+      attend_block(a, qs, block, first, end - 1, desk, part, ahead);
+    }
+    if (alone) add(R, H, desk.total, part, desk.next, desk.shrink);
+  }
+  if (alone) put_out(a, qs, desk.total);
+}
+
+// Adds up what was made apart: `work` is all splits of some rows.
+void attend_join(const Attend& a, const Work& work) {
+  const i64 R = work.R(), H = a.padded;
+  float* at = scratch(kAttend, Part::floats(R, H) + 2 * Part::whole(R));
+  const Part total(at, R, H);
+  float* next = at + Part::floats(R, H);
+  begin_total(a, work.qs, total);
+  for (i64 split = work.begin; split < work.end; ++split)
+    add(R, H, total, part_of(a, work, split), next, next + Part::whole(R));
+  put_out(a, work.qs, total);
+}
+
+// Tokens [begin, end) of one row at consecutive positions.
 struct Run {
   i64 begin, end;
-  i64 units;  // tiles of queries, per kv head
 };
 
 ffi::Error bad(const std::string& what) { return ffi::Error::InvalidArgument("xlane attend: " + what); }
@@ -949,10 +1080,53 @@ std::string check(const Attend& a, const Run& run, i64 rows) {
 void write_run(const Attend& a, const Run& run, i64 head) {
   for (i64 t = run.begin; t < run.end; ++t) {
     const i64 row = a.rows[t];
-    a.keys.put(a.slot(head, row, a.positions[t]), a.part(t, head, a.G), a.H);
-    a.values.put(a.slot(head, row, a.positions[t]), a.part(t, head, a.G + 1), a.H);
+    const i64 at = a.slot(head, row, a.positions[t]);
+    if (a.columns())
+      a.keys.put_column(at, a.part(t, head, a.G), a.H);
+    else
+      a.keys.put(at, a.part(t, head, a.G), a.H);
+    a.values.put(at, a.part(t, head, a.G + 1), a.H);
   }
 }
+
+// Who does what. Rows that walk the keys together read and transpose them once, so there are many in a Work; but none is
+// more than its share of everything, or workers would wait for it: then its splits are taken one by one, or it has fewer rows.
+struct Plan {
+  std::vector<Work> works, joins;  // joins: the rows whose splits are taken one by one
+  i64 floats = 0;                  // of all parts
+
+  Plan(const Attend& a, const std::vector<Run>& runs, i64 workers) {
+    i64 all = 0;
+    for (const Run& run : runs) all += a.K * weight(rows(a, run), whole(a, run, 0, rows(a, run), 0));
+    const i64 share = all / (8 * workers);
+    // Prompts come last and see the most keys, their last rows most of all: those go first.
+    for (auto run = runs.rbegin(); run != runs.rend(); ++run) {
+      const i64 R = rows(a, *run), splits = whole(a, *run, 0, R, 0).splits();
+      i64 each = std::min(R, MOST_ROWS);
+      const i64 needed = a.K * splits * (R / each + 1) * Part::floats(each, a.padded);
+      const bool apart = splits > 1 && each * splits > share && floats + needed <= MOST_PART_FLOATS;
+      // Keys of one split stay in the nearest cache, and so shall what the rows need.
+      while (!apart && each > FEWEST_ROWS && (splits == 1 || each * splits > share)) each = (each + 1) / 2;
+      for (i64 at = (R - 1) / each * each; at >= 0; at -= each)
+        for (i64 head = 0; head < a.K; ++head) take(whole(a, *run, at, std::min(R, at + each), head), a.padded, apart);
+    }
+  }
+
+ private:
+  static i64 rows(const Attend& a, const Run& run) { return (run.end - run.begin) * a.G; }
+  static i64 weight(i64 rows, const Work& work) { return rows * work.splits(); }
+  static Work whole(const Attend& a, const Run& run, i64 begin, i64 end, i64 head) {
+    const Queries qs{run.begin, begin, end, head};
+    return {qs, a.first_key(qs) / SPLIT, a.last_key(qs) / SPLIT + 1, Work::ALONE};
+  }
+  void take(Work work, i64 H, bool apart) {
+    if (!apart) return works.push_back(work);
+    work.parts = floats;
+    joins.push_back(work);
+    for (i64 split = work.begin; split < work.end; ++split, floats += Part::floats(work.R(), H))
+      works.push_back({work.qs, split, split + 1, floats});
+  }
+};
 
 // What both kinds of pools have alike.
 struct Launch {
@@ -990,7 +1164,6 @@ ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi:
   a.positions = positions.typed_data(), a.rows = rows.typed_data(), a.table = table.typed_data();
 
   std::vector<Run> runs;
-  i64 units = 0;
   for (i64 t = 0; t < a.T;) {
     i64 end = t + 1;
     if (a.positions[t] < 0) {
@@ -999,11 +1172,10 @@ ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi:
       continue;
     }
     while (end < a.T && a.rows[end] == a.rows[t] && a.positions[end] == a.positions[end - 1] + 1) ++end;
-    Run run{t, end, ((end - t) * a.G + QUERY_ROWS - 1) / QUERY_ROWS};
+    const Run run{t, end};
     const std::string problem = check(a, run, table.dimensions()[0]);
     if (!problem.empty()) return bad(problem);
     runs.push_back(run);
-    units += run.units;
     t = end;
   }
   if (runs.empty()) return ffi::Error::Success();
@@ -1012,22 +1184,14 @@ ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi:
     for (i64 head = begin; head < end; ++head)
       for (const Run& run : runs) write_run(a, run, head);
   });
-  // The last tiles of a prompt see the most keys: they go first, so that no long one is left over at the end.
-  auto queries = [&](i64 unit) {
-    i64 index = units - 1 - unit / a.K;
-    auto run = runs.begin();
-    while (index >= run->units) index -= run->units, ++run;
-    const i64 all = (run->end - run->begin) * a.G;
-    return Queries{run->begin, index * QUERY_ROWS, std::min(all, (index + 1) * QUERY_ROWS), unit % a.K};
-  };
-  parallel(*pool, units * a.K, 1, [&](i64 begin, i64 end) {
-    Queries now = queries(begin);
-    for (i64 unit = begin; unit < end; ++unit) {
-      const bool more = unit + 1 < end;
-      const Queries next = more ? queries(unit + 1) : now;
-      attend_tile(a, now, more ? &next : nullptr);
-      now = next;
-    }
+  const Plan plan(a, runs, pool->num_threads());
+  const std::vector<Work>& works = plan.works;
+  if (plan.floats) a.parts = scratch(kParts, plan.floats);
+  parallel(*pool, works.size(), 1, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) attend_work(a, works[i], i + 1 < end ? &works[i + 1] : nullptr);
+  });
+  parallel(*pool, plan.joins.size(), 1, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) attend_join(a, plan.joins[i]);
   });
   return ffi::Error::Success();
 }

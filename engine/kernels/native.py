@@ -25,8 +25,8 @@ LINEAR4 = "xlane_linear4.2"
 GROUPED = "xlane_grouped.1"
 GROUPED8 = "xlane_grouped8.2"
 GROUPED4 = "xlane_grouped4.2"
-ATTEND = "xlane_attend.3"
-ATTEND8 = "xlane_attend8.1"
+ATTEND = "xlane_attend.4"
+ATTEND8 = "xlane_attend8.2"
 
 _lock = threading.Lock()
 _registered: list["NativeKernels"] = []  # XLA takes a target's name once per process
@@ -70,7 +70,8 @@ class NativeKernels(AnyPool):
         value_dim: int | None = None,
     ) -> tuple[jax.Array, KvLayer]:
         """Write the keys and values of qkv float32[T, K, G+2, H] into their pages in place, then attend its queries. The pages
-        are of float32, or of int8 with scales. Where values are a part of the keys, XLA attends.
+        are of float32, or of int8 with scales; keys lie in columns, [K, P, W / 16, H, 16], where W is a multiple of 16. Where
+        values are a part of the keys, XLA attends.
 
         `one_token_rows` is not needed: the kernel finds the runs of tokens itself.
         """

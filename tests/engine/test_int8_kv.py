@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.engine.test_native_kernels import DECODE, PREFILL, Case, fused, make_case, reference
+from tests.engine.test_native_kernels import DECODE, PREFILL, Case, fused, laid, make_case, reference
 from xlane.engine.kernels.native import native_kernels
 from xlane.engine.state import Shapes, abstract_kv, held_bytes, page_bytes
 from xlane.models.attention import XlaKernels
@@ -25,8 +25,8 @@ def _attend(kernels, window, one_token_rows, qkv, kv, batch, sinks):
     )
 
 
-def pools(case: Case) -> KvLayer:
-    """The case's pages in 8 bits; pages nobody holds have no number for a scale."""
+def pools(kernels: Kernels, case: Case) -> KvLayer:
+    """The case's pages in 8 bits, as these kernels lay them; pages nobody holds have no number for a scale."""
 
     def of(pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales = np.abs(pool).max(axis=-1) / np.float32(127)
@@ -34,24 +34,25 @@ def pools(case: Case) -> KvLayer:
         return steps.astype(np.int8), scales
 
     (k, k_scales), (v, v_scales) = of(case.k_pool), of(case.v_pool)
-    return KvLayer(*map(jnp.array, (k, v, k_scales, v_scales)))
+    return KvLayer(*map(jnp.array, (laid(kernels, k), v, k_scales, v_scales)))
 
 
-def numbers(kv: KvLayer) -> tuple[np.ndarray, np.ndarray]:
+def numbers(kernels: Kernels, kv: KvLayer) -> tuple[np.ndarray, np.ndarray]:
     """What the pools stand for."""
+    keys = laid(kernels, np.asarray(kv.k), back=True)
     return tuple(
         np.asarray(steps, np.float32) * np.asarray(scales)[..., None]
-        for steps, scales in ((kv.k, kv.k_scales), (kv.v, kv.v_scales))
+        for steps, scales in ((keys, kv.k_scales), (kv.v, kv.v_scales))
     )
 
 
 def check(kernels: Kernels, case: Case, window: int | None = None, sinks: np.ndarray | None = None) -> None:
-    before = numbers(pools(case))
+    before = numbers(kernels, pools(kernels, case))
     batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
     one_token_rows = len(case.rows) if len(set(case.rows)) == len(case.rows) else 0
     qkv = fused(*(jnp.asarray(x) for x in (case.q, case.k, case.v)))
-    out, kv = _attend(kernels, window, one_token_rows, qkv, pools(case), batch, sinks)
-    after = numbers(kv)
+    out, kv = _attend(kernels, window, one_token_rows, qkv, pools(kernels, case), batch, sinks)
+    after = numbers(kernels, kv)
     live = np.flatnonzero(case.positions >= 0)
     page = case.k_pool.shape[2]
     at = case.table[case.rows[live], case.positions[live] // page], case.positions[live] % page
@@ -94,7 +95,7 @@ def test_what_is_not_a_number_stays_none(kernels: Kernels) -> None:
     case.v[0, 0, 5] = np.nan
     batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
     qkv = fused(*(jnp.asarray(x) for x in (case.q, case.k, case.v)))
-    out, _ = _attend(kernels, None, True, qkv, pools(case), batch, None)
+    out, _ = _attend(kernels, None, True, qkv, pools(kernels, case), batch, None)
     assert np.isnan(out).all()
 
 
@@ -111,8 +112,8 @@ def test_a_row_is_the_same_bits_however_its_prompt_was_cut(tmp_path_factory: pyt
         out, kv = _attend(native, None, False, qkv, kv, batch, None)
         return np.asarray(out), kv
 
-    whole, _ = run(pools(case), slice(0, 90))
-    first, kv = run(pools(case), slice(0, 37))
+    whole, _ = run(pools(native, case), slice(0, 90))
+    first, kv = run(pools(native, case), slice(0, 37))
     second, _ = run(kv, slice(37, 90))
     np.testing.assert_array_equal(np.concatenate([first, second]), whole)
 
@@ -122,7 +123,7 @@ def test_the_pools_are_updated_in_place(tmp_path_factory: pytest.TempPathFactory
         if isinstance(kernels, str):
             pytest.skip(kernels)
         case = make_case([(40, 1), (3, 1)])
-        kv = pools(case)
+        kv = pools(kernels, case)
         batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
         qkv = fused(*(jnp.asarray(x) for x in (case.q, case.k, case.v)))
         lowered = _attend.lower(kernels, None, True, qkv, kv, batch, None)

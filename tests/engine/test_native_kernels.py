@@ -175,6 +175,16 @@ class Scores:
     slopes: tuple[float, ...] = ()
 
 
+def laid(kernels: Kernels, keys: np.ndarray, *, back: bool = False) -> np.ndarray:
+    """Keys [K, P, W, H] as these kernels lay them, or back: the native ones in columns [K, P, W / 16, H, 16], if there are
+    whole groups of 16 tokens."""
+    tokens, head = keys.shape[-2:]
+    if not isinstance(kernels, NativeKernels) or tokens % 16:
+        return keys
+    group = (head, 16) if back else (16, head)
+    return keys.reshape(*keys.shape[:2], tokens // 16, *group).swapaxes(-1, -2).reshape(keys.shape)
+
+
 def attend(
     kernels: Kernels,
     case: Case,
@@ -183,7 +193,7 @@ def attend(
     sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     batch = PagedBatch(jnp.asarray(case.positions), jnp.asarray(case.rows), jnp.asarray(case.table))
-    kv = KvLayer(jnp.array(case.k_pool), jnp.array(case.v_pool))
+    kv = KvLayer(jnp.array(laid(kernels, case.k_pool)), jnp.array(case.v_pool))
     out, kv = _attend(
         kernels,
         window,
@@ -195,7 +205,7 @@ def attend(
         scores,
         sinks,
     )
-    return np.asarray(out), np.asarray(kv.k), np.asarray(kv.v)
+    return np.asarray(out), laid(kernels, np.asarray(kv.k), back=True), np.asarray(kv.v)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=5)
@@ -248,8 +258,9 @@ def agree(kernels: NativeKernels, case: Case, window: int | None = None, atol: f
     np.testing.assert_array_equal(got[2], want[2])
 
 
-DECODE = [(0, 1), (15, 1), (16, 1), (63, 1), (64, 1), (200, 1), (1, 1)]
-PREFILL = [(0, 37), (30, 1), (17, 70), (64, 64)]
+DECODE = [(0, 1), (15, 1), (16, 1), (63, 1), (64, 1), (200, 1), (1, 1), (255, 1), (256, 1), (600, 1)]
+PREFILL = [(0, 37), (30, 1), (17, 70), (64, 64), (200, 60)]
+"""Tokens held before, tokens of this launch: on both sides of a vector, a block of keys and a split of them (256)."""
 
 
 @pytest.mark.parametrize("runs", [DECODE, PREFILL], ids=["decode", "prefill"])
@@ -329,7 +340,7 @@ def test_attend_large_scores(kernels: NativeKernels) -> None:
 def test_attend_decode_row_is_the_same_bits_in_any_batch(kernels: NativeKernels) -> None:
     case = make_case(DECODE * 3)
     whole = attend(kernels, case)[0]
-    for chosen in ([0], [5], [5, 3], list(range(16)), list(range(20, 4, -1))):
+    for chosen in ([0], [5], [9], [9, 3, 8], list(range(16)), list(range(20, 4, -1))):
         np.testing.assert_array_equal(attend(kernels, case.take(np.array(chosen)))[0], whole[chosen])
 
 
@@ -339,12 +350,13 @@ def test_attend_is_the_same_bits_however_a_prompt_is_cut(
     kernels: NativeKernels, page: int, window: int | None
 ) -> None:
     """Also token by token, as a decode would: so a replayed answer is the answer."""
-    case = make_case([(0, 150)], page=page)
+    tokens = 600
+    case = make_case([(0, tokens)], page=page)
     whole, k_pool, v_pool = attend(kernels, case, window)
-    for cut in (1, 7, 64, 149):
+    for cut in (1, 7, 64, 599):
         pools, parts = (case.k_pool, case.v_pool), []
-        for start in range(0, 150, cut):
-            chunk = case.take(np.arange(start, min(start + cut, 150)))
+        for start in range(0, tokens, cut):
+            chunk = case.take(np.arange(start, min(start + cut, tokens)))
             out, *pools = attend(kernels, replace(chunk, k_pool=pools[0], v_pool=pools[1]), window)
             parts.append(out)
         np.testing.assert_array_equal(np.concatenate(parts), whole)
