@@ -16,9 +16,9 @@ class Defaults:
     lanes: int
     chunk_tokens: int
     least_tokens: int
-    """Of the smallest piece of a prompt: what all streams wait for while others ask much."""
+    """Of the smallest piece of a prompt with which much is computed."""
     few_tokens: int
-    """Of the smallest piece beside few streams, whose steps are quick."""
+    """Of the smallest piece of all, for whose tokens reading a long context takes as long as a step."""
     cheap_rows: int
     """Rows of a decode step up to which it costs about what one row does, because reading the weights takes longer than
     computing: where lanes leave some of them free, guesses may have them."""
@@ -66,14 +66,16 @@ def launch_sizes(
     """Everything to compile, smallest first: decodes, prompts, and both in one launch.
 
     Of these there are few: the smallest piece of a prompt beside one lane, a quarter of them or all; twice as much beside one,
-    every second size and a whole chunk beside all; `few_tokens`, if that is less, beside one and a quarter. A prompt that fits
-    beside one lane has no program of its own.
+    every second size and a whole chunk beside all; `few_tokens`, if that is less, beside these and half of them. A prompt that
+    fits beside one lane has no program of its own.
     """
     rows, tokens = decode_rows(lanes, data), prefill_tokens(chunk_tokens, least_tokens)
     guessing = decode_rows(most_rows or lanes, data)  # nobody guesses beside prompts
-    one, quarter, few = rows[0], rows[max(0, len(rows) - 3)], min(few_tokens or tokens[0], tokens[0])
-    beside = (one, (few, *tokens[:2])), (quarter, (few, tokens[0])), (lanes, (*tokens[::2], tokens[-1]))
+    one, quarter, half = rows[0], rows[max(0, len(rows) - 3)], rows[max(0, len(rows) - 2)]
+    beside = (one, tokens[:2]), (quarter, tokens[:1]), (lanes, (*tokens[::2], tokens[-1]))
     mixed = {Size(some, count) for some, counts in beside for count in counts}
+    if few_tokens and few_tokens < tokens[0]:
+        mixed |= {Size(some, few_tokens) for some in (one, quarter, half, lanes)}
     sizes = {Size(some, 0) for some in (*rows, *guessing)} | mixed | {Size(0, count) for count in tokens[2:]}
     return tuple(sorted(sizes, key=lambda size: (sum(size), size)))
 

@@ -58,7 +58,10 @@ def test_launch_sizes_by_hand() -> None:
     ]  # fmt: skip
     beside_all = [f"mixed[128+{tokens}]" for tokens in (64, 256, 1024, 2048)]
     assert [name for name in names(128, 1, 2048, 64) if name.startswith("mixed[128+")] == beside_all
-    assert {*names(16, 1, 128, 8, 4)} == {*names(16, 1, 128, 8), "mixed[1+4]", "mixed[4+4]"}
+    assert {*names(16, 1, 128, 8, 4)} == {
+        *names(16, 1, 128, 8),
+        *("mixed[1+4]", "mixed[4+4]", "mixed[8+4]", "mixed[16+4]"),
+    }
     assert names(16, 1, 128, 8, 8) == names(16, 1, 128, 8)
     assert names(4, 1, 16, 8) == [
         "decode[1]",

@@ -78,7 +78,8 @@ def test_design_by_hand(model) -> None:
     assert blueprint.shapes == (3, 24, 4, 8, VOCAB, (2, 16))
     # No chunk is longer than the longest request, rounded up.
     names = (
-        "decode[1] decode[2] decode[3] mixed[1+4] mixed[1+8] mixed[3+8] mixed[1+16] prefill[32] mixed[3+32]"
+        "decode[1] decode[2] decode[3] mixed[1+4] mixed[2+4] mixed[3+4] mixed[1+8] mixed[3+8] mixed[1+16] "
+        "prefill[32] mixed[3+32]"
     )
     assert [size.name for size in blueprint.sizes] == names.split()
     assert blueprint.prefill_segments == 3

@@ -31,7 +31,7 @@ from xlane.tpu.runtime import use_compile_cache
 
 pytestmark = pytest.mark.slow
 
-PROGRAMS = ["decode[1]", "decode[2]", "mixed[1+4]", "mixed[1+8]", "mixed[2+8]"]
+PROGRAMS = ["decode[1]", "decode[2]", "mixed[1+4]", "mixed[2+4]", "mixed[1+8]", "mixed[2+8]"]
 ONE_LANES_PROGRAMS = ["decode[1]", "mixed[1+4]", "mixed[1+8]"]
 
 
