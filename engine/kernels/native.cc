@@ -1184,7 +1184,7 @@ ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi:
     for (i64 head = begin; head < end; ++head)
       for (const Run& run : runs) write_run(a, run, head);
   });
-  const Plan plan(a, runs, pool->num_threads());
+  const Plan plan(a, runs, std::max<i64>(1, pool->num_threads()));
   const std::vector<Work>& works = plan.works;
   if (plan.floats) a.parts = scratch(kParts, plan.floats);
   parallel(*pool, works.size(), 1, [&](i64 begin, i64 end) {
