@@ -201,11 +201,11 @@ async def _lose_a_follower(command: list[str], env: dict[str, str]) -> None:
             await client.close()
     finally:
         following.cancel()
+        await leader.stop(1)  # first: it would be started again for a follower that is gone
         for follower in followers:
             if follower.returncode is None:
                 follower.kill()
                 await follower.wait()
-        await leader.stop(1)
     assert (len(tokens), client.replays, leader.restarts) == (50, 1, 1)
     assert tokens == ids(undisturbed)
     (died,) = [event.detail for event in leader.events if event.kind == "died"]
