@@ -96,10 +96,7 @@ class Scheduler:
             s for s in self._running if s.phase is Phase.DECODE and s.length < s.most_tokens and not s.waits
         ]
         if self._waiting or len(decoding) < len(self._running):
-            prompts = sum(s.phase is Phase.PREFILL for s in self._running) + min(
-                len(self._waiting), len(self._lanes)
-            )
-            self._prefill(turn, self._budget(len(decoding), prompts))
+            self._prefill(turn, self._budget(len(decoding), self._asking()))
         room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
@@ -107,6 +104,16 @@ class Scheduler:
                 room -= len(guesses)
                 self._decode(turn, sequence, guesses)
         return turn
+
+    def _asking(self) -> int:
+        """Prompts that could be computed. If a launch could end one it counts twice: that is one pause, not many, and in small
+        pieces it would take three times the work."""
+        chunk = self.limits.chunk_tokens
+        left = [len(s.tokens) - s.computed for s in self._running if s.phase is Phase.PREFILL]
+        waiting = min(len(self._waiting), len(self._lanes))
+        first = self._waiting.first() if waiting else None
+        ends = any(tokens <= chunk for tokens in left) or (first is not None and len(first.tokens) <= chunk)
+        return len(left) + waiting + ends
 
     @property
     def hopes(self) -> bool:

@@ -157,8 +157,21 @@ def test_the_budget_is_asked_with_the_lanes_that_decode_and_the_prompts_that_cou
     for number, prompt in enumerate((2, 3, 20)):
         plans.add(sequence(number, prompt))
     turns = [plans.plan() for _ in range(3)]
-    assert asked == [(0, 3), (2, 1), (2, 1)]
+    # The first two prompts could end in a launch of 8 tokens, so there is one more; the third has 17 left then, and 13.
+    assert asked == [(0, 4), (2, 1), (2, 1)]
     assert [sum(tokens for _, _, tokens, _ in segments(turn)) for turn in turns] == [8, 4, 4]
+    plans.plan()
+    plans.plan()
+    assert asked[3:] == [(2, 1), (2, 2)]  # 9 left, and 5
+
+
+def test_a_prompt_that_waits_counts_twice_if_a_launch_could_end_it() -> None:
+    for prompt, prompts in ((8, 2), (9, 1)):
+        asked: list[tuple[int, int]] = []
+        plans = scheduler(budget=lambda rows, prompts, asked=asked: asked.append((rows, prompts)) or 8)
+        plans.add(sequence(0, prompt))
+        plans.plan()
+        assert asked == [(0, prompts)]
 
 
 def test_no_more_segments_than_a_launch_holds() -> None:
