@@ -816,7 +816,7 @@ struct Attend {
   i64 slot(i64 head, i64 row, i64 position) const { return (head * P + page(row, position)) * W + position % W; }
 };
 
-constexpr i64 FEWEST_ROWS = 4 * MAX_ROWS, MOST_ROWS = 16 * MAX_ROWS;
+constexpr i64 FEWEST_ROWS = 4 * MAX_ROWS, MOST_ROWS = 16 * MAX_ROWS;  // query rows of a Work, if there are so many
 constexpr i64 SPLIT = 4 * KEYS;                // keys that are added up apart from others, by absolute position
 constexpr i64 MOST_PART_FLOATS = i64{1} << 24;  // of all that is made apart in a launch
 
@@ -911,6 +911,7 @@ struct Work {
   i64 parts;
   i64 R() const { return qs.end - qs.begin; }
   i64 splits() const { return end - begin; }
+  i64 weight() const { return R() * splits(); }
   i64 first(const Attend& a) const { return std::max(a.first_key(qs), begin * SPLIT); }
 };
 
@@ -1089,7 +1090,7 @@ void write_run(const Attend& a, const Run& run, i64 head) {
   }
 }
 
-// Who does what. Rows that walk the keys together read and transpose them once, so there are many in a Work; but none is
+// Who does what. Rows that walk the keys together read them once, so there are many in a Work; but none is
 // more than its share of everything, or workers would wait for it: then its splits are taken one by one, or it has fewer rows.
 struct Plan {
   std::vector<Work> works, joins;  // joins: the rows whose splits are taken one by one
@@ -1097,7 +1098,7 @@ struct Plan {
 
   Plan(const Attend& a, const std::vector<Run>& runs, i64 workers) {
     i64 all = 0;
-    for (const Run& run : runs) all += a.K * weight(rows(a, run), whole(a, run, 0, rows(a, run), 0));
+    for (const Run& run : runs) all += a.K * whole(a, run, 0, rows(a, run), 0).weight();
     const i64 share = all / (8 * workers);
     // Prompts come last and see the most keys, their last rows most of all: those go first.
     for (auto run = runs.rbegin(); run != runs.rend(); ++run) {
@@ -1114,7 +1115,6 @@ struct Plan {
 
  private:
   static i64 rows(const Attend& a, const Run& run) { return (run.end - run.begin) * a.G; }
-  static i64 weight(i64 rows, const Work& work) { return rows * work.splits(); }
   static Work whole(const Attend& a, const Run& run, i64 begin, i64 end, i64 head) {
     const Queries qs{run.begin, begin, end, head};
     return {qs, a.first_key(qs) / SPLIT, a.last_key(qs) / SPLIT + 1, Work::ALONE};
