@@ -19,7 +19,7 @@ from .errors import RequestFailed
 from .pages import PageAllocator, chain, pages_for
 from .request import LaneStats, StepOutput
 from .sequence import Phase, Sequence
-from .turn import NO_PAGE, Result, Row, Segment, Turn
+from .turn import NO_PAGE, Result, Row, Segment, Turn, sharing
 from .waiting import OUTPUT_TOKEN, PROMPT_TOKEN, Waiting
 
 
@@ -199,7 +199,7 @@ class Scheduler:
 
     def _prefill(self, turn: Turn, budget: int) -> None:
         """Plan pieces of prompts of `budget` tokens in all."""
-        most = max(1, min(self.limits.chunk_segments, budget // self.limits.segment_tokens))
+        most = sharing(budget, self.limits.chunk_segments, self.limits.segment_tokens)
         for sequence in self._prompts():
             budget -= self._chunk(turn, sequence, budget)
             if budget == 0 or len(turn.segments) == most:

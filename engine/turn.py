@@ -14,6 +14,12 @@ SEGMENT_TOKENS = 4
 """Prompt tokens that a launch has for each request that may share them. A request more is a row of logits more, whether it is
 there or not: beside 4 tokens seven that are not would take a tenth of a step."""
 
+
+def sharing(tokens: int, most: int, each: int = SEGMENT_TOKENS) -> int:
+    """Requests, at most `most`, that may share so many prompt tokens, of which `each` are for one."""
+    return max(1, min(most, tokens // each))
+
+
 Result = tuple[TokenOutput, ...] | RequestFailed | None
 """What a launch made of a sequence: its new tokens in order, an error, or None if its lane had ended before."""
 
@@ -39,7 +45,7 @@ class Size(NamedTuple):
 
     def segments(self, most: int) -> int:
         """Requests, at most `most`, that may share its prompt tokens."""
-        return max(1, min(most, self.tokens // SEGMENT_TOKENS)) if self.tokens else 0
+        return sharing(self.tokens, most) if self.tokens else 0
 
 
 class Segment(NamedTuple):
