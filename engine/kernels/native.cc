@@ -109,47 +109,97 @@ class FlushDenormals {
 #endif
 };
 
-// Outlives the call: a helper that wakes late finds nothing left to claim and touches nothing else.
+// Units begin … end of a job, and where what this worker means to do next ends: it lies behind them in memory.
+struct Piece {
+  i64 begin, end, stop;
+};
+
+// Work for several threads. Each has a stretch of its own that it takes from the front, so that it reads memory in order;
+// who has nothing left takes half of another's rest, from its end. Outlives the call: a helper that wakes late finds
+// nothing left to claim and touches nothing else.
 struct Job {
-  std::atomic<i64> next{0}, done{0};
-  i64 total = 0, grain = 1, workers = 1;
+  struct alignas(64) Stretch {
+    std::atomic<uint64_t> bounds;  // its beginning, and its end in the upper half
+  };
+  const i64 total, grain, workers;
+  std::vector<Stretch> stretches;
+  std::atomic<i64> joined{0}, done{0};
   std::mutex mutex;
   std::condition_variable finished;
 
-  // Takes the next units: long runs first, single grains at the end, so that workers finish together.
-  bool claim(i64* begin, i64* end) {
-    i64 at = next.load(std::memory_order_relaxed);
-    while (at < total) {
-      i64 take = (total - at) / (2 * workers) / grain * grain;
-      i64 to = std::min(total, at + std::max(take, grain));
-      if (next.compare_exchange_weak(at, to, std::memory_order_acq_rel)) {
-        *begin = at, *end = to;
-        return true;
+  Job(i64 total, i64 grain, i64 workers) : total(total), grain(grain), workers(workers), stretches(workers) {
+    const i64 grains = (total + grain - 1) / grain;
+    for (i64 k = 0; k < workers; ++k)
+      stretches[k].bounds = pack(grains * k / workers * grain, std::min(total, grains * (k + 1) / workers * grain));
+  }
+  static uint64_t pack(i64 begin, i64 end) { return static_cast<uint64_t>(end) << 32 | static_cast<uint64_t>(begin); }
+  static i64 begin(uint64_t bounds) { return static_cast<uint32_t>(bounds); }
+  static i64 end(uint64_t bounds) { return static_cast<i64>(bounds >> 32); }
+  // What is in the middle of them, in whole grains, nearer to the end.
+  i64 middle(i64 from, i64 to) const { return std::min(to, from + ((to - from + grain - 1) / grain + 1) / 2 * grain); }
+
+  // Half of what the worker has left, so that others find the rest.
+  bool claim(i64 worker, Piece* piece) {
+    std::atomic<uint64_t>& own = stretches[worker].bounds;
+    do {
+      uint64_t held = own.load(std::memory_order_acquire);
+      while (begin(held) < end(held)) {
+        const i64 to = middle(begin(held), end(held));
+        if (own.compare_exchange_weak(held, pack(to, end(held)), std::memory_order_acq_rel)) {
+          *piece = {begin(held), to, end(held)};
+          return true;
+        }
+      }
+    } while (take_over(worker));
+    return false;
+  }
+
+  // So many units are done.
+  void settle(i64 units) {
+    if (units == 0 || done.fetch_add(units, std::memory_order_acq_rel) + units != total) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    finished.notify_all();
+  }
+
+ private:
+  bool take_over(i64 worker) {
+    for (i64 i = 1; i < workers; ++i) {
+      std::atomic<uint64_t>& other = stretches[(worker + i) % workers].bounds;
+      uint64_t held = other.load(std::memory_order_acquire);
+      while (begin(held) < end(held)) {
+        i64 from = middle(begin(held), end(held));
+        if (from == end(held)) from = begin(held);
+        if (other.compare_exchange_weak(held, pack(begin(held), from), std::memory_order_acq_rel)) {
+          stretches[worker].bounds.store(pack(from, end(held)), std::memory_order_release);
+          return true;
+        }
       }
     }
     return false;
   }
 };
 
-// body(begin, end) for all of [0, total). The caller works too and could do everything alone, so a pool whose threads are
-// all busy (or all waiting here) only costs time.
+// body(claim) on every thread that has something to do, until all of [0, total) is done; claim(&piece) gives what is next, or
+// false. The caller works too and could do everything alone, so a pool whose threads are all busy (or all waiting here)
+// only costs time.
 template <typename Body>
-void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
+void share(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
   if (total <= 0) return;
   i64 workers = std::min<i64>(pool.num_threads(), (total + grain - 1) / grain);
   FlushDenormals flush;
-  if (workers <= 1) return body(i64{0}, total);
-  auto job = std::make_shared<Job>();
-  job->total = total, job->grain = grain, job->workers = workers;
+  auto job = std::make_shared<Job>(total, grain, std::max<i64>(workers, 1));
   auto work = [&body](Job& job) {
-    i64 begin, end;
-    while (job.claim(&begin, &end)) {
-      body(begin, end);
-      if (job.done.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == job.total) {
-        std::lock_guard<std::mutex> lock(job.mutex);
-        job.finished.notify_all();
-      }
-    }
+    const i64 worker = job.joined.fetch_add(1);
+    i64 claimed = 0;
+    Piece piece;
+    // What was claimed before is done when more is asked for.
+    auto claim = [&](Piece* next) {
+      job.settle(claimed);
+      const bool found = job.claim(worker, next);
+      claimed = found ? next->end - next->begin : 0;
+      return found;
+    };
+    if (claim(&piece)) body(piece, claim);
   };
   for (i64 i = 1; i < workers; ++i) pool.Schedule([job, work] {
     FlushDenormals flush;
@@ -164,6 +214,15 @@ void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
   }
   std::unique_lock<std::mutex> lock(job->mutex);
   job->finished.wait(lock, [&] { return job->done.load(std::memory_order_acquire) == total; });
+}
+
+// body(piece) for all of [0, total).
+template <typename Body>
+void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
+  share(pool, total, grain, [&](Piece piece, const auto& claim) {
+    do body(piece);
+    while (claim(&piece));
+  });
 }
 
 // Memory that a thread keeps between calls. `slot` keeps users that are alive at the same time apart.
@@ -188,14 +247,14 @@ float* scratch(Slot slot, i64 floats) {
 // The one inner loop: rows of x times panels of w
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Memory that will be read next, asked for a few lines at a time between the arithmetic. Weights need none of this: they
-// lie in order, which the hardware sees by itself; pages do not.
+// Memory that will be read next, asked for a few lines at a time between the arithmetic.
 struct Ahead {
   struct Piece {
     const char *at, *end;
   };
   Piece pieces[2 * KEYS / 16];
   int count = 0, current = 0;
+  int lines = 0;  // of weights, for every 8 steps of arithmetic
 
   void add(const float* from, i64 floats) {
     const char* at = reinterpret_cast<const char*>(from);
@@ -211,8 +270,7 @@ struct Ahead {
 };
 
 enum Use {
-  kLinear,  // x [depth, rows]
-  kScores,  // the same, each panel a piece of its own; some pages fetched ahead
+  kScores,  // x [depth, rows], each panel a piece of its own
   kValues,  // x [rows, KEYS], the probabilities of a key block; the result is added to out
 };
 
@@ -248,7 +306,7 @@ inline void micro(const float* x, const float* const* pieces, i64 offset, i64 ru
     const i64 steps = std::min(run, depth);
     i64 d = 0;
     for (; d + 8 <= steps; d += 8) {
-      if (ahead) ahead->fetch(use == kValues ? 16 : 12);
+      ahead->fetch(use == kValues ? 16 : 12);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) step();
     }
@@ -270,7 +328,7 @@ struct Tile {
   i64 depth, panels;
   float* out;
   i64 stride;  // of out, per row
-  Ahead* ahead = nullptr;
+  Ahead* ahead;
 };
 
 template <int MR, Use use>
@@ -278,14 +336,13 @@ void tile(const Tile& t) {
   constexpr bool values = use == kValues;
   constexpr int XR = values ? KEYS : 1, XD = values ? 1 : MR;
   // A key block is 4 panels, and so is a head of 64: 2 + 2 is better than 3 + 1.
-  constexpr int fit = panels_at_once(MR), NP = use != kLinear && fit == 3 ? 2 : fit;
-  Ahead* ahead = use == kLinear ? nullptr : t.ahead;
+  constexpr int fit = panels_at_once(MR), NP = fit == 3 ? 2 : fit;
   auto pieces = [&](i64 p) { return use == kScores ? t.w + p : t.w; };
   i64 p = 0;
   for (; p + NP <= t.panels; p += NP)
-    micro<MR, NP, XR, XD, use>(t.x, pieces(p), p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+    micro<MR, NP, XR, XD, use>(t.x, pieces(p), p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, t.ahead);
   for (; p < t.panels; ++p)
-    micro<MR, 1, XR, XD, use>(t.x, pieces(p), p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, ahead);
+    micro<MR, 1, XR, XD, use>(t.x, pieces(p), p * t.wp, t.run, t.wd, t.wp, t.depth, t.out + p * PANEL, t.stride, t.ahead);
 }
 
 using TileFn = void (*)(const Tile&);
@@ -309,7 +366,25 @@ struct Cut {
 
 // x[rows, depth] -> [depth, rows]
 void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
-  for (i64 d = 0; d < depth; ++d)
+  i64 d = 0;
+#if defined(__AVX512F__)
+  // 8 by 8: pairs, then fours, then halves change places.
+  for (; rows == 8 && d + 8 <= depth; d += 8) {
+    __m256 a[8], b[8];
+    for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(x + r * stride + d);
+    for (int r = 0; r < 8; r += 2) b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]), b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+    for (int r = 0; r < 8; r += 4)
+      for (int i = 0; i < 2; ++i) {
+        a[r + 2 * i] = _mm256_shuffle_ps(b[r + i], b[r + 2 + i], 0x44);
+        a[r + 2 * i + 1] = _mm256_shuffle_ps(b[r + i], b[r + 2 + i], 0xee);
+      }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(to + (d + i) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      _mm256_storeu_ps(to + (d + 4 + i) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+  }
+#endif
+  for (; d < depth; ++d)
     for (int r = 0; r < rows; ++r) to[d * rows + r] = x[r * stride + d];
 }
 
@@ -317,13 +392,34 @@ void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
 // linear
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A packed weight of float32, by what `Linear` asks of it: panels p … p + count times a tile of x, [D, rows], into out.
+// A packed weight of float32, by what `Linear` asks of it: the first `count` panels times a tile of x, [D, rows], into out.
 struct Float32 {
   const float* w;
   i64 D;
   Float32 at(i64 panel) const { return {w + panel * D * PANEL, D}; }
-  void run(int rows, const float* x, i64 count, float* out, i64 stride) const {
-    run_tile<kLinear>(rows, {x, &w, D, PANEL, D * PANEL, D, count, out, stride});
+  // So many panels are read next. While several tiles are multiplied with some the hardware does not ask for more by itself.
+  void add(i64 count, Ahead& ahead) const { ahead.add(w, count * D * PANEL); }
+
+  template <int MR, int NP>
+  void micro(const float* x, float* out, i64 stride, Ahead& ahead) const {
+    vec acc[MR][NP * VECTORS] = {};
+    const float* panel = w;
+    auto step = [&] {
+      vec weights[NP * VECTORS];
+      for (int c = 0; c < NP * VECTORS; ++c) weights[c] = load(panel + c / VECTORS * D * PANEL + c % VECTORS * LANES);
+      for (int r = 0; r < MR; ++r)
+        for (int c = 0; c < NP * VECTORS; ++c) acc[r][c] += splat(x[r]) * weights[c];
+      x += MR, panel += PANEL;
+    };
+    i64 d = 0;
+    for (; d + 8 <= D; d += 8) {
+      ahead.fetch(ahead.lines);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) step();
+    }
+    for (; d < D; ++d) step();
+    for (int r = 0; r < MR; ++r)
+      for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
   }
 };
 
@@ -377,7 +473,7 @@ struct Bytes {
   Bytes at(i64 panel) const { return {w + panel * D * PANEL, scales + panel * (D / each) * PANEL, D, each}; }
 
   template <int MR, int NP>
-  void micro(const float* x, float* out, i64 stride) const {
+  void micro(const float* x, float* out, i64 stride, Ahead&) const {
     each == D ? sums<MR, NP, false>(x, out, stride) : sums<MR, NP, true>(x, out, stride);
   }
   template <int MR, int NP, bool Grouped>
@@ -400,7 +496,7 @@ struct Bytes {
       for (int c = 0; c < NP * VECTORS; ++c)
         store(out + r * stride + c * LANES, Grouped ? acc[r][c] : acc[r][c] * scale(c, 0));
   }
-  void run(int rows, const float* x, i64 count, float* out, i64 stride) const;
+  void add(i64, Ahead&) const {}
 };
 
 template <class Value>
@@ -436,7 +532,7 @@ struct Int4 {
   }
 
   template <int MR, int NP>
-  void micro(const float* x, float* out, i64 stride) const {
+  void micro(const float* x, float* out, i64 stride, Ahead&) const {
     vec acc[MR][NP * VECTORS] = {};
     for (i64 g = 0; g < D / GROUP; ++g, x += GROUP * MR) {
       vec scale[NP * VECTORS], floor[NP * VECTORS];
@@ -456,29 +552,22 @@ struct Int4 {
     for (int r = 0; r < MR; ++r)
       for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
   }
-  void run(int rows, const float* x, i64 count, float* out, i64 stride) const;
+  void add(i64, Ahead&) const {}
 };
 
 template <class W, int MR>
-void run_quantized(const W& w, const float* x, i64 count, float* out, i64 stride) {
+void run_rows(const W& w, const float* x, i64 count, float* out, i64 stride, Ahead& ahead) {
   constexpr int NP = panels_at_once(MR);
   i64 p = 0;
-  for (; p + NP <= count; p += NP) w.at(p).template micro<MR, NP>(x, out + p * PANEL, stride);
-  for (; p < count; ++p) w.at(p).template micro<MR, 1>(x, out + p * PANEL, stride);
+  for (; p + NP <= count; p += NP) w.at(p).template micro<MR, NP>(x, out + p * PANEL, stride, ahead);
+  for (; p < count; ++p) w.at(p).template micro<MR, 1>(x, out + p * PANEL, stride, ahead);
 }
 template <class W, int... I>
-void run_quantized(int rows, const W& w, const float* x, i64 count, float* out, i64 stride,
-                   std::integer_sequence<int, I...>) {
-  using Run = void (*)(const W&, const float*, i64, float*, i64);
-  static constexpr Run table[] = {&run_quantized<W, I + 1>...};
-  table[rows - 1](w, x, count, out, stride);
-}
-template <class Value>
-void Bytes<Value>::run(int rows, const float* x, i64 count, float* out, i64 stride) const {
-  run_quantized(rows, *this, x, count, out, stride, std::make_integer_sequence<int, MAX_ROWS>());
-}
-void Int4::run(int rows, const float* x, i64 count, float* out, i64 stride) const {
-  run_quantized(rows, *this, x, count, out, stride, std::make_integer_sequence<int, MAX_ROWS>());
+void run_rows(int rows, const W& w, const float* x, i64 count, float* out, i64 stride, Ahead& ahead,
+              std::integer_sequence<int, I...>) {
+  using Run = void (*)(const W&, const float*, i64, float*, i64, Ahead&);
+  static constexpr Run table[] = {&run_rows<W, I + 1>...};
+  table[rows - 1](w, x, count, out, stride, ahead);
 }
 
 template <class W>
@@ -495,23 +584,35 @@ struct Linear {
     for (i64 i = begin; i < end; ++i) pack_rows(x + cut.begin(i) * D, D, cut.size(i), D, to + cut.begin(i) * D);
   }
 
-  void run(const float* rows, i64 begin, i64 end) const {
-    for (i64 p = begin; p < end; p += group) {
-      const i64 count = std::min(group, end - p);
-      const W from = w.at(p);
-      for (i64 i = 0; i < cut.tiles; ++i) {
-        const int size = cut.size(i);
-        const float* tile = rows + cut.begin(i) * D;
-        if ((p + count) * PANEL <= N) {
-          from.run(size, tile, count, y + cut.begin(i) * N + p * PANEL, N);
-          continue;
-        }
-        // The last panel is wider than what is left of a row of y.
-        alignas(64) float spare[MAX_ROWS * 4 * PANEL];
-        from.run(size, tile, count, spare, count * PANEL);
-        for (int r = 0; r < size; ++r)
-          std::memcpy(y + (cut.begin(i) + r) * N + p * PANEL, spare + r * count * PANEL, (N - p * PANEL) * sizeof(float));
+  void run(const float* rows, Piece piece) const {
+    for (i64 p = piece.begin; p < piece.end; p += group) {
+      const i64 count = std::min(group, piece.end - p);
+      if ((p + count) * PANEL > N) {
+        narrow(rows, p, count);
+        continue;
       }
+      const W from = w.at(p);
+      Ahead ahead;
+      if (cut.tiles > 1) {
+        w.at(p + count).add(std::min(group, piece.stop - p - count), ahead);
+        ahead.lines = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
+      }
+      for (i64 i = 0; i < cut.tiles; ++i)
+        run(i, rows, from, count, y + cut.begin(i) * N + p * PANEL, N, ahead);
+    }
+  }
+  void run(i64 tile, const float* rows, const W& from, i64 count, float* out, i64 stride, Ahead& ahead) const {
+    run_rows(cut.size(tile), from, rows + cut.begin(tile) * D, count, out, stride, ahead,
+             std::make_integer_sequence<int, MAX_ROWS>());
+  }
+  // The last panel is wider than what is left of a row of y.
+  void narrow(const float* rows, i64 p, i64 count) const {
+    alignas(64) float spare[MAX_ROWS * 4 * PANEL];
+    Ahead none;
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      run(i, rows, w.at(p), count, spare, count * PANEL, none);
+      for (int r = 0; r < cut.size(i); ++r)
+        std::memcpy(y + (cut.begin(i) + r) * N + p * PANEL, spare + r * count * PANEL, (N - p * PANEL) * sizeof(float));
     }
   }
 };
@@ -522,20 +623,21 @@ void multiply(ffi::ThreadPool& pool, const float* x, W w, float* y, i64 T, i64 D
   if (T == 0 || N == 0) return;
   const Linear<W> job{x, w, y, T, D, N};
   const float* shared = T == 1 ? job.x : nullptr;
-  const bool each = T > 1 && T <= 16;  // every worker packs for itself: cheaper than waiting for each other
-  if (T > 16) {
+  const bool each = T > 1 && T <= 64;  // every worker packs for itself: cheaper than waiting for each other
+  if (T > 64) {
     float* packed = scratch(kRows, T * D);
-    parallel(pool, job.cut.tiles, 1, [&](i64 begin, i64 end) { job.pack(packed, begin, end); });
+    parallel(pool, job.cut.tiles, 1, [&](Piece piece) { job.pack(packed, piece.begin, piece.end); });
     shared = packed;
   }
-  parallel(pool, (N + PANEL - 1) / PANEL, job.group, [&](i64 begin, i64 end) {
+  share(pool, (N + PANEL - 1) / PANEL, job.group, [&](Piece piece, const auto& claim) {
     const float* rows = shared;
     if (each) {
       float* packed = scratch(kRows, T * D);
       job.pack(packed, 0, job.cut.tiles);
       rows = packed;
     }
-    job.run(rows, begin, end);
+    do job.run(rows, piece);
+    while (claim(&piece));
   });
 }
 
@@ -1180,18 +1282,18 @@ ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi:
   }
   if (runs.empty()) return ffi::Error::Success();
 
-  parallel(*pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](i64 begin, i64 end) {
-    for (i64 head = begin; head < end; ++head)
+  parallel(*pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](Piece piece) {
+    for (i64 head = piece.begin; head < piece.end; ++head)
       for (const Run& run : runs) write_run(a, run, head);
   });
   const Plan plan(a, runs, std::max<i64>(1, pool->num_threads()));
   const std::vector<Work>& works = plan.works;
   if (plan.floats) a.parts = scratch(kParts, plan.floats);
-  parallel(*pool, works.size(), 1, [&](i64 begin, i64 end) {
-    for (i64 i = begin; i < end; ++i) attend_work(a, works[i], i + 1 < end ? &works[i + 1] : nullptr);
+  parallel(*pool, works.size(), 1, [&](Piece piece) {
+    for (i64 i = piece.begin; i < piece.end; ++i) attend_work(a, works[i], i + 1 < piece.stop ? &works[i + 1] : nullptr);
   });
-  parallel(*pool, plan.joins.size(), 1, [&](i64 begin, i64 end) {
-    for (i64 i = begin; i < end; ++i) attend_join(a, plan.joins[i]);
+  parallel(*pool, plan.joins.size(), 1, [&](Piece piece) {
+    for (i64 i = piece.begin; i < piece.end; ++i) attend_join(a, plan.joins[i]);
   });
   return ffi::Error::Success();
 }
