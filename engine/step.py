@@ -128,6 +128,7 @@ def step(
     )
     # A decode alone samples after every token it has.
     read = hidden if prompts is None else hidden[whole.end]
+    read = jnp.where(whole.samples[:, None], read, 0)  # kernels on CPUs compute nothing for zeros
     logits = decoder.logits(read, b.kernels)
     previous = whole.tokens[whole.end]
     sampled = sample(

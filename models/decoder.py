@@ -230,7 +230,8 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(batch.positions)
-        return _through(self.embed_norm, x)
+        # Padding is nothing but zeros, for which kernels on CPUs compute nothing.
+        return jnp.where(batch.positions[:, None] >= 0, _through(self.embed_norm, x), 0)
 
     def logits(self, hidden: jax.Array, kernels: Kernels) -> jax.Array:
         """hidden [T, D] -> float32[T, V]."""

@@ -4,7 +4,8 @@
 // nothing here is shared between two calls but thread-local scratch memory.
 //
 // The promise everything here keeps: a row's result never depends, in a single bit, on what else is in the launch.
-//   linear   y[t, n] is one accumulator, fed by d = 0, 1, 2, … in that order, whatever the blocking.
+//   linear   y[t, n] is one accumulator, fed by d = 0, 1, 2, … in that order, whatever the blocking. A row of nothing but
+//            zeros, as padding is, costs nothing.
 //   attend   keys are met in blocks of KEYS by absolute position, and what splits of SPLIT keys give is added up in their
 //            order; a masked key adds exactly nothing. So a query's result is also the same however its prompt was cut
 //            into chunks, whether it came in a prefill or a decode, and on however many threads.
@@ -364,14 +365,14 @@ struct Cut {
   int size(i64 tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
 };
 
-// x[rows, depth] -> [depth, rows]
-void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
+// x[r][depth] of some rows -> [depth, rows]
+void pack_rows(const float* const* x, int rows, i64 depth, float* to) {
   i64 d = 0;
 #if defined(__AVX512F__)
   // 8 by 8: pairs, then fours, then halves change places.
   for (; rows == 8 && d + 8 <= depth; d += 8) {
     __m256 a[8], b[8];
-    for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(x + r * stride + d);
+    for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(x[r] + d);
     for (int r = 0; r < 8; r += 2) b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]), b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
     for (int r = 0; r < 8; r += 4)
       for (int i = 0; i < 2; ++i) {
@@ -385,14 +386,15 @@ void pack_rows(const float* x, i64 stride, int rows, i64 depth, float* to) {
   }
 #endif
   for (; d < depth; ++d)
-    for (int r = 0; r < rows; ++r) to[d * rows + r] = x[r * stride + d];
+    for (int r = 0; r < rows; ++r) to[d * rows + r] = x[r][d];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // linear
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A packed weight of float32, by what `Linear` asks of it: the first `count` panels times a tile of x, [D, rows], into out.
+// A packed weight of float32, by what `Linear` asks of it: some panels times a tile of x, [D, rows], row r of it into
+// out[r] + at.
 struct Float32 {
   const float* w;
   i64 D;
@@ -401,7 +403,7 @@ struct Float32 {
   void add(i64 count, Ahead& ahead) const { ahead.add(w, count * D * PANEL); }
 
   template <int MR, int NP>
-  void micro(const float* x, float* out, i64 stride, Ahead& ahead) const {
+  void micro(const float* x, float* const* out, i64 at, Ahead& ahead) const {
     vec acc[MR][NP * VECTORS] = {};
     const float* panel = w;
     auto step = [&] {
@@ -419,7 +421,7 @@ struct Float32 {
     }
     for (; d < D; ++d) step();
     for (int r = 0; r < MR; ++r)
-      for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
+      for (int c = 0; c < NP * VECTORS; ++c) store(out[r] + at + c * LANES, acc[r][c]);
   }
 };
 
@@ -473,11 +475,11 @@ struct Bytes {
   Bytes at(i64 panel) const { return {w + panel * D * PANEL, scales + panel * (D / each) * PANEL, D, each}; }
 
   template <int MR, int NP>
-  void micro(const float* x, float* out, i64 stride, Ahead&) const {
-    each == D ? sums<MR, NP, false>(x, out, stride) : sums<MR, NP, true>(x, out, stride);
+  void micro(const float* x, float* const* out, i64 at, Ahead&) const {
+    each == D ? sums<MR, NP, false>(x, out, at) : sums<MR, NP, true>(x, out, at);
   }
   template <int MR, int NP, bool Grouped>
-  void sums(const float* x, float* out, i64 stride) const {
+  void sums(const float* x, float* const* out, i64 at) const {
     constexpr float one = unit(static_cast<const Value*>(nullptr));
     const i64 groups = Grouped ? D / each : 1;
     auto scale = [&](int c, i64 g) { return load(scales + (c / VECTORS * groups + g) * PANEL + c % VECTORS * LANES) * one; };
@@ -494,7 +496,7 @@ struct Bytes {
     }
     for (int r = 0; r < MR; ++r)
       for (int c = 0; c < NP * VECTORS; ++c)
-        store(out + r * stride + c * LANES, Grouped ? acc[r][c] : acc[r][c] * scale(c, 0));
+        store(out[r] + at + c * LANES, Grouped ? acc[r][c] : acc[r][c] * scale(c, 0));
   }
   void add(i64, Ahead&) const {}
 };
@@ -532,13 +534,13 @@ struct Int4 {
   }
 
   template <int MR, int NP>
-  void micro(const float* x, float* out, i64 stride, Ahead&) const {
+  void micro(const float* x, float* const* out, i64 at, Ahead&) const {
     vec acc[MR][NP * VECTORS] = {};
     for (i64 g = 0; g < D / GROUP; ++g, x += GROUP * MR) {
       vec scale[NP * VECTORS], floor[NP * VECTORS];
       for (int c = 0; c < NP * VECTORS; ++c) {
-        const i64 at = (c / VECTORS * (D / GROUP) + g) * PANEL + c % VECTORS * LANES;
-        scale[c] = from_bfloat16(scales + at), floor[c] = from_bfloat16(floors + at);
+        const i64 scales_at = (c / VECTORS * (D / GROUP) + g) * PANEL + c % VECTORS * LANES;
+        scale[c] = from_bfloat16(scales + scales_at), floor[c] = from_bfloat16(floors + scales_at);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < GROUP / 2; ++i)
@@ -550,93 +552,118 @@ struct Int4 {
         }
     }
     for (int r = 0; r < MR; ++r)
-      for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
+      for (int c = 0; c < NP * VECTORS; ++c) store(out[r] + at + c * LANES, acc[r][c]);
   }
   void add(i64, Ahead&) const {}
 };
 
 template <class W, int MR>
-void run_rows(const W& w, const float* x, i64 count, float* out, i64 stride, Ahead& ahead) {
+void run_rows(const W& w, const float* x, i64 count, float* const* out, i64 at, Ahead& ahead) {
   constexpr int NP = panels_at_once(MR);
   i64 p = 0;
-  for (; p + NP <= count; p += NP) w.at(p).template micro<MR, NP>(x, out + p * PANEL, stride, ahead);
-  for (; p < count; ++p) w.at(p).template micro<MR, 1>(x, out + p * PANEL, stride, ahead);
+  for (; p + NP <= count; p += NP) w.at(p).template micro<MR, NP>(x, out, at + p * PANEL, ahead);
+  for (; p < count; ++p) w.at(p).template micro<MR, 1>(x, out, at + p * PANEL, ahead);
 }
 template <class W, int... I>
-void run_rows(int rows, const W& w, const float* x, i64 count, float* out, i64 stride, Ahead& ahead,
+void run_rows(int rows, const W& w, const float* x, i64 count, float* const* out, i64 at, Ahead& ahead,
               std::integer_sequence<int, I...>) {
-  using Run = void (*)(const W&, const float*, i64, float*, i64, Ahead&);
+  using Run = void (*)(const W&, const float*, i64, float* const*, i64, Ahead&);
   static constexpr Run table[] = {&run_rows<W, I + 1>...};
-  table[rows - 1](w, x, count, out, stride, ahead);
+  table[rows - 1](w, x, count, out, at, ahead);
 }
+
+// The numbers of the rows of x [T, D] that are to be computed, then those of the others, which hold zeros alone: as padding does.
+struct Rows {
+  std::vector<i64> all;
+  i64 computed = 0;
+  Rows(const float* x, i64 T, i64 D) : all(T) {
+    i64 skipped = T;
+    for (i64 t = 0; t < T; ++t) all[zero(x + t * D, D) ? --skipped : computed++] = t;
+  }
+
+ private:
+  static bool zero(const float* row, i64 D) {
+    return std::all_of(row, row + D, [](float value) { return value == 0.0f; });
+  }
+};
 
 template <class W>
 struct Linear {
   const float* x;
   W w;
   float* y;
-  i64 T, D, N;
-  Cut cut{T};
+  i64 D, N;
+  const Rows& rows;
+  Cut cut{rows.computed};
   i64 group = panels_at_once(cut.size(0));  // panels computed at once
 
-  // Every tile of x as [D, rows], one tile behind the other.
+  // Tiles of x as [D, rows], one behind the other.
   void pack(float* to, i64 begin, i64 end) const {
-    for (i64 i = begin; i < end; ++i) pack_rows(x + cut.begin(i) * D, D, cut.size(i), D, to + cut.begin(i) * D);
+    for (i64 i = begin; i < end; ++i) {
+      const float* from[MAX_ROWS];
+      for (int r = 0; r < cut.size(i); ++r) from[r] = x + rows.all[cut.begin(i) + r] * D;
+      pack_rows(from, cut.size(i), D, to + cut.begin(i) * D);
+    }
   }
 
-  void run(const float* rows, Piece piece) const {
+  void run(const float* packed, Piece piece) const {
     for (i64 p = piece.begin; p < piece.end; p += group) {
       const i64 count = std::min(group, piece.end - p);
-      if ((p + count) * PANEL > N) {
-        narrow(rows, p, count);
-        continue;
-      }
-      const W from = w.at(p);
       Ahead ahead;
       if (cut.tiles > 1) {
         w.at(p + count).add(std::min(group, piece.stop - p - count), ahead);
         ahead.lines = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
       }
-      for (i64 i = 0; i < cut.tiles; ++i)
-        run(i, rows, from, count, y + cut.begin(i) * N + p * PANEL, N, ahead);
+      const bool narrow = (p + count) * PANEL > N;  // the last panel is wider than what is left of a row of y
+      for (i64 i = 0; i < cut.tiles; ++i) narrow ? run_narrow(i, packed, p, count) : run_tile(i, packed, p, count, ahead);
     }
+    const i64 from = piece.begin * PANEL, floats = std::min(piece.end * PANEL, N) - from;
+    for (i64 i = rows.computed; i < static_cast<i64>(rows.all.size()); ++i)
+      std::memset(y + rows.all[i] * N + from, 0, floats * sizeof(float));
   }
-  void run(i64 tile, const float* rows, const W& from, i64 count, float* out, i64 stride, Ahead& ahead) const {
-    run_rows(cut.size(tile), from, rows + cut.begin(tile) * D, count, out, stride, ahead,
-             std::make_integer_sequence<int, MAX_ROWS>());
+
+ private:
+  void run_tile(i64 tile, const float* packed, i64 p, i64 count, Ahead& ahead) const {
+    float* out[MAX_ROWS];
+    for (int r = 0; r < cut.size(tile); ++r) out[r] = y + rows.all[cut.begin(tile) + r] * N;
+    multiply(tile, packed, p, count, out, p * PANEL, ahead);
   }
-  // The last panel is wider than what is left of a row of y.
-  void narrow(const float* rows, i64 p, i64 count) const {
-    alignas(64) float spare[MAX_ROWS * 4 * PANEL];
+  void run_narrow(i64 tile, const float* packed, i64 p, i64 count) const {
+    alignas(64) float spare[MAX_ROWS][4 * PANEL];
+    float* out[MAX_ROWS];
+    for (int r = 0; r < MAX_ROWS; ++r) out[r] = spare[r];
     Ahead none;
-    for (i64 i = 0; i < cut.tiles; ++i) {
-      run(i, rows, w.at(p), count, spare, count * PANEL, none);
-      for (int r = 0; r < cut.size(i); ++r)
-        std::memcpy(y + (cut.begin(i) + r) * N + p * PANEL, spare + r * count * PANEL, (N - p * PANEL) * sizeof(float));
-    }
+    multiply(tile, packed, p, count, out, 0, none);
+    for (int r = 0; r < cut.size(tile); ++r)
+      std::memcpy(y + rows.all[cut.begin(tile) + r] * N + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
+  }
+  void multiply(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
+    run_rows(cut.size(tile), w.at(p), packed + cut.begin(tile) * D, count, out, at, ahead,
+             std::make_integer_sequence<int, MAX_ROWS>());
   }
 };
 
 // y [T, N] = x [T, D] times the packed weight w.
 template <class W>
 void multiply(ffi::ThreadPool& pool, const float* x, W w, float* y, i64 T, i64 D, i64 N) {
-  if (T == 0 || N == 0) return;
-  const Linear<W> job{x, w, y, T, D, N};
-  const float* shared = T == 1 ? job.x : nullptr;
-  const bool each = T > 1 && T <= 64;  // every worker packs for itself: cheaper than waiting for each other
-  if (T > 64) {
-    float* packed = scratch(kRows, T * D);
+  const Rows rows(x, T, D);
+  if (rows.computed == 0 || N == 0) return (void)std::memset(y, 0, T * N * sizeof(float));
+  const Linear<W> job{x, w, y, D, N, rows};
+  const float* shared = rows.computed == 1 ? x + rows.all[0] * D : nullptr;
+  const bool each = !shared && rows.computed <= 64;  // every worker packs for itself: cheaper than waiting for each other
+  if (rows.computed > 64) {
+    float* packed = scratch(kRows, rows.computed * D);
     parallel(pool, job.cut.tiles, 1, [&](Piece piece) { job.pack(packed, piece.begin, piece.end); });
     shared = packed;
   }
   share(pool, (N + PANEL - 1) / PANEL, job.group, [&](Piece piece, const auto& claim) {
-    const float* rows = shared;
+    const float* packed = shared;
     if (each) {
-      float* packed = scratch(kRows, T * D);
-      job.pack(packed, 0, job.cut.tiles);
-      rows = packed;
+      float* own = scratch(kRows, rows.computed * D);
+      job.pack(own, 0, job.cut.tiles);
+      packed = own;
     }
-    do job.run(rows, piece);
+    do job.run(packed, piece);
     while (claim(&piece));
   });
 }
