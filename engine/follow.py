@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ..sharding.processes import ProcessError, all_equal, join_processes
-from ..tpu.runtime import set_gpu_defaults, use_compile_cache
+from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, use_compile_cache
 from .build import Built, Progress, build
 from .config import EngineConfig, programs_folder
 from .errors import PlanError
@@ -61,6 +61,8 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     built = build(config, opened.config, opened.source, progress, join)
     check_all_built(built)
     launcher = Launcher(built.programs, built.params)
+    if built.programs.blueprint.placement.device.platform == "cpu":
+        keep_freed_memory()
     under_way: deque[jax.Array] = deque()
 
     def launch(size: Size, plan: np.ndarray, mask: np.ndarray | None) -> None:

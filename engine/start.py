@@ -14,7 +14,7 @@ from llguidance import LLTokenizer
 
 from ..models.guidance import guidance_tokenizer
 from ..models.tokenizer import TextTokenizer
-from ..tpu.runtime import set_gpu_defaults, use_compile_cache
+from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, use_compile_cache
 from .build import Progress, build, compile_within, design
 from .config import EngineConfig, programs_folder
 from .engine import Engine
@@ -68,6 +68,8 @@ def start(
     # What lives now lives for ever: the collector need not look at it again and again while tokens wait.
     gc.collect()
     gc.freeze()
+    if built.programs.blueprint.placement.device.platform == "cpu":
+        keep_freed_memory()
     return engine
 
 

@@ -1,10 +1,14 @@
-"""What must be set before jax is used: XLA's flags, the persistent compile cache. Functions that are called, never import effects."""
+"""What must be set before jax is used: XLA's flags, the persistent compile cache; and how the process keeps memory while it is.
+Functions that are called, never import effects."""
 
+import ctypes
 from collections.abc import MutableMapping
 from pathlib import Path
 
 import jax
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Of malloc.h."""
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
@@ -42,3 +46,13 @@ def use_compile_cache(directory: Path | None) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     # A program's text is read by the version that wrote it: it need not be what an older one would understand.
     jax.config.update("jax_export_ignore_forward_compatibility", True)
+
+
+def keep_freed_memory() -> bool:
+    """Memory that is given back stays with the process, where its C library can be told so. Says whether it could.
+
+    Each launch on a CPU takes its temporaries anew: from pages that the kernel maps, fills with zeros and takes back, some
+    thousands a step, or from those of the launch before.
+    """
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)
+    return tell is not None and bool(tell(_MMAP_MAX, 0) and tell(_TRIM_THRESHOLD, 2**31 - 1))

@@ -80,6 +80,25 @@ def test_linear_flushes_denormals_on_every_thread(kernels: NativeKernels) -> Non
         assert not linear(kernels, x, weight).any()
 
 
+@pytest.mark.parametrize("computed", [0, 1, 7, 20, 70])
+def test_a_row_of_zeros_is_not_computed_and_changes_no_other(kernels: NativeKernels, computed: int) -> None:
+    """Weights that are no numbers would show in every row that was."""
+    rng = np.random.default_rng(computed)
+    x = np.zeros((90, 64), np.float32)
+    x[1] = -0.0
+    rows = np.sort(rng.choice(np.arange(2, 90), computed, replace=False))
+    x[rows] = rng.standard_normal((computed, 64), dtype=np.float32)
+    x[rows, :63] *= rng.random((computed, 1)) < 0.5  # one number that is not 0 is enough
+    weight = rng.standard_normal((100, 64), dtype=np.float32)
+    out = linear(kernels, x, weight)
+    np.testing.assert_array_equal(out[rows], linear(kernels, x[rows], weight) if computed else out[rows])
+    broken = linear(kernels, x, np.full_like(weight, np.nan))
+    zeros = np.setdiff1d(np.arange(90), rows)
+    np.testing.assert_array_equal(out[zeros], 0)
+    np.testing.assert_array_equal(broken[zeros], 0)
+    assert np.isnan(broken[rows]).all()
+
+
 def test_linear_refuses_what_does_not_fit(kernels: NativeKernels) -> None:
     x, weight = jnp.zeros((2, 8)), jnp.zeros((2, 8, 16))
     with pytest.raises(ValueError, match="do not give 40 outputs"):

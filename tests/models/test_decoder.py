@@ -15,7 +15,7 @@ from xlane.engine.programs import param_sharding
 from xlane.engine.state import Shapes, abstract_kv, zeros_like
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
-from xlane.models.kernels import Kernels, KvLayer, PagedBatch
+from xlane.models.kernels import Kernels, KvLayer, PagedBatch, Weight
 from xlane.models.loader import load_params
 from xlane.models.opened import open_model
 from xlane.models.spec import Quant
@@ -204,6 +204,29 @@ def test_a_split_model_in_few_bits_gives_the_same_logits(kind: str, quant: Quant
     assert sum(p.size for p in split) > 0.5 * sum(p.size for p in leaves)
     first = network(OURS[:10] + [0] * 2, [0] * 12, [*range(10), -1, -1], False)
     assert largest_error(first[:10], rounded[:10]) <= TOLERANCE
+
+
+class Watched(XlaKernels):
+    """Notes which rows of each product hold anything but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.filled: list[list[bool]] = []
+
+    def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
+        """See `Kernels.linear`."""
+        jax.debug.callback(lambda filled: self.filled.append(filled.tolist()), (x != 0).any(axis=1))
+        return super().linear(x, weight, outputs)
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "qwen2", "gemma3"])
+def test_padding_is_zeros_in_every_product(kind: str, models: Path) -> None:
+    """The native kernels compute nothing for such rows."""
+    kernels = Watched()
+    Network(tiny_model(kind, models), kernels)([5, 0, 6], [0, 1, 0], [0, -1, 1], False)
+    jax.effects_barrier()
+    assert len(kernels.filled) > 8
+    assert kernels.filled == [[True, False, True]] * len(kernels.filled)
 
 
 def test_specs_follow_the_order_of_the_tree() -> None:
