@@ -7,7 +7,6 @@ power is one instruction.
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +21,6 @@ LOG2_E = math.log2(math.e)
 
 LEAST_ROWS = 16
 """Rows that a matrix unit multiplies at least."""
-
-MOST_PAGES = 8
-"""That a block of keys lies in, if each is looked up once and not for each key."""
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 """Of M queries: the largest score, in base 2, and the sum of weights, float32[M], and the sum of weighted values, float32[M, H]."""
@@ -71,7 +67,8 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
     held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, position)
 
     def body(turn, carry):
-        return _turn(carry, queries, held, (begin + turn) * form.keys, form, all_seen=False)
+        keys = (begin + turn) * form.keys + jnp.arange(form.keys, dtype=jnp.int32)
+        return _turn(carry, queries, held, keys, form)
 
     maximum, total, acc = _start(member.size, form)
     if sinks is not None:
@@ -130,19 +127,15 @@ def prefill_kernel(
         queries = _Queries(q, mine, slopes)
         held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, last)
 
-        def body(turn, carry, all_seen):
-            return _turn(carry, queries, held, turn * form.keys, form, all_seen=all_seen)
+        def body(turn, carry):
+            keys = turn * form.keys + jnp.arange(form.keys, dtype=jnp.int32)
+            return _turn(carry, queries, held, keys, form)
 
-        if form.window is None:
-            # None where a query is of another row, or of none.
-            masked = (mine.min() + 1) // form.keys
-            carry = jax.lax.fori_loop(0, masked, partial(body, all_seen=True), carry)
-        else:
+        low = 0
+        if form.window is not None:
             first = jnp.where(mine >= 0, mine, np.int32(2**31 - 1)).min()
-            masked = jnp.maximum(first - form.window + 1, 0) // form.keys
-        return jax.lax.fori_loop(
-            masked, (last + form.keys) // form.keys, partial(body, all_seen=False), carry
-        )
+            low = jnp.maximum(first - form.window + 1, 0) // form.keys
+        return jax.lax.fori_loop(low, (last + form.keys) // form.keys, body, carry)
 
     maximum, total, acc = _start(query.size, form)
     if sinks is not None:
@@ -197,32 +190,31 @@ def _start(rows: int, form: Form) -> Carry:
     return jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), acc
 
 
-def _turn(
-    carry: Carry, queries: _Queries, row: _Row, start: jax.Array, form: Form, *, all_seen: bool
-) -> Carry:
-    """One block of a row's keys, from position `start` on. `all_seen`: every query sees every key of it."""
+def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: Form) -> Carry:
+    """One block of a row's keys, at positions int32[S]."""
     maximum, total, acc = carry
-    keys = start + jnp.arange(form.keys, dtype=jnp.int32)
-    at = _places(row, start, form)
+    # The table ends within the last block, and behind the row's own pages may hold anything.
+    index = row.number * form.table_width + jnp.minimum(keys // form.page_tokens, form.table_width - 1)
+    page = jnp.clip(triton.load(row.table_ref.at[index]), 0, row.k_ref.shape[0] // form.page_tokens - 1)
+    at = page * form.page_tokens + keys % form.page_tokens
     (places, inside), known = _bounded((at, None), (_dims(form), form.head_dim)), keys <= row.last
     k_block = _load(row.k_ref, (places, inside)).astype(queries.q.dtype)
     scores, factor = _scores(_dot(queries.q, k_block.T), queries, row, keys, at, form)
-    if not all_seen:
-        seen = keys[None, :] <= queries.position[:, None]
-        if form.window is not None:
-            seen &= keys[None, :] > queries.position[:, None] - form.window
-        # Largest scores begin above this, so that a query's weights are 0 until it has seen a key.
-        scores = jnp.where(seen, scores, -jnp.inf)
-        # A key nobody may see can hold anything, and a weight of 0 does not silence a NaN.
-        there = jnp.broadcast_to(known[:, None], (form.keys, form.width))
-        inside = there if inside is None else there & inside
+    seen = keys[None, :] <= queries.position[:, None]
+    if form.window is not None:
+        seen &= keys[None, :] > queries.position[:, None] - form.window
+    # Largest scores begin above this, so that a query's weights are 0 until it has seen a key.
+    scores = jnp.where(seen, scores, -jnp.inf)
     highest = jnp.maximum(maximum, scores.max(axis=1) * factor)
     weights = jnp.exp2(scores * factor - highest[:, None])
     fade = jnp.exp2(maximum - highest)
     total = total * fade + weights.sum(axis=1)
     if row.v_scales_ref is not None:
-        scales = triton.load(row.v_scales_ref.at[at])
-        weights *= (scales if all_seen else jnp.where(known, scales, 0.0))[None, :]
+        weights *= jnp.where(known, triton.load(row.v_scales_ref.at[at]), 0.0)[None, :]
+    # A key nobody may see can hold anything, and a weight of 0 does not silence a NaN. Left out by the load, values go to the
+    # matrix units from where they land; replaced after it, through registers.
+    there = jnp.broadcast_to(known[:, None], (form.keys, form.width))
+    inside = there if inside is None else there & inside
     values = _load(row.v_ref, (places, inside)).astype(queries.q.dtype)
     return highest, total, acc * fade[:, None] + _dot(weights.astype(values.dtype), values)
 
@@ -240,26 +232,6 @@ def _scores(
         distance = (keys[None, :] - queries.position[:, None]).astype(jnp.float32)
         return scores * (factor * LOG2_E) + queries.slopes[:, None] * distance, 1.0
     return scores, factor * LOG2_E
-
-
-def _places(row: _Row, start: jax.Array, form: Form) -> jax.Array:
-    """Where in the pools a block of keys lies, int32[S]: each page is looked up once where pages and blocks begin together."""
-
-    def page(index: jax.Array) -> jax.Array:
-        # The table ends within the last block, and behind the row's own pages may hold anything.
-        entry = row.number * form.table_width + jnp.minimum(index, form.table_width - 1)
-        return jnp.clip(triton.load(row.table_ref.at[entry]), 0, row.k_ref.shape[0] // form.page_tokens - 1)
-
-    key, size = jnp.arange(form.keys, dtype=jnp.int32), form.page_tokens
-    first = start // size
-    if size % form.keys == 0:
-        return (page(first) - first) * size + start + key
-    if form.keys % size or form.keys > MOST_PAGES * size:
-        return page((start + key) // size) * size + (start + key) % size
-    place = page(first) * size + key
-    for after in range(1, form.keys // size):
-        place = jnp.where(key >= after * size, (page(first + after) - after) * size + key, place)
-    return place
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
