@@ -158,19 +158,20 @@ def prefill_attention(
     members = pl.next_power_of_2(form.group)
     block = max(1, min(QUERY_ROWS, _tile_rows(form.head_dim, qkv.dtype)) // members)
     given, by_head = _per_head(slopes, sinks, kv)
-    whole_tokens = pl.BlockSpec((tokens,), lambda t, k: (0,))
+    whole_tokens = pl.BlockSpec((tokens,), lambda k, t: (0,))
     return pl.pallas_call(
         partial(prefill_kernel, form=form, block=block, members=members, given=by_head),
-        grid=(pl.cdiv(tokens, block), kv_heads),
+        # Heads first: what starts together is of the same tokens, and takes as long.
+        grid=(kv_heads, pl.cdiv(tokens, block)),
         in_specs=[
-            pl.BlockSpec((tokens, None, *qkv.shape[2:]), lambda t, k: (0, k, 0, 0)),
-            *[pl.BlockSpec((None, *_flat(kv.k).shape[1:]), lambda t, k: (k, 0, 0))] * 2,
+            pl.BlockSpec((tokens, None, *qkv.shape[2:]), lambda k, t: (0, k, 0, 0)),
+            *[pl.BlockSpec((None, *_flat(kv.k).shape[1:]), lambda k, t: (k, 0, 0))] * 2,
             whole_tokens,
             whole_tokens,
-            pl.BlockSpec((batch.table.size,), lambda t, k: (0,)),
-            *[pl.BlockSpec((None, x.shape[1]), lambda t, k: (k, 0)) for x in given],
+            pl.BlockSpec((batch.table.size,), lambda k, t: (0,)),
+            *[pl.BlockSpec((None, x.shape[1]), lambda k, t: (k, 0)) for x in given],
         ],
-        out_specs=pl.BlockSpec((tokens, None, form.group, form.head_dim), lambda t, k: (0, k, 0, 0)),
+        out_specs=pl.BlockSpec((tokens, None, form.group, form.head_dim), lambda k, t: (0, k, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((tokens, kv_heads, form.group, form.head_dim), qkv.dtype),
         compiler_params=_tuned(qkv, form, warps=8),
         interpret=interpret,
@@ -190,9 +191,9 @@ def _splits(programs: int, most_blocks: int) -> int:
 
 
 def _tuned(qkv: jax.Array, form: Form, warps: int) -> triton.CompilerParams:
-    """As many blocks under way as there is room for."""
+    """As many blocks under way as there is room for; the pages of another one are looked up meanwhile."""
     block_bytes = 2 * form.keys * form.width * qkv.dtype.itemsize
-    return triton.CompilerParams(num_warps=warps, num_stages=max(1, min(4, FLIGHT_BYTES // block_bytes)))
+    return triton.CompilerParams(num_warps=warps, num_stages=min(4, 1 + FLIGHT_BYTES // block_bytes))
 
 
 def _flat(pool: jax.Array | None) -> jax.Array:

@@ -2,9 +2,11 @@
 
 A row's pages are walked block by block with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022). The compiler
 wants powers of two, so blocks are filled up and what lies outside is neither read nor written. Knows references and
-program numbers; how many programs there are, and over which arrays, is `pallas_gpu.py`'s.
+program numbers; how many programs there are, and over which arrays, is `pallas_gpu.py`'s. Scores are kept in base 2, whose
+power is one instruction.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +17,16 @@ from jax.experimental.pallas import triton
 
 from ...models.attention import MASKED
 
+LOG2_E = math.log2(math.e)
+
 LEAST_ROWS = 16
 """Rows that a matrix unit multiplies at least."""
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]
-"""Of M queries: the largest score and the sum of weights, float32[M], and the sum of weighted values, float32[M, H]."""
+"""Of M queries: the largest score, in base 2, and the sum of weights, float32[M], and the sum of weighted values, float32[M, H]."""
+
+Axis = tuple[jax.Array, int | None]
+"""Indices along an axis of an array, int32[N], and its size; None: all are inside."""
 
 
 class Form(NamedTuple):
@@ -45,7 +52,9 @@ class Form(NamedTuple):
 def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: Form, splits: int, given):
     """One row, kv head and part of the keys: its carry. qkv [G+2, H], pools [P W, H], table [R Pmax]."""
     member = jnp.arange(max(LEAST_ROWS, pl.next_power_of_2(form.group)), dtype=jnp.int32)
-    slopes, sinks, k_scales, v_scales, (maximum_ref, total_ref, acc_ref) = _given(refs, given, member, form)
+    slopes, sinks, k_scales, v_scales, (maximum_ref, total_ref, acc_ref) = _given(
+        refs, given, (member, form.group)
+    )
     row, split = pl.program_id(0), pl.program_id(2)
     position = position_ref[row]
     low = 0 if form.window is None else jnp.maximum(position + 1 - form.window, 0) // form.keys
@@ -54,7 +63,7 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
     begin = low + split * share
     turns = jnp.maximum(jnp.minimum(begin + share, high) - begin, 0)
     heads = _bounded((member, form.group), (_dims(form), form.head_dim))
-    queries = _Queries(_load(qkv_ref, heads), position[None], None, slopes)
+    queries = _Queries(_load(qkv_ref, heads), position[None], slopes)
     held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, position)
 
     def body(turn, carry):
@@ -75,7 +84,7 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
 def combine_kernel(maximum_ref, total_ref, acc_ref, out_ref, *, form: Form):
     """One row and head: maximum, total [S], acc [S, H] -> [H]."""
     maximum = maximum_ref[...]
-    fade = jnp.exp(maximum - maximum.max())
+    fade = jnp.exp2(maximum - maximum.max())
     total = (fade * total_ref[...]).sum()
     dims = _dims(form)
     acc = _load(acc_ref, _bounded((jnp.arange(maximum.size), None), (dims, form.head_dim)))
@@ -97,54 +106,54 @@ def prefill_kernel(
     given,
 ):
     """A block of tokens and one kv head. qkv [T, G+2, H], pools [P W, H], table [R Pmax] -> [T, G, H]."""
-    member = jnp.arange(members, dtype=jnp.int32)
-    slopes, sinks, k_scales, v_scales, (out_ref,) = _given(refs, given, member, form)
-    count, shape = qkv_ref.shape[0], (block, members)
-    token = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+    count, query = qkv_ref.shape[0], jnp.arange(block * members, dtype=jnp.int32)
+    # The last tokens of a prompt see the most keys: what begins last should not take longest.
+    number = pl.cdiv(count, block) - 1 - pl.program_id(1)
+    token = number * block + query // members
+    # One load gives a block that is multiplied from where it is; reshaped, it would go through registers every turn.
+    member = (query % members, form.group if members > form.group else None)
+    slopes, sinks, k_scales, v_scales, (out_ref,) = _given(refs, given, member)
     inside = jnp.minimum(token, count - 1)
     positions = jnp.where(token < count, triton.load(position_ref.at[inside]), -1)
     rows = triton.load(row_ref.at[inside])
-    heads = _bounded((inside, None), (member, form.group), (_dims(form), form.head_dim))
-    q = _load(qkv_ref, heads).reshape(block * members, form.width)
-    query, query_row = (jnp.broadcast_to(x[:, None], shape).reshape(-1) for x in (positions, rows))
-    slopes, sinks = (
-        None if x is None else jnp.broadcast_to(x[None, :], shape).reshape(-1) for x in (slopes, sinks)
-    )
+    dims = (_dims(form), form.head_dim)
+    q = _load(qkv_ref, _bounded([(inside, None), member], dims))
     first_row, last_row = rows.min(), rows.max()
 
     def one_row(index, carry):
         row = first_row + index
-        of_row = (rows == row) & (positions >= 0)
-        last = jnp.where(of_row, positions, -1).max()
-        low = 0
-        if form.window is not None:
-            first = jnp.where(of_row, positions, np.int32(2**31 - 1)).min()
-            low = jnp.maximum(first - form.window + 1, 0) // form.keys
-        turns = jnp.maximum((last + form.keys) // form.keys - low, 0)
-        queries = _Queries(q, query, query_row == row, slopes)
+        mine = jnp.where(rows == row, positions, -1)
+        last = mine.max()
+        queries = _Queries(q, mine, slopes)
         held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, last)
 
         def body(turn, carry):
-            keys = (low + turn) * form.keys + jnp.arange(form.keys, dtype=jnp.int32)
+            keys = turn * form.keys + jnp.arange(form.keys, dtype=jnp.int32)
             return _turn(carry, queries, held, keys, form)
 
-        return jax.lax.fori_loop(0, turns, body, carry)
+        low = 0
+        if form.window is not None:
+            first = jnp.where(mine >= 0, mine, np.int32(2**31 - 1)).min()
+            low = jnp.maximum(first - form.window + 1, 0) // form.keys
+        return jax.lax.fori_loop(low, (last + form.keys) // form.keys, body, carry)
 
-    maximum, total, acc = _start(block * members, form)
+    maximum, total, acc = _start(query.size, form)
     if sinks is not None:
         maximum, total = sinks, jnp.ones_like(total)
     _, total, acc = jax.lax.fori_loop(0, last_row - first_row + 1, one_row, (maximum, total, acc))
-    out = (acc / jnp.where(total > 0, total, 1.0)[:, None]).reshape(*shape, form.width)
-    _store(out_ref, _bounded((token, count), (member, form.group), (_dims(form), form.head_dim)), out)
+    out = acc / jnp.where(total > 0, total, 1.0)[:, None]
+    _store(out_ref, _bounded([(token, count), member], dims), out)
 
 
-def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: jax.Array, form: Form) -> Any:
-    """Slopes and sinks, float32[members], and the refs of the scales of keys and values, each where it was given; and the
+def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: Axis) -> Any:
+    """Slopes and sinks in base 2, float32[N], and the refs of the scales of keys and values, each where it was given; and the
     refs that are left."""
     left = iter(refs)
     slopes, sinks, k_scales, v_scales = (next(left) if there else None for there in given)
-    heads = _bounded((member, form.group))
-    slopes, sinks = (None if x is None else _load(x, heads).astype(jnp.float32) for x in (slopes, sinks))
+    slopes, sinks = (
+        None if x is None else _load(x, _bounded(member)).astype(jnp.float32) * LOG2_E
+        for x in (slopes, sinks)
+    )
     return slopes, sinks, k_scales, v_scales, tuple(left)
 
 
@@ -154,11 +163,9 @@ class _Queries(NamedTuple):
     q: jax.Array
     """[M, H]"""
     position: jax.Array
-    """int32[M], or [1] if it is the same for all."""
-    mine: jax.Array | None
-    """bool[M]: which belong to the row that is looked at; None if all."""
+    """int32[M], or [1] if it is the same for all; -1 for those of no row, or another."""
     slopes: jax.Array | None
-    """float32[M]"""
+    """float32[M], in base 2."""
 
 
 class _Row(NamedTuple):
@@ -190,31 +197,41 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: For
     index = row.number * form.table_width + jnp.minimum(keys // form.page_tokens, form.table_width - 1)
     page = jnp.clip(triton.load(row.table_ref.at[index]), 0, row.k_ref.shape[0] // form.page_tokens - 1)
     at = page * form.page_tokens + keys % form.page_tokens
-    block = _bounded((at, None), (_dims(form), form.head_dim))
-    scores = _dot(queries.q, _load(row.k_ref, block).astype(queries.q.dtype).T) * form.scale
-    if row.k_scales_ref is not None:
-        scores *= triton.load(row.k_scales_ref.at[at])[None, :]
-    if form.softcap is not None:
-        scores = form.softcap * jnp.tanh(scores / form.softcap)
-    if queries.slopes is not None:
-        scores += queries.slopes[:, None] * (keys[None, :] - queries.position[:, None]).astype(jnp.float32)
+    (places, inside), known = _bounded((at, None), (_dims(form), form.head_dim)), keys <= row.last
+    k_block = _load(row.k_ref, (places, inside)).astype(queries.q.dtype)
+    scores, factor = _scores(_dot(queries.q, k_block.T), queries, row, keys, at, form)
     seen = keys[None, :] <= queries.position[:, None]
     if form.window is not None:
         seen &= keys[None, :] > queries.position[:, None] - form.window
-    if queries.mine is not None:
-        seen &= queries.mine[:, None]
-    scores = jnp.where(seen, scores, MASKED)
-    highest = jnp.maximum(maximum, scores.max(axis=1))
-    weights = jnp.where(seen, jnp.exp(scores - highest[:, None]), 0.0)
-    fade = jnp.exp(maximum - highest)
+    # Largest scores begin above this, so that a query's weights are 0 until it has seen a key.
+    scores = jnp.where(seen, scores, -jnp.inf)
+    highest = jnp.maximum(maximum, scores.max(axis=1) * factor)
+    weights = jnp.exp2(scores * factor - highest[:, None])
+    fade = jnp.exp2(maximum - highest)
     total = total * fade + weights.sum(axis=1)
     if row.v_scales_ref is not None:
-        weights *= jnp.where(keys <= row.last, triton.load(row.v_scales_ref.at[at]), 0.0)[None, :]
-    # A key nobody may see can hold anything, and a weight of 0 does not silence a NaN.
-    values = _load(row.v_ref, block).astype(queries.q.dtype)
-    values = jnp.where((keys <= row.last)[:, None], values, jnp.zeros((), values.dtype))
-    acc = acc * fade[:, None] + _dot(weights.astype(values.dtype), values)
-    return highest, total, acc
+        weights *= jnp.where(known, triton.load(row.v_scales_ref.at[at]), 0.0)[None, :]
+    # A key nobody may see can hold anything, and a weight of 0 does not silence a NaN. Left out by the load, values go to the
+    # matrix units from where they land; replaced after it, through registers.
+    there = jnp.broadcast_to(known[:, None], (form.keys, form.width))
+    inside = there if inside is None else there & inside
+    values = _load(row.v_ref, (places, inside)).astype(queries.q.dtype)
+    return highest, total, acc * fade[:, None] + _dot(weights.astype(values.dtype), values)
+
+
+def _scores(
+    products: jax.Array, queries: _Queries, row: _Row, keys: jax.Array, at: jax.Array, form: Form
+) -> tuple[jax.Array, float]:
+    """Of products [M, S] with keys at positions `keys`, and what they are yet to be multiplied with, to be in base 2."""
+    scores, factor = products, form.scale
+    if row.k_scales_ref is not None:
+        scores *= triton.load(row.k_scales_ref.at[at])[None, :]
+    if form.softcap is not None:
+        scores, factor = jnp.tanh(scores * (factor / form.softcap)), form.softcap
+    if queries.slopes is not None:
+        distance = (keys[None, :] - queries.position[:, None]).astype(jnp.float32)
+        return scores * (factor * LOG2_E) + queries.slopes[:, None] * distance, 1.0
+    return scores, factor * LOG2_E
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -227,18 +244,20 @@ def _dims(form: Form) -> jax.Array:
     return jnp.arange(form.width, dtype=jnp.int32)
 
 
-def _bounded(*axes: tuple[jax.Array, int | None]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-    """Where a block lies, from the indices along each axis and the axis' size (None: all are inside), and what of it is
-    inside, if not all."""
-    others = [tuple(other for other in range(len(axes)) if other != axis) for axis in range(len(axes))]
-    at = tuple(jnp.expand_dims(index, axis) for (index, _), axis in zip(axes, others, strict=True))
-    checks = [i < size for i, (_, size) in zip(at, axes, strict=True) if size is not None and size != i.size]
-    if not checks:
-        return at, None
-    inside = checks[0]
-    for check in checks[1:]:
-        inside = inside & check
-    return at, jnp.broadcast_to(inside, tuple(index.size for index, _ in axes))
+def _bounded(*axes: Axis | list[Axis]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """Where a block lies and what of it is inside, if not all. A list: axes of the array whose indices go side by side, one axis
+    of the block."""
+    at: list[jax.Array] = []
+    inside: jax.Array | None = None
+    sides = [axis if isinstance(axis, list) else [axis] for axis in axes]
+    for number, side in enumerate(sides):
+        for index, size in side:
+            at.append(jnp.expand_dims(index, tuple(other for other in range(len(sides)) if other != number)))
+            if size is not None and size != index.size:
+                inside = at[-1] < size if inside is None else inside & (at[-1] < size)
+    if inside is not None:
+        inside = jnp.broadcast_to(inside, tuple(side[0][0].size for side in sides))
+    return tuple(at), inside
 
 
 def _load(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None]) -> jax.Array:

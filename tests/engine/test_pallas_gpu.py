@@ -26,6 +26,12 @@ PREFILL = (
     0,
 )
 MIXED = ([70, -1, 35, *range(20, 45), *range(9), -1], [0, 1, 2, *[3] * 25, *[4] * 10], 3)
+LONG = (
+    [*range(127, 191), *range(126, 158), *range(300, 420), *range(254, 286)],
+    [0] * 64 + [1] * 32 + [2] * 120 + [3] * 32,
+    0,
+)
+"""A prompt program's 32 tokens of 4 heads see one block of 128 keys whole, none but for one key, two; and share a program."""
 
 KINDS = {
     "plain": (2, 4, 16, {}),
@@ -110,10 +116,22 @@ def test_agrees_with_plain_xla(where: tuple, kind: str) -> None:
     _compared(PallasGpuKernels(interpret=INTERPRET), where, tuple(shape), 8, options)
 
 
-@pytest.mark.parametrize("page_tokens", [12, 128])
+@pytest.mark.parametrize("page_tokens", [12, 32, 128])
 @pytest.mark.parametrize("where", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_any_page_size(where: tuple, page_tokens: int) -> None:
     _compared(PallasGpuKernels(interpret=INTERPRET), where, (2, 2, 16), page_tokens, {})
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "odd heads and width", "window", "softcap", "slopes", "sinks", "in 8 bits"]
+)
+def test_blocks_of_keys_that_all_see(kind: str) -> None:
+    kv_heads, _, head_dim, options = KINDS[kind]
+    if "sinks" in options:
+        options = {"sinks": np.linspace(-1, 4, 4 * kv_heads).reshape(kv_heads, 4)}
+    if "slopes" in options:
+        options = {"slopes": tuple(np.linspace(0.5, 0.05, 4 * kv_heads))}
+    _compared(PallasGpuKernels(interpret=INTERPRET), LONG, (kv_heads, 4, head_dim), 32, options)
 
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
