@@ -15,9 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from ...models.attention import XlaKernels, in_parts, on_devices, write
-from ...models.kernels import KvLayer, PagedBatch
+from ...models.kernels import KvLayer, PagedBatch, Weight
+from ...models.spec import Quantized
 from ...sharding.mesh import Placement
 from .pallas_gpu_bodies import Form, combine_kernel, decode_kernel, prefill_kernel
+from .pallas_gpu_linear import linear, takes, tile_of
 
 DECODE_KEYS, PREFILL_KEYS = 64, 128
 """Keys looked at per turn of a loop, at most."""
@@ -38,14 +40,31 @@ FLIGHT_BYTES = 2**17
 
 
 class PallasGpuKernels(XlaKernels):
-    """`Kernels` whose attention is the kernels of this file and whose products are XLA's."""
+    """`Kernels` whose attention is the kernels of this file, and whose products of few rows with 8 bits are those of
+    `pallas_gpu_linear.py`; the others are XLA's, and all of them where there are several devices."""
 
     name = "pallas"
 
-    def __init__(self, placement: Placement | None = None, *, interpret: bool = False) -> None:
-        """`placement` is how several devices are arranged; None for one. `interpret` runs on any platform, slowly."""
+    def __init__(
+        self, placement: Placement | None = None, *, fp8: bool = True, interpret: bool = False
+    ) -> None:
+        """`placement` is how several devices are arranged; None for one. `fp8`: the device converts FP8 (NVIDIA: from
+        compute capability 8.9). `interpret` runs on any platform, slowly."""
         super().__init__("gpu", placement)
+        self._fp8 = fp8
         self._interpret = interpret
+
+    def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
+        """See `Kernels.linear`."""
+        if (
+            self.placement is not None
+            or not isinstance(weight, Quantized)
+            or not takes(x, weight, fp8=self._fp8)
+        ):
+            return super().linear(x, weight, outputs)
+        rows = Quantized(*(part.reshape(outputs, -1) for part in (weight.values, weight.scales)))
+        tile = tile_of(x.shape[0])
+        return linear(x, rows, tile, interpret=self._interpret).astype(x.dtype)
 
     def attend(
         self,

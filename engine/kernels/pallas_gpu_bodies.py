@@ -53,8 +53,8 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
     share = (high - low + splits - 1) // splits
     begin = low + split * share
     turns = jnp.maximum(jnp.minimum(begin + share, high) - begin, 0)
-    heads = _bounded((member, form.group), (_dims(form), form.head_dim))
-    queries = _Queries(_load(qkv_ref, heads), position[None], None, slopes)
+    heads = bounded((member, form.group), (_dims(form), form.head_dim))
+    queries = _Queries(load(qkv_ref, heads), position[None], None, slopes)
     held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, position)
 
     def body(turn, carry):
@@ -66,10 +66,10 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
         maximum = jnp.where(split == 0, sinks, maximum)
         total = jnp.where(split == 0, jnp.ones_like(total), total)
     maximum, total, acc = jax.lax.fori_loop(0, turns, body, (maximum, total, acc))
-    real = _bounded((member, form.group))
-    _store(maximum_ref, real, maximum)
-    _store(total_ref, real, total)
-    _store(acc_ref, heads, acc)
+    real = bounded((member, form.group))
+    store(maximum_ref, real, maximum)
+    store(total_ref, real, total)
+    store(acc_ref, heads, acc)
 
 
 def combine_kernel(maximum_ref, total_ref, acc_ref, out_ref, *, form: Form):
@@ -78,9 +78,9 @@ def combine_kernel(maximum_ref, total_ref, acc_ref, out_ref, *, form: Form):
     fade = jnp.exp(maximum - maximum.max())
     total = (fade * total_ref[...]).sum()
     dims = _dims(form)
-    acc = _load(acc_ref, _bounded((jnp.arange(maximum.size), None), (dims, form.head_dim)))
+    acc = load(acc_ref, bounded((jnp.arange(maximum.size), None), (dims, form.head_dim)))
     out = (fade[:, None] * acc).sum(axis=0) / jnp.where(total > 0, total, 1.0)
-    _store(out_ref, _bounded((dims, form.head_dim)), out)
+    store(out_ref, bounded((dims, form.head_dim)), out)
 
 
 def prefill_kernel(
@@ -104,8 +104,8 @@ def prefill_kernel(
     inside = jnp.minimum(token, count - 1)
     positions = jnp.where(token < count, triton.load(position_ref.at[inside]), -1)
     rows = triton.load(row_ref.at[inside])
-    heads = _bounded((inside, None), (member, form.group), (_dims(form), form.head_dim))
-    q = _load(qkv_ref, heads).reshape(block * members, form.width)
+    heads = bounded((inside, None), (member, form.group), (_dims(form), form.head_dim))
+    q = load(qkv_ref, heads).reshape(block * members, form.width)
     query, query_row = (jnp.broadcast_to(x[:, None], shape).reshape(-1) for x in (positions, rows))
     slopes, sinks = (
         None if x is None else jnp.broadcast_to(x[None, :], shape).reshape(-1) for x in (slopes, sinks)
@@ -135,7 +135,7 @@ def prefill_kernel(
         maximum, total = sinks, jnp.ones_like(total)
     _, total, acc = jax.lax.fori_loop(0, last_row - first_row + 1, one_row, (maximum, total, acc))
     out = (acc / jnp.where(total > 0, total, 1.0)[:, None]).reshape(*shape, form.width)
-    _store(out_ref, _bounded((token, count), (member, form.group), (_dims(form), form.head_dim)), out)
+    store(out_ref, bounded((token, count), (member, form.group), (_dims(form), form.head_dim)), out)
 
 
 def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: jax.Array, form: Form) -> Any:
@@ -143,8 +143,8 @@ def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: jax.Array, fo
     refs that are left."""
     left = iter(refs)
     slopes, sinks, k_scales, v_scales = (next(left) if there else None for there in given)
-    heads = _bounded((member, form.group))
-    slopes, sinks = (None if x is None else _load(x, heads).astype(jnp.float32) for x in (slopes, sinks))
+    heads = bounded((member, form.group))
+    slopes, sinks = (None if x is None else load(x, heads).astype(jnp.float32) for x in (slopes, sinks))
     return slopes, sinks, k_scales, v_scales, tuple(left)
 
 
@@ -190,8 +190,8 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: For
     index = row.number * form.table_width + jnp.minimum(keys // form.page_tokens, form.table_width - 1)
     page = jnp.clip(triton.load(row.table_ref.at[index]), 0, row.k_ref.shape[0] // form.page_tokens - 1)
     at = page * form.page_tokens + keys % form.page_tokens
-    block = _bounded((at, None), (_dims(form), form.head_dim))
-    scores = _dot(queries.q, _load(row.k_ref, block).astype(queries.q.dtype).T) * form.scale
+    block = bounded((at, None), (_dims(form), form.head_dim))
+    scores = dot(queries.q, load(row.k_ref, block).astype(queries.q.dtype).T) * form.scale
     if row.k_scales_ref is not None:
         scores *= triton.load(row.k_scales_ref.at[at])[None, :]
     if form.softcap is not None:
@@ -211,13 +211,13 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: For
     if row.v_scales_ref is not None:
         weights *= jnp.where(keys <= row.last, triton.load(row.v_scales_ref.at[at]), 0.0)[None, :]
     # A key nobody may see can hold anything, and a weight of 0 does not silence a NaN.
-    values = _load(row.v_ref, block).astype(queries.q.dtype)
+    values = load(row.v_ref, block).astype(queries.q.dtype)
     values = jnp.where((keys <= row.last)[:, None], values, jnp.zeros((), values.dtype))
-    acc = acc * fade[:, None] + _dot(weights.astype(values.dtype), values)
+    acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
     return highest, total, acc
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """[M, N] @ [N, O] in float32; float32 operands keep their precision."""
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
@@ -227,7 +227,7 @@ def _dims(form: Form) -> jax.Array:
     return jnp.arange(form.width, dtype=jnp.int32)
 
 
-def _bounded(*axes: tuple[jax.Array, int | None]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+def bounded(*axes: tuple[jax.Array, int | None]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Where a block lies, from the indices along each axis and the axis' size (None: all are inside), and what of it is
     inside, if not all."""
     others = [tuple(other for other in range(len(axes)) if other != axis) for axis in range(len(axes))]
@@ -241,13 +241,13 @@ def _bounded(*axes: tuple[jax.Array, int | None]) -> tuple[tuple[jax.Array, ...]
     return at, jnp.broadcast_to(inside, tuple(index.size for index, _ in axes))
 
 
-def _load(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None]) -> jax.Array:
+def load(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None]) -> jax.Array:
     """A block, with zeros outside."""
     at, inside = block
     return triton.load(ref.at[at]) if inside is None else triton.load(ref.at[at], mask=inside, other=0)
 
 
-def _store(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None], value: jax.Array) -> None:
+def store(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None], value: jax.Array) -> None:
     """What of the block is inside."""
     at, inside = block
     triton.store(ref.at[at], value.astype(ref.dtype), mask=inside)
