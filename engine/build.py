@@ -25,7 +25,7 @@ from ..models.spec import Quant
 from ..models.weights import WeightSource
 from ..sharding.mesh import MeshError, Placement, imagined_placement, make_placement
 from ..sharding.processes import least_of_all
-from ..tpu.chips import Topology, converts_fp8
+from ..tpu.chips import Topology
 from .buckets import DEFAULTS, SEGMENTS, launch_sizes, most_decode_rows
 from .config import EngineConfig, texts_folder
 from .errors import PlanError
@@ -278,9 +278,8 @@ def _kernels(
     if platform == "gpu" and config.kernels in ("auto", "pallas"):
         from .kernels.pallas_gpu import PallasGpuKernels
 
-        ours = "attention" if several else "attention, few rows times 8 bits"
-        fp8 = not placement.imagined and converts_fp8(placement.device)
-        return PallasGpuKernels(several, fp8=fp8), f"pallas ({ours}; XLA's products)"
+        ours = "attention" if several else "attention, few rows times int8"
+        return PallasGpuKernels(several), f"pallas ({ours}; XLA's products)"
     if platform == "tpu" and config.kernels in ("auto", "pallas"):
         from .kernels.pallas_tpu import PallasTpuKernels
 

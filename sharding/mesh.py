@@ -29,11 +29,6 @@ class Placement:
         return self.mesh.local_devices[0]
 
     @property
-    def imagined(self) -> bool:
-        """It has no devices: sizes can be decided for it, and nothing be compiled."""
-        return isinstance(self.mesh, AbstractMesh)
-
-    @property
     def data_size(self) -> int:
         """Devices along `data`."""
         return self.mesh.shape["data"]

@@ -125,12 +125,6 @@ def chip_of(device: Any) -> Chip | None:
     return next((chip for chip in CHIPS if kind.startswith(tuple(f"{one} " for one in chip.kinds))), None)
 
 
-def converts_fp8(device: Any) -> bool:
-    """Whether it is an NVIDIA GPU that has instructions for FP8: of compute capability 8.9 or above."""
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (8, 9)
-
-
 def _numbers(chip: Chip) -> Sequence[int]:
     return tuple(chip.sizes) or GPU_COUNTS
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from xlane.tpu.chips import CHIPS, TopologyError, chip_of, converts_fp8, find_topology
+from xlane.tpu.chips import CHIPS, TopologyError, chip_of, find_topology
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,3 @@ def test_no_row_has_a_slip_of_a_digit(chip):
     assert 0.008 < chip.hbm_bytes / chip.hbm_bytes_per_s < 0.081
     assert 100 < chip.bf16_flops_per_s / chip.hbm_bytes_per_s < 600
     assert bool(chip.sizes) == (chip.platform == "tpu") == (not chip.describes)
-
-
-@pytest.mark.parametrize(
-    ("capability", "converts"),
-    [("8.0", False), ("8.9", True), ("9.0", True), ("10.0", True), ("gfx942", False)],
-)
-def test_which_gpus_convert_fp8(capability: str, converts: bool):
-    """Ada and what came after it; Ampere has no FP8, and AMD's names are no numbers."""
-    assert converts_fp8(SimpleNamespace(compute_capability=capability)) is converts
-
-
-def test_a_cpu_converts_no_fp8():
-    assert not converts_fp8(SimpleNamespace())
