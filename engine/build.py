@@ -278,7 +278,8 @@ def _kernels(
     if platform == "gpu" and config.kernels in ("auto", "pallas"):
         from .kernels.pallas_gpu import PallasGpuKernels
 
-        return PallasGpuKernels(several), "pallas (attention; XLA's products)"
+        ours = "attention" if several else "attention, few rows times int8"
+        return PallasGpuKernels(several), f"pallas ({ours}; XLA's products)"
     if platform == "tpu" and config.kernels in ("auto", "pallas"):
         from .kernels.pallas_tpu import PallasTpuKernels
 

@@ -1,7 +1,8 @@
 """Paged attention on NVIDIA GPUs: Pallas kernels for decode and for packed prefill.
 
 They read no page that a row does not hold. Decode splits a row's keys over several programs, so that few rows fill the
-device too, and a second kernel adds the parts up (split-K: Dao et al. 2023, "Flash-Decoding"). Matrix products are XLA's.
+device too, and a second kernel adds the parts up (split-K: Dao et al. 2023, "Flash-Decoding"). Matrix products are XLA's, but
+for those of `pallas_gpu_linear.py`.
 Lowered through Triton; `interpret` runs the same kernels anywhere. Knows arrays only, no requests.
 """
 
@@ -15,9 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from ...models.attention import XlaKernels, in_parts, on_devices, write
-from ...models.kernels import KvLayer, PagedBatch
+from ...models.kernels import KvLayer, PagedBatch, Weight
+from ...models.spec import Quantized
 from ...sharding.mesh import Placement
 from .pallas_gpu_bodies import Form, combine_kernel, decode_kernel, prefill_kernel
+from .pallas_gpu_linear import linear, takes
 
 DECODE_KEYS, PREFILL_KEYS = 64, 128
 """Keys looked at per turn of a loop, at most."""
@@ -38,7 +41,8 @@ FLIGHT_BYTES = 2**17
 
 
 class PallasGpuKernels(XlaKernels):
-    """`Kernels` whose attention is the kernels of this file and whose products are XLA's."""
+    """`Kernels` whose attention is the kernels of this file, and whose products of few rows with int8 weights are those of
+    `pallas_gpu_linear.py`; the others are XLA's, and all of them where there are several devices."""
 
     name = "pallas"
 
@@ -46,6 +50,13 @@ class PallasGpuKernels(XlaKernels):
         """`placement` is how several devices are arranged; None for one. `interpret` runs on any platform, slowly."""
         super().__init__("gpu", placement)
         self._interpret = interpret
+
+    def linear(self, x: jax.Array, weight: Weight, outputs: int) -> jax.Array:
+        """See `Kernels.linear`."""
+        if self.placement is not None or not isinstance(weight, Quantized) or not takes(x, weight):
+            return super().linear(x, weight, outputs)
+        rows = Quantized(weight.values.reshape(outputs, -1), weight.scales.reshape(outputs, 1))
+        return linear(x, rows, interpret=self._interpret).astype(x.dtype)
 
     def attend(
         self,

@@ -62,8 +62,8 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
     share = (high - low + splits - 1) // splits
     begin = low + split * share
     turns = jnp.maximum(jnp.minimum(begin + share, high) - begin, 0)
-    heads = _bounded((member, form.group), (_dims(form), form.head_dim))
-    queries = _Queries(_load(qkv_ref, heads), position[None], slopes)
+    heads = bounded((member, form.group), (_dims(form), form.head_dim))
+    queries = _Queries(load(qkv_ref, heads), position[None], slopes)
     held = _Row(k_ref, v_ref, k_scales, v_scales, table_ref, row, position)
 
     def body(turn, carry):
@@ -75,10 +75,10 @@ def decode_kernel(qkv_ref, k_ref, v_ref, position_ref, table_ref, *refs, form: F
         maximum = jnp.where(split == 0, sinks, maximum)
         total = jnp.where(split == 0, jnp.ones_like(total), total)
     maximum, total, acc = jax.lax.fori_loop(0, turns, body, (maximum, total, acc))
-    real = _bounded((member, form.group))
-    _store(maximum_ref, real, maximum)
-    _store(total_ref, real, total)
-    _store(acc_ref, heads, acc)
+    real = bounded((member, form.group))
+    store(maximum_ref, real, maximum)
+    store(total_ref, real, total)
+    store(acc_ref, heads, acc)
 
 
 def combine_kernel(maximum_ref, total_ref, acc_ref, out_ref, *, form: Form):
@@ -87,9 +87,9 @@ def combine_kernel(maximum_ref, total_ref, acc_ref, out_ref, *, form: Form):
     fade = jnp.exp2(maximum - maximum.max())
     total = (fade * total_ref[...]).sum()
     dims = _dims(form)
-    acc = _load(acc_ref, _bounded((jnp.arange(maximum.size), None), (dims, form.head_dim)))
+    acc = load(acc_ref, bounded((jnp.arange(maximum.size), None), (dims, form.head_dim)))
     out = (fade[:, None] * acc).sum(axis=0) / jnp.where(total > 0, total, 1.0)
-    _store(out_ref, _bounded((dims, form.head_dim)), out)
+    store(out_ref, bounded((dims, form.head_dim)), out)
 
 
 def prefill_kernel(
@@ -117,7 +117,7 @@ def prefill_kernel(
     positions = jnp.where(token < count, triton.load(position_ref.at[inside]), -1)
     rows = triton.load(row_ref.at[inside])
     dims = (_dims(form), form.head_dim)
-    q = _load(qkv_ref, _bounded([(inside, None), member], dims))
+    q = load(qkv_ref, bounded([(inside, None), member], dims))
     first_row, last_row = rows.min(), rows.max()
 
     def one_row(index, carry):
@@ -142,7 +142,7 @@ def prefill_kernel(
         maximum, total = sinks, jnp.ones_like(total)
     _, total, acc = jax.lax.fori_loop(0, last_row - first_row + 1, one_row, (maximum, total, acc))
     out = acc / jnp.where(total > 0, total, 1.0)[:, None]
-    _store(out_ref, _bounded([(token, count), member], dims), out)
+    store(out_ref, bounded([(token, count), member], dims), out)
 
 
 def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: Axis) -> Any:
@@ -151,8 +151,7 @@ def _given(refs: tuple[Any, ...], given: tuple[bool, ...], member: Axis) -> Any:
     left = iter(refs)
     slopes, sinks, k_scales, v_scales = (next(left) if there else None for there in given)
     slopes, sinks = (
-        None if x is None else _load(x, _bounded(member)).astype(jnp.float32) * LOG2_E
-        for x in (slopes, sinks)
+        None if x is None else load(x, bounded(member)).astype(jnp.float32) * LOG2_E for x in (slopes, sinks)
     )
     return slopes, sinks, k_scales, v_scales, tuple(left)
 
@@ -197,9 +196,9 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: For
     index = row.number * form.table_width + jnp.minimum(keys // form.page_tokens, form.table_width - 1)
     page = jnp.clip(triton.load(row.table_ref.at[index]), 0, row.k_ref.shape[0] // form.page_tokens - 1)
     at = page * form.page_tokens + keys % form.page_tokens
-    (places, inside), known = _bounded((at, None), (_dims(form), form.head_dim)), keys <= row.last
-    k_block = _load(row.k_ref, (places, inside)).astype(queries.q.dtype)
-    scores, factor = _scores(_dot(queries.q, k_block.T), queries, row, keys, at, form)
+    (places, inside), known = bounded((at, None), (_dims(form), form.head_dim)), keys <= row.last
+    k_block = load(row.k_ref, (places, inside)).astype(queries.q.dtype)
+    scores, factor = _scores(dot(queries.q, k_block.T), queries, row, keys, at, form)
     seen = keys[None, :] <= queries.position[:, None]
     if form.window is not None:
         seen &= keys[None, :] > queries.position[:, None] - form.window
@@ -215,8 +214,8 @@ def _turn(carry: Carry, queries: _Queries, row: _Row, keys: jax.Array, form: For
     # matrix units from where they land; replaced after it, through registers.
     there = jnp.broadcast_to(known[:, None], (form.keys, form.width))
     inside = there if inside is None else there & inside
-    values = _load(row.v_ref, (places, inside)).astype(queries.q.dtype)
-    return highest, total, acc * fade[:, None] + _dot(weights.astype(values.dtype), values)
+    values = load(row.v_ref, (places, inside)).astype(queries.q.dtype)
+    return highest, total, acc * fade[:, None] + dot(weights.astype(values.dtype), values)
 
 
 def _scores(
@@ -234,7 +233,7 @@ def _scores(
     return scores, factor * LOG2_E
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """[M, N] @ [N, O] in float32; float32 operands keep their precision."""
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
@@ -244,7 +243,7 @@ def _dims(form: Form) -> jax.Array:
     return jnp.arange(form.width, dtype=jnp.int32)
 
 
-def _bounded(*axes: Axis | list[Axis]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+def bounded(*axes: Axis | list[Axis]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Where a block lies and what of it is inside, if not all. A list: axes of the array whose indices go side by side, one axis
     of the block."""
     at: list[jax.Array] = []
@@ -260,13 +259,13 @@ def _bounded(*axes: Axis | list[Axis]) -> tuple[tuple[jax.Array, ...], jax.Array
     return tuple(at), inside
 
 
-def _load(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None]) -> jax.Array:
+def load(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None]) -> jax.Array:
     """A block, with zeros outside."""
     at, inside = block
     return triton.load(ref.at[at]) if inside is None else triton.load(ref.at[at], mask=inside, other=0)
 
 
-def _store(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None], value: jax.Array) -> None:
+def store(ref: Any, block: tuple[tuple[jax.Array, ...], jax.Array | None], value: jax.Array) -> None:
     """What of the block is inside."""
     at, inside = block
     triton.store(ref.at[at], value.astype(ref.dtype), mask=inside)

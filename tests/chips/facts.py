@@ -1,6 +1,6 @@
 """Run as a process of its own: compile one model's largest programs for a topology and print what came out, as JSON.
 
-python -m tests.chips.facts TOPOLOGY MODEL LAYERS [KV_DTYPE]
+python -m tests.chips.facts TOPOLOGY MODEL LAYERS [KV_DTYPE [QUANTIZE]]
 """
 
 import json
@@ -34,12 +34,16 @@ def scale_moves(text: str, shape: tuple[int, ...]) -> list[str]:
     return [line for line in moves(text, math.prod(shape)) if f"f32[{','.join(map(str, shape))}]" in line]
 
 
-def facts(topology_name: str, shape: str, layers: int, kv_dtype: Any = None) -> dict[str, Any]:
+def facts(
+    topology_name: str, shape: str, layers: int, kv_dtype: Any = None, quantize: Any = None
+) -> dict[str, Any]:
     """Of the largest program of each kind."""
     topology = find_topology(topology_name)
     devices = compile_only_devices(topology)
     model = config_from_hf(SHAPES[shape] | {"num_hidden_layers": layers})
-    config = EngineConfig(model_id=shape, lanes=LANES, prefill_chunk_tokens=CHUNK_TOKENS, kv_dtype=kv_dtype)
+    config = EngineConfig(
+        model_id=shape, lanes=LANES, prefill_chunk_tokens=CHUNK_TOKENS, kv_dtype=kv_dtype, quantize=quantize
+    )
     blueprint, memory, kernels = design(config, model, topology=topology, devices=devices)
     blueprint = largest(blueprint)
     programs = compile_all(blueprint)

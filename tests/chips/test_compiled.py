@@ -35,6 +35,7 @@ CASES = [
     ("v5e-8", "8b", 1, "int8"),
     ("v6e-8", "8b", 2),
     ("h200", "8b", 2),
+    ("h200", "8b", 2, "int8", "int8"),
     ("h200", "1b", 2),
     ("h100-8", "8b", 2),
 ]
@@ -67,9 +68,14 @@ def run(package: str, module: str, *told: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join((*case[:2], *case[3:])))
 def case(request: pytest.FixtureRequest) -> tuple[str, str, int, dict[str, Any]]:
-    topology, shape, layers, *kv_dtype = request.param
+    topology, shape, layers, *bits = request.param
     package = "jax_plugins" if topology.startswith("h") else "libtpu"
-    return topology, shape, layers, run(package, "facts", topology, shape, str(layers), *kv_dtype)
+    return (
+        topology,
+        shape,
+        layers,
+        run(package, "facts", topology, shape, str(layers), *bits) | {"bits": bits},
+    )
 
 
 def test_the_checker_finds_nothing(case):
@@ -119,6 +125,15 @@ def test_the_kernels_are_there(case):
     called = {name: Counter(info["kernels"]) for name, info in told["programs"].items()}
     for name, kernel in ((DECODE, "decode"), (PREFILL, "prefill"), (MIXED, "decode"), (MIXED, "prefill")):
         assert called[name][f"xlane_{kernel}_attention"] == layers
+
+
+def test_few_rows_read_weights_of_8_bits_as_they_are(case):
+    """Lanes: four products a layer and the logits. Beside a prompt, whose rows are many, only the logits and those of what it
+    says itself."""
+    topology, _, layers, told = case
+    reads = topology == "h200" and told["bits"][1:] == ["int8"]
+    called = {name: Counter(info["kernels"])["xlane_byte_linear"] for name, info in told["programs"].items()}
+    assert called == {DECODE: reads * (4 * layers + 1), PREFILL: reads * 2, MIXED: reads * 2}
 
 
 @pytest.mark.parametrize("topology", ["v5e-1", "v6e-1"])
