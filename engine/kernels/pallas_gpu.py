@@ -202,9 +202,9 @@ def _splits(programs: int, most_blocks: int) -> int:
 
 
 def _tuned(qkv: jax.Array, form: Form, warps: int) -> triton.CompilerParams:
-    """As many blocks under way as there is room for; the pages of another one are looked up meanwhile."""
+    """As many blocks under way as there is room for."""
     block_bytes = 2 * form.keys * form.width * qkv.dtype.itemsize
-    return triton.CompilerParams(num_warps=warps, num_stages=min(4, 1 + FLIGHT_BYTES // block_bytes))
+    return triton.CompilerParams(num_warps=warps, num_stages=max(1, min(4, FLIGHT_BYTES // block_bytes)))
 
 
 def _flat(pool: jax.Array | None) -> jax.Array:
