@@ -128,12 +128,12 @@ def test_the_kernels_are_there(case):
 
 
 def test_few_rows_read_weights_of_8_bits_as_they_are(case):
-    """Lanes: four products a layer and the logits. Beside a prompt, whose rows are many, only the logits and those of what it
-    says itself."""
+    """Lanes: four products a layer and the logits. Of a prompt, whose rows are many, only the logits; beside 16 lanes those are
+    too many as well."""
     topology, _, layers, told = case
     reads = topology == "h200" and told["bits"][1:] == ["int8"]
     called = {name: Counter(info["kernels"])["xlane_byte_linear"] for name, info in told["programs"].items()}
-    assert called == {DECODE: reads * (4 * layers + 1), PREFILL: reads * 2, MIXED: reads * 2}
+    assert called == {DECODE: reads * (4 * layers + 1), PREFILL: reads * 1, MIXED: 0}
 
 
 @pytest.mark.parametrize("topology", ["v5e-1", "v6e-1"])
