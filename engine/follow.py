@@ -62,7 +62,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     check_all_built(built)
     launcher = Launcher(built.programs, built.params)
     if built.programs.blueprint.placement.device.platform == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(os.environ)
     under_way: deque[jax.Array] = deque()
 
     def launch(size: Size, plan: np.ndarray, mask: np.ndarray | None) -> None:

@@ -69,7 +69,7 @@ def start(
     gc.collect()
     gc.freeze()
     if built.programs.blueprint.placement.device.platform == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(os.environ)
     return engine
 
 

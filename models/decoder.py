@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(batch.positions)
-        # Padding is nothing but zeros, for which kernels on CPUs compute nothing.
+        # Padding begins as zeros, for which kernels on CPUs compute nothing, and stays so where no bias follows.
         return jnp.where(batch.positions[:, None] >= 0, _through(self.embed_norm, x), 0)
 
     def logits(self, hidden: jax.Array, kernels: Kernels) -> jax.Array:

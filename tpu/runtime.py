@@ -2,7 +2,7 @@
 Functions that are called, never import effects."""
 
 import ctypes
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import jax
@@ -48,11 +48,14 @@ def use_compile_cache(directory: Path | None) -> None:
     jax.config.update("jax_export_ignore_forward_compatibility", True)
 
 
-def keep_freed_memory() -> bool:
-    """Memory that is given back stays with the process, where its C library can be told so. Says whether it could.
+def keep_freed_memory(environ: Mapping[str, str]) -> bool:
+    """Large blocks of memory come from the process's own heaps and go back to them, where its C library (glibc) can be told so and
+    the user has not said it. Says whether it could. For good, and for the whole process.
 
     Each launch on a CPU takes its temporaries anew: from pages that the kernel maps, fills with zeros and takes back, some
     thousands a step, or from those of the launch before.
     """
+    if any(name in environ for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")):
+        return False
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     return tell is not None and bool(tell(_MMAP_MAX, 0) and tell(_TRIM_THRESHOLD, 2**31 - 1))

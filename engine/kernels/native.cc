@@ -5,7 +5,7 @@
 //
 // The promise everything here keeps: a row's result never depends, in a single bit, on what else is in the launch.
 //   linear   y[t, n] is one accumulator, fed by d = 0, 1, 2, … in that order, whatever the blocking. A row of nothing but
-//            zeros, as padding is, costs nothing.
+//            zeros, as padding mostly is, costs a look and its zeros.
 //   attend   keys are met in blocks of KEYS by absolute position, and what splits of SPLIT keys give is added up in their
 //            order; a masked key adds exactly nothing. So a query's result is also the same however its prompt was cut
 //            into chunks, whether it came in a prefill or a decode, and on however many threads.
@@ -110,7 +110,8 @@ class FlushDenormals {
 #endif
 };
 
-// Units begin … end of a job, and where what this worker means to do next ends: it lies behind them in memory.
+// Units begin … end of a job, and the end of the stretch that they were taken from: what lies between is this worker's next,
+// unless another takes it over.
 struct Piece {
   i64 begin, end, stop;
 };
@@ -180,8 +181,8 @@ struct Job {
   }
 };
 
-// body(claim) on every thread that has something to do, until all of [0, total) is done; claim(&piece) gives what is next, or
-// false. The caller works too and could do everything alone, so a pool whose threads are all busy (or all waiting here)
+// body(piece, claim) on every thread that has something to do, until all of [0, total) is done. claim(&piece) says that the piece
+// is done and gives the next one, or false: a body must ask until then, or it is waited for for ever. The caller works too and could do everything alone, so a pool whose threads are all busy (or all waiting here)
 // only costs time.
 template <typename Body>
 void share(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {

@@ -44,9 +44,10 @@ def linear(x: jax.Array, weight: Quantized[jax.Array], *, interpret: bool) -> ja
     """x [T, D] times a weight, values int8[N, D] and scales [N, 1] -> float32[T, N]."""
     (tokens, inputs), outputs = x.shape, weight.values.shape[0]
     tiles, turns = pl.cdiv(outputs, OUTPUTS), pl.cdiv(inputs, INPUTS)
-    splits = _splits(tiles, turns)
+    share = pl.cdiv(turns, _splits(tiles, turns))
+    splits = pl.cdiv(turns, share)  # each has a turn at least
     parts = pl.pallas_call(
-        partial(linear_kernel, share=pl.cdiv(turns, splits)),
+        partial(linear_kernel, share=share),
         grid=(tiles, splits),
         in_specs=[pl.BlockSpec(array.shape, lambda n, s: (0, 0)) for array in (x, weight.values)],
         out_specs=pl.BlockSpec((None, tokens, outputs), lambda n, s: (s, 0, 0)),
@@ -64,7 +65,7 @@ def linear_kernel(x_ref, values_ref, out_ref, *, share: int):
     rows = _axis(jnp.arange(LEAST_ROWS, dtype=jnp.int32), tokens)
     tile = _axis(pl.program_id(0) * OUTPUTS + jnp.arange(OUTPUTS, dtype=jnp.int32), outputs)
     begin, all_turns = pl.program_id(1) * share, -(-inputs // INPUTS)
-    turns: Any = jnp.minimum(share, all_turns - begin) if all_turns % share else share
+    turns: Any = jnp.minimum(share, all_turns - begin) if all_turns % share else share  # known is quicker
 
     def body(turn, acc):
         at = _axis((begin + turn) * INPUTS + jnp.arange(INPUTS, dtype=jnp.int32), inputs)

@@ -22,6 +22,7 @@ CASES = {
     "fewer inputs than a tile": (2, 96, 64),
     "parts of the inputs": (3, 4096, 64),
     "parts that are not alike": (3, 3500, 33),
+    "one part fewer than there could be": (3, 8960, 40),  # 35 turns: eight parts of five would be forty
 }
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from xlane.tpu.runtime import set_gpu_defaults
+from xlane.tpu.runtime import keep_freed_memory, set_gpu_defaults
 
 
 def test_conditions_become_part_of_the_graph():
@@ -62,7 +62,7 @@ def faults(times):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if "keep" in sys.argv:
-    assert keep_freed_memory()
+    assert keep_freed_memory({})
 faults(2)
 print(faults(10))
 """
@@ -80,3 +80,8 @@ def test_memory_that_is_given_back_is_not_mapped_again():
         assert run.returncode == 0, run.stderr
         faults[how] = int(run.stdout)
     assert faults["keep"] < faults["give"] / 10
+
+
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"])
+def test_what_the_user_says_of_memory_stays(name: str):
+    assert not keep_freed_memory({name: "1"})
