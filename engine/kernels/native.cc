@@ -251,22 +251,22 @@ float* scratch(Slot slot, i64 floats) {
 
 // Memory that will be read next, asked for a few lines at a time between the arithmetic.
 struct Ahead {
-  struct Piece {
+  struct Span {
     const char *at, *end;
   };
-  Piece pieces[2 * KEYS / 16];
+  Span spans[2 * KEYS / 16];
   int count = 0, current = 0;
-  int lines = 0;  // of weights, for every 8 steps of arithmetic
+  int each = 0;  // lines of weights for every 8 steps of arithmetic
 
   void add(const float* from, i64 floats) {
     const char* at = reinterpret_cast<const char*>(from);
-    pieces[count++] = {at, at + floats * 4};
+    spans[count++] = {at, at + floats * 4};
   }
   void fetch(int lines) {
     for (; lines && current < count; --lines) {
-      Piece& piece = pieces[current];
-      __builtin_prefetch(piece.at, 0, 2);
-      if ((piece.at += 64) >= piece.end) ++current;
+      Span& span = spans[current];
+      __builtin_prefetch(span.at, 0, 2);
+      if ((span.at += 64) >= span.end) ++current;
     }
   }
 };
@@ -416,7 +416,7 @@ struct Float32 {
     };
     i64 d = 0;
     for (; d + 8 <= D; d += 8) {
-      ahead.fetch(ahead.lines);
+      ahead.fetch(ahead.each);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) step();
     }
@@ -613,7 +613,7 @@ struct Linear {
       Ahead ahead;
       if (cut.tiles > 1) {
         w.at(p + count).add(std::min(group, piece.stop - p - count), ahead);
-        ahead.lines = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
+        ahead.each = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
       }
       const bool narrow = (p + count) * PANEL > N;  // the last panel is wider than what is left of a row of y
       for (i64 i = 0; i < cut.tiles; ++i) narrow ? run_narrow(i, packed, p, count) : run_tile(i, packed, p, count, ahead);

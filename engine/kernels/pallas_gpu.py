@@ -19,7 +19,7 @@ from ...models.attention import XlaKernels, in_parts, on_devices, write
 from ...models.kernels import KvLayer, PagedBatch, Weight
 from ...models.spec import Quantized
 from ...sharding.mesh import Placement
-from .pallas_gpu_bodies import Form, combine_kernel, decode_kernel, prefill_kernel
+from .pallas_gpu_bodies import PROGRAMS, Form, combine_kernel, decode_kernel, prefill_kernel
 from .pallas_gpu_linear import linear, takes
 
 DECODE_KEYS, PREFILL_KEYS = 64, 128
@@ -30,9 +30,6 @@ QUERY_ROWS = 128
 
 TILE_BYTES = 2**15
 """Of queries, and of a block's keys: larger ones take minutes to compile and leave no room for a second block."""
-
-PROGRAMS = 528
-"""Decode programs that keep a device busy: 4 for each of 132 multiprocessors. Rows are split until there are as many."""
 
 MOST_SPLITS = 32
 

@@ -22,6 +22,9 @@ LOG2_E = math.log2(math.e)
 LEAST_ROWS = 16
 """Rows that a matrix unit multiplies at least."""
 
+PROGRAMS = 528
+"""That keep a device busy: 4 for each of 132 multiprocessors. What one program could do alone is split until there are as many."""
+
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 """Of M queries: the largest score, in base 2, and the sum of weights, float32[M], and the sum of weighted values, float32[M, H]."""
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from ...models.spec import Quantized
-from .pallas_gpu_bodies import LEAST_ROWS, bounded, dot, load, store
+from .pallas_gpu_bodies import LEAST_ROWS, PROGRAMS, bounded, dot, load, store
 
 MOST_ROWS = LEAST_ROWS
 """With more, XLA's products are as quick or quicker (docs/performance.md, NVIDIA H200)."""
@@ -25,9 +25,6 @@ OUTPUTS, INPUTS = 64, 256
 WARPS, STAGES = 2, 3
 """Two warps multiply with instructions that take weights from registers, converted as they were read; four would take others,
 which were slower."""
-
-PROGRAMS = 528
-"""That keep a device busy: 4 for each of 132 multiprocessors."""
 
 MOST_SPLITS = 16
 
