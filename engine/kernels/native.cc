@@ -181,9 +181,9 @@ struct Job {
   }
 };
 
-// body(piece, claim) on every thread that has something to do, until all of [0, total) is done. claim(&piece) says that the piece
-// is done and gives the next one, or false: a body must ask until then, or it is waited for for ever. The caller works too and could do everything alone, so a pool whose threads are all busy (or all waiting here)
-// only costs time.
+// body(piece, claim) on every thread that has something to do, until all of [0, total) is done. claim(&piece) says that the
+// piece is done and gives the next one, or false: a body must ask until then, or it is waited for for ever. The caller works
+// too and could do everything alone, so a pool whose threads are all busy (or all waiting here) only costs time.
 template <typename Body>
 void share(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
   if (total <= 0) return;
@@ -246,7 +246,7 @@ float* scratch(Slot slot, i64 floats) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The one inner loop: rows of x times panels of w
+// Rows of x times panels of w: what is asked for ahead, attention's inner loop, and how rows are cut and packed
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Memory that will be read next, asked for a few lines at a time between the arithmetic.
@@ -627,18 +627,18 @@ struct Linear {
   void run_tile(i64 tile, const float* packed, i64 p, i64 count, Ahead& ahead) const {
     float* out[MAX_ROWS];
     for (int r = 0; r < cut.size(tile); ++r) out[r] = y + rows.all[cut.begin(tile) + r] * N;
-    multiply(tile, packed, p, count, out, p * PANEL, ahead);
+    product(tile, packed, p, count, out, p * PANEL, ahead);
   }
   void run_narrow(i64 tile, const float* packed, i64 p, i64 count) const {
     alignas(64) float spare[MAX_ROWS][4 * PANEL];
     float* out[MAX_ROWS];
     for (int r = 0; r < MAX_ROWS; ++r) out[r] = spare[r];
     Ahead none;
-    multiply(tile, packed, p, count, out, 0, none);
+    product(tile, packed, p, count, out, 0, none);
     for (int r = 0; r < cut.size(tile); ++r)
       std::memcpy(y + rows.all[cut.begin(tile) + r] * N + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
   }
-  void multiply(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
+  void product(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
     run_rows(cut.size(tile), w.at(p), packed + cut.begin(tile) * D, count, out, at, ahead,
              std::make_integer_sequence<int, MAX_ROWS>());
   }

@@ -4,8 +4,9 @@
         [--page-tokens 32] [--ways pallas,cudnn,xla]
 
 2048+6144 is a piece of 2,048 tokens behind 6,144 that are held, as of a prompt read in pieces; 2x1024 two prompts in one launch.
-cuDNN, which is left out there, is given keys and values that already lie behind each other: what it takes to gather them from pages, or to write
-them into pages, is not counted for it and is for the others. Prints a line a figure, and one JSON line last.
+cuDNN, which is left out there, is given keys and values that already lie behind each other: what it takes to gather them
+from pages, or to write them into pages, is not counted for it and is for the others. Prints a line a figure, and one JSON
+line last.
 """
 
 import argparse

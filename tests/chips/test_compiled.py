@@ -70,12 +70,8 @@ def run(package: str, module: str, *told: str) -> dict[str, Any]:
 def case(request: pytest.FixtureRequest) -> tuple[str, str, int, dict[str, Any]]:
     topology, shape, layers, *bits = request.param
     package = "jax_plugins" if topology.startswith("h") else "libtpu"
-    return (
-        topology,
-        shape,
-        layers,
-        run(package, "facts", topology, shape, str(layers), *bits) | {"bits": bits},
-    )
+    told = run(package, "facts", topology, shape, str(layers), *bits)
+    return topology, shape, layers, told | {"bits": bits}
 
 
 def test_the_checker_finds_nothing(case):
