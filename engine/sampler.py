@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from ..models.rowwise import argmax
 from .request import MAX_TOP_LOGPROBS
 from .watermark import Watermark, mark
 
@@ -114,12 +115,13 @@ def sample(
     watermark: Watermark,
     layout: Layout = ONE_DEVICE,
     mask: jax.Array | None = None,
+    argmax: Callable[[jax.Array], jax.Array] = argmax,
 ) -> Sampled:
     """Choose one token per row.
 
     logits float32[R, V] · seen int32[B, V] with `lanes` int32[R] its rows (read only if a penalty is on); B marks a row
     nobody uses, which gets any token · position int32[R] of the token to be chosen · previous int32[R], the token before ·
-    mask int32[R, mask_width(V)], see `exclude`; None masks no row.
+    mask int32[R, mask_width(V)], see `exclude`; None masks no row · argmax: as `rowwise.argmax` does.
     """
     # Each step is pinned: what works by rows must spread neither to its neighbours nor to the weights.
     logits = layout.by_vocab(logits)
@@ -132,10 +134,18 @@ def sample(
 
     # One condition before all of it, whose results are small: each condition that returns logits copies them, and a
     # device may have to ask the host at each.
-    return jax.lax.cond(_asks(rows, context), lambda: _in_full(logits, rows, context, layout), greedily)
+    return jax.lax.cond(
+        _asks(rows, context), lambda: _in_full(logits, rows, context, layout, argmax), greedily
+    )
 
 
-def _in_full(logits: jax.Array, rows: SamplingRows, context: "Context", layout: Layout) -> Sampled:
+def _in_full(
+    logits: jax.Array,
+    rows: SamplingRows,
+    context: "Context",
+    layout: Layout,
+    argmax: Callable[[jax.Array], jax.Array],
+) -> Sampled:
     """Every kind of work that some row asked for."""
     processed = layout.by_vocab(adjust(logits, rows, context))
     random = rows.temperature > 0
@@ -359,15 +369,6 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
         return jax.random.gumbel(key, (vocab,), jnp.float32)
 
     return jax.vmap(row)(seed, position)
-
-
-def argmax(x: jax.Array) -> jax.Array:
-    """float32[R, V] -> int32[R], the first of equals; V for a row with a NaN, which equals nothing.
-
-    Two plain reductions: XLA:CPU does not vectorise a paired one.
-    """
-    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where(x == x.max(axis=-1, keepdims=True), ids, x.shape[1]).min(axis=-1)
 
 
 def report(

@@ -132,8 +132,9 @@ def step(
     logits = decoder.logits(read, b.kernels)
     previous = whole.tokens[whole.end]
     sampled = sample(
-        logits, whole.sampling, state.seen, whole.lane, whole.length, previous, b.watermark, b.placement, mask
-    )
+        logits, whole.sampling, state.seen, whole.lane, whole.length, previous, b.watermark, b.placement, mask,
+        b.kernels.argmax,
+    )  # fmt: skip
     remaining = whole.remaining - 1
     going = whole.samples & ~sampled.broken & (remaining > 0) & ~_stops(sampled.token, whole.sampling.stop)
     samples, newest = whole.samples & (whole.lane < b.shapes.lanes), whole.lane

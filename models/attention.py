@@ -18,6 +18,7 @@ from ..sharding.mesh import Placement
 from .grouped import in_turns, ragged
 from .kernels import AnyPool, KvLayer, PagedBatch, Weight
 from .quantize import operand, vectors_to_int8
+from .rowwise import PlainRows
 
 BLOCK_TOKENS = 128
 """Keys looked at per turn of the loop: large enough to hide the loop, small enough to waste little at the end."""
@@ -26,7 +27,7 @@ MASKED = -1e30
 """Stands for minus infinity, but two of them subtract to 0 and not to NaN."""
 
 
-class XlaKernels(AnyPool):
+class XlaKernels(AnyPool, PlainRows):
     """`Kernels` in plain XLA, for any platform and mesh."""
 
     name = "xla"

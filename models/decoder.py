@@ -19,9 +19,10 @@ from .config import Lora, ModelConfig
 from .experts import RoutedFeedForward, Stack
 from .kernels import Kernels, KvLayer, PagedBatch, Weight
 from .latent import Attend, LatentAttention
-from .modules import ACTIVATIONS, Embedding, Linear, Positions, Style, as_stored, gated, param, softcap
+from .modules import Embedding, Linear, Positions, Style, as_stored, gated, param, softcap
 from .norms import norm
 from .rope import rotate, rotation
+from .rowwise import ACTIVATIONS
 from .spec import ParamSpec, Quant
 
 
@@ -64,18 +65,19 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         """x [T, D] -> the same, with this layer's keys and values written."""
-        read = _through(self.attn_norm, x)
+        through = partial(_through, kernels=step.kernels)
+        read = through(self.attn_norm, x)
         attend = partial(self._attend, kv=kv, step=step)
         if self.latent is None:
             attended, kv = self._attention(read, attend, step)
         else:
             attended, kv = self.latent(read, attend, step.rotation, step.kernels, step.adapters)
-        attended = self._added(_through(self.attn_post_norm, self.out(attended, step.kernels, step.adapters)))
+        attended = self._added(through(self.attn_post_norm, self.out(attended, step.kernels, step.adapters)))
         if not self.config.parallel:
             x = x + attended
         if not self.config.shared_norm:
-            read = _through(self.mlp_norm, x)
-        fed = self._added(_through(self.mlp_post_norm, self._feed_forward(read, step)))
+            read = through(self.mlp_norm, x)
+        fed = self._added(through(self.mlp_post_norm, self._feed_forward(read, step)))
         return x + (attended + fed if self.config.parallel else fed), kv
 
     def _added(self, branch: jax.Array) -> jax.Array:
@@ -105,16 +107,17 @@ class Layer(nnx.Module):
             qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = jnp.split(qkv, (group, group + 1), axis=2)
-            qkv = jnp.concatenate([self._normed(self.q_norm, q), self._normed(self.k_norm, k), v], axis=2)
+            normed = partial(self._normed, kernels=step.kernels)
+            qkv = jnp.concatenate([normed(self.q_norm, q), normed(self.k_norm, k), v], axis=2)
         if self.rotates:
             qkv = rotate(qkv, step.local_rotation if self.local else step.rotation, c)
         attended, kv = attend(qkv)
         return attended.reshape(tokens, c.heads * c.head_dim), kv
 
-    def _normed(self, head_norm: Any, x: jax.Array) -> jax.Array:
+    def _normed(self, head_norm: Any, x: jax.Array, kernels: Kernels) -> jax.Array:
         """Queries [T, K, G, H] or keys [T, K, 1, H], each head for itself or all together."""
         flat = x.reshape(len(x), -1) if self.config.qk_norm == "row" else x
-        return head_norm(flat).reshape(x.shape)
+        return head_norm(flat, kernels).reshape(x.shape)
 
     def _feed_forward(self, x: jax.Array, step: "_Step") -> jax.Array:
         if self.experts is not None:
@@ -124,8 +127,7 @@ class Layer(nnx.Module):
             up = self.up(x, step.kernels, step.adapters)
             return self.down(activate(up), step.kernels, step.adapters)
         gate_up = self.gate_up(x, step.kernels, step.adapters).reshape(x.shape[0], 2, self.config.ffn_size)
-        hidden = gated(self.config, gate_up[:, 0], gate_up[:, 1])
-        return self.down(hidden, step.kernels, step.adapters)
+        return self.down(gated(self.config, gate_up, step.kernels), step.kernels, step.adapters)
 
 
 def _head_norm(c: ModelConfig, style: Style, members: int) -> Any:
@@ -139,8 +141,8 @@ def _head_norm(c: ModelConfig, style: Style, members: int) -> Any:
             return norm(c, style, c.head_dim)
 
 
-def _through(layer_norm: Any, x: jax.Array) -> jax.Array:
-    return x if layer_norm is None else layer_norm(x)
+def _through(layer_norm: Any, x: jax.Array, kernels: Kernels) -> jax.Array:
+    return x if layer_norm is None else layer_norm(x, kernels)
 
 
 @partial(
@@ -211,27 +213,27 @@ class Decoder(nnx.Module):
             kernels,
             one_token_rows,
         )
-        x = constrain(self._embedded(tokens, batch), ("tokens", None))
+        x = constrain(self._embedded(tokens, batch, kernels), ("tokens", None))
         new_kv = []
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, layer_kv = _run_layer(*nnx.split(layer), x, layer_kv, step)
             x = constrain(x, ("tokens", None))
             new_kv.append(layer_kv)
-        return self.norm(x), tuple(new_kv)
+        return self.norm(x, kernels), tuple(new_kv)
 
     def _chosen(self, adapters: jax.Array | None) -> jax.Array | None:
         if adapters is None or self.config.lora is None:
             return None
         return jax.nn.one_hot(adapters - 1, self.config.lora.slots, dtype=jnp.float32)
 
-    def _embedded(self, tokens: jax.Array, batch: PagedBatch) -> jax.Array:
+    def _embedded(self, tokens: jax.Array, batch: PagedBatch, kernels: Kernels) -> jax.Array:
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(batch.positions)
         # Padding begins as zeros, for which kernels on CPUs compute nothing, and stays so where no bias follows.
-        return jnp.where(batch.positions[:, None] >= 0, _through(self.embed_norm, x), 0)
+        return jnp.where(batch.positions[:, None] >= 0, _through(self.embed_norm, x, kernels), 0)
 
     def logits(self, hidden: jax.Array, kernels: Kernels) -> jax.Array:
         """hidden [T, D] -> float32[T, V]."""

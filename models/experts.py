@@ -80,7 +80,7 @@ class RoutedFeedForward(nnx.Module):
 
         size = self.choice.ffn_size
         hidden = biased(kernels.grouped_linear(x[order // choices], gate_up, sizes, 2 * size), up_bias)
-        hidden = gated(self.config, hidden[:, :size], hidden[:, size:])
+        hidden = gated(self.config, hidden.reshape(-1, 2, size), kernels)
         out = biased(kernels.grouped_linear(hidden, down, sizes, x.shape[1]), down_bias)
         out = jnp.where((group < held)[:, None], out, 0)
         by_token = jnp.zeros_like(out).at[order].set(out).reshape(tokens, choices, -1)
@@ -112,7 +112,7 @@ class Shared(nnx.Module):
     def __call__(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D] -> [T, D]."""
         both = self.gate_up(x, kernels).reshape(x.shape[0], 2, self.size)
-        return self.down(gated(self.config, both[:, 0], both[:, 1]), kernels)
+        return self.down(gated(self.config, both, kernels), kernels)
 
 
 def route(logits: jax.Array, experts: Experts, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

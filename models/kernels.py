@@ -1,6 +1,6 @@
-"""What a decoder needs computed by somebody who knows the platform: matmul with stored weights, and paged attention.
+"""What a decoder needs computed by somebody who knows the platform: matmul with stored weights, paged attention, rows.
 
-The plain-XLA versions are in `attention.py` and here; native and Pallas ones are handed in by the engine. A kernel
+The plain-XLA versions are in `attention.py` and `rowwise.py`; native and Pallas ones are handed in by the engine. A kernel
 knows arrays only, not which request a row belongs to.
 """
 
@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import jax
 
 from ..sharding.mesh import Placement
+from .config import Activation
 from .spec import Quantized
 
 Weight = jax.Array | Quantized[jax.Array]
@@ -78,6 +79,18 @@ class Kernels(Protocol):
     def grouped_linear(self, x: jax.Array, weight: Weight, sizes: jax.Array, outputs: int) -> jax.Array:
         """Rows x [S, D] in groups behind each other, `sizes` int32[X] of them, each group times a stored weight of its own,
         [X, …, D] in all -> [S, outputs] as `linear` does; rows behind the last group may give anything finite."""
+        ...
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+        """See `rowwise.rms_norm`; `scale` has as many axes as x."""
+        ...
+
+    def gated(self, both: jax.Array, activation: Activation) -> jax.Array:
+        """See `rowwise.gated`: [T, 2, F] -> [T, F]."""
+        ...
+
+    def argmax(self, x: jax.Array) -> jax.Array:
+        """See `rowwise.argmax`: float32[R, V] -> int32[R], V where there is a NaN."""
         ...
 
     def attend(

@@ -50,7 +50,7 @@ class LatentAttention(nnx.Module):
         q = self.q(self._queried(x, kernels, adapters), kernels, adapters)
         q = q.reshape(tokens, self.config.heads, m.still + m.rotary)
         down = self.down(x, kernels, adapters)
-        vector, shared = self.norm(down[:, : m.rank]), down[:, m.rank :]
+        vector, shared = self.norm(down[:, : m.rank], kernels), down[:, m.rank :]
         turned = rotate(jnp.concatenate([q[:, :, m.still :], shared[:, None]], axis=1), turning, self.config)
         to_keys, to_values = self.up[:, : m.still], self.up[:, m.still :]
         into = jnp.einsum("tns,nsr->tnr", q[:, :, : m.still], to_keys, preferred_element_type=jnp.float32)
@@ -61,4 +61,4 @@ class LatentAttention(nnx.Module):
 
     def _queried(self, x: jax.Array, kernels: Kernels, adapters: jax.Array | None) -> jax.Array:
         """What queries are made of."""
-        return self.q_norm(self.q_down(x, kernels, adapters)) if self.shape.query_rank else x
+        return self.q_norm(self.q_down(x, kernels, adapters), kernels) if self.shape.query_rank else x

@@ -1,30 +1,19 @@
-"""What layers are made of: parameters that describe themselves, linear maps, the embedding, activations.
+"""What layers are made of: parameters that describe themselves, linear maps, the embedding.
 
 Knows how weights are stored and who multiplies them; not what a layer does with it.
 """
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import Activation, ModelConfig
+from .config import ModelConfig
 from .kernels import Kernels
 from .quantize import dequantized
 from .spec import GROUP, PANEL, ParamSpec, Quant, Quantized
-
-ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "gelu_sigmoid": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +148,13 @@ class Positions(nnx.Module):
         return self.weight[...][jnp.maximum(positions, 0) + self.offset]
 
 
-def gated(config: ModelConfig, gate: jax.Array, multiplied: jax.Array) -> jax.Array:
-    """What a gate leaves of the other projection."""
-    if config.gate_limit is not None:
-        gate = jnp.minimum(gate, config.gate_limit)
-        multiplied = jnp.clip(multiplied, -config.gate_limit, config.gate_limit)
+def gated(config: ModelConfig, both: jax.Array, kernels: Kernels) -> jax.Array:
+    """What a gate leaves of the other projection, [T, 2, F] -> [T, F]."""
+    if (limit := config.gate_limit) is not None:
+        both = jnp.clip(both, jnp.array([[[-jnp.inf], [-limit]]], both.dtype), limit)
     if config.gate_plus_one:
-        multiplied = multiplied + 1
-    return ACTIVATIONS[config.activation](gate) * multiplied
+        both = both + jnp.array([[[0], [1]]], both.dtype)
+    return kernels.gated(both, config.activation)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

@@ -5,6 +5,7 @@ float32 only, one device only. Importing does nothing: `native_kernels` compiles
 """
 
 import ctypes
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...models import rowwise
 from ...models.attention import XlaKernels
+from ...models.config import Activation
 from ...models.kernels import AnyPool, KvLayer, PagedBatch, Weight
 from ...models.spec import PANEL, Quantized
 from .build import build
@@ -27,6 +30,20 @@ GROUPED8 = "xlane_grouped8.2"
 GROUPED4 = "xlane_grouped4.2"
 ATTEND = "xlane_attend.4"
 ATTEND8 = "xlane_attend8.2"
+RMS_NORM = "xlane_rms_norm.1"
+GATED = "xlane_gated.1"
+ARGMAX = "xlane_argmax.1"
+TARGETS = (
+    LINEAR, LINEAR8, LINEAR4, GROUPED, GROUPED8, GROUPED4, ATTEND, ATTEND8, RMS_NORM, GATED, ARGMAX
+)  # fmt: skip
+
+SIGMOIDS = {
+    "silu": (1.0, 0.0),
+    "gelu_sigmoid": (1.702, 0.0),
+    # 1 + tanh(z) is twice the sigmoid of 2 z.
+    "gelu_tanh": (2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715),
+}
+"""Activations of the form g sigmoid(a g + b g^3): a and b."""
 
 _lock = threading.Lock()
 _registered: list["NativeKernels"] = []  # XLA takes a target's name once per process
@@ -54,6 +71,28 @@ class NativeKernels(AnyPool):
         target, arrays = _stored("grouped_linear", x, weight, outputs, sizes.shape, targets)
         call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype))
         return call(x, *arrays, sizes)
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+        """See `Kernels.rms_norm`. What has more axes, as heads' norms have, is XLA's."""
+        if x.ndim != 2:
+            return rowwise.rms_norm(x, scale, eps)
+        _require_float32("rms_norm", x=x, scale=scale)
+        call = jax.ffi.ffi_call(RMS_NORM, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return call(x, scale.reshape(-1), eps=np.float32(eps))
+
+    def gated(self, both: jax.Array, activation: Activation) -> jax.Array:
+        """See `Kernels.gated`. Activations that are none of `SIGMOIDS` are XLA's."""
+        if activation not in SIGMOIDS:
+            return rowwise.gated(both, activation)
+        _require_float32("gated", both=both)
+        call = jax.ffi.ffi_call(GATED, jax.ShapeDtypeStruct((both.shape[0], both.shape[2]), both.dtype))
+        linear, cubic = SIGMOIDS[activation]
+        return call(both, linear=np.float32(linear), cubic=np.float32(cubic))
+
+    def argmax(self, x: jax.Array) -> jax.Array:
+        """See `Kernels.argmax`."""
+        _require_float32("argmax", x=x)
+        return jax.ffi.ffi_call(ARGMAX, jax.ShapeDtypeStruct(x.shape[:1], jnp.int32))(x)
 
     def attend(
         self,
@@ -130,7 +169,7 @@ def _load(cache_dir: Path) -> NativeKernels | str:
         library = ctypes.CDLL(str(built.path))
     except OSError as error:
         return f"the compiled kernels do not load: {error}"
-    for target in (LINEAR, LINEAR8, LINEAR4, GROUPED, GROUPED8, GROUPED4, ATTEND, ATTEND8):
+    for target in TARGETS:
         symbol = target.partition(".")[0]
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     library.xlane_isa.restype = ctypes.c_char_p

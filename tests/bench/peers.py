@@ -3,13 +3,15 @@
     python -m tests.bench.peers ROWS.jsonl --servers xlane,llama.cpp,transformers,vllm \\
         --llama-server PATH --gguf F32.gguf --transformers PATH --vllm PATH --directory F32 [--rounds 3] [--plot PLOT.svg]
 
-Each round starts one server, warms it, runs every concurrency, stops it, and goes on to the next. Every run is a line more
-in ROWS.jsonl, with what this machine could do at that time, so that a long comparison may be made in several calls, in
-turns: `--servers xlane --rounds 1`, and so on. The table and the plot are of all lines, medians of the rounds; with
-`--rounds 0` they are made of those that are there. Bounded: a server that is not ready within four minutes ends the run.
+All servers run from beginning to end, and only one is asked at a time: each round goes through the concurrencies, and at each
+through the servers, so that what is compared lies a minute apart. Every run is a line more in ROWS.jsonl, behind one of what
+this machine could do just before it, so that a long comparison may be made in several calls. The table and the plot are of all
+lines, medians of the rounds; with `--rounds 0` they are made of those that are there. Bounded: a server that is not ready
+within four minutes ends the run.
 """
 
 import argparse
+import itertools
 import json
 import math
 import socket
@@ -19,7 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,25 +109,36 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
     }
 
 
-def one_round(name: str, peer: Peer, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each concurrency, and one of what the machine can do just before."""
-    concurrencies = [int(number) for number in args.concurrency.split(",")]
-    ceilings = measure_ceilings("cpu", "float32")
-    for clients in concurrencies:
-        rate = limit(ceilings.read_gb_per_s, ceilings.matmul_gflop_per_s, clients, args)
-        yield {"server": LIMIT, "concurrency": clients, "output_tokens_per_s": rate, **asdict(ceilings)}
-    options = {
-        "api": peer.api,
-        "prompt_tokens": args.prompt_tokens,
-        "extra_body": json.dumps(peer.extra_body),
-    }
-    with server(peer.command, free_port()) as url:
-        most = max(concurrencies)
-        load(url, clients=most, requests=most, output_tokens=8, **options)
-        for clients in concurrencies:
-            requests = max(4, clients * args.per_client)
-            run = load(url, clients=clients, requests=requests, output_tokens=args.output_tokens, **options)
-            yield {"server": name, "at": time.strftime("%Y-%m-%d %H:%M"), **asdict(run)}
+def runs(chosen: Mapping[str, Peer], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each round, concurrency and server, behind one of what the machine can do just before."""
+    concurrencies = [int(number) for number in args.concurrency.split(",")] if args.rounds else []
+
+    def ask(name: str, url: str, clients: int, requests: int, output_tokens: int) -> Result:
+        peer = chosen[name]
+        options = {
+            "api": peer.api,
+            "extra_body": json.dumps(peer.extra_body),
+            "prompt_tokens": args.prompt_tokens,
+        }
+        return load(url, clients=clients, requests=requests, output_tokens=output_tokens, **options)
+
+    with ExitStack() as stack:
+        urls = {}
+        for name, peer in chosen.items() if concurrencies else ():
+            urls[name] = stack.enter_context(server(peer.command, free_port()))
+            ask(name, urls[name], max(concurrencies), max(concurrencies), 8)  # warm
+        for _ in range(args.rounds):
+            for clients, (name, url) in itertools.product(concurrencies, urls.items()):
+                ceilings = measure_ceilings("cpu", "float32")
+                rate = limit(ceilings.read_gb_per_s, ceilings.matmul_gflop_per_s, clients, args)
+                yield {
+                    "server": LIMIT,
+                    "concurrency": clients,
+                    "output_tokens_per_s": rate,
+                    **asdict(ceilings),
+                }
+                run = ask(name, url, clients, max(4, clients * args.per_client), args.output_tokens)
+                yield {"server": name, "at": time.strftime("%Y-%m-%d %H:%M"), **asdict(run)}
 
 
 def limit(read_gb_per_s: float, gflop_per_s: float, clients: int, args: argparse.Namespace) -> float:
@@ -190,12 +203,10 @@ def main() -> None:
     parser.add_argument("--plot")
     args = parser.parse_args()
     known = peers(args)
-    for _ in range(args.rounds):
-        for name in args.servers.split(","):
-            for row in one_round(name, known[name], args):
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                with args.rows.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    for row in runs({name: known[name] for name in args.servers.split(",")}, args):
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        with args.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
     print(json.dumps(report(rows, args.plot)))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tests.support.few_programs import few_programs
 from tests.support.tiny import tiny_model
 from xlane.engine import EngineConfig, Request, SamplingParams, StepOutput
 from xlane.engine.engine import Engine
+from xlane.engine.kernels.build import COMPILERS
+from xlane.engine.kernels.native import NativeKernels, native_kernels
 from xlane.engine.local import LocalClient
 from xlane.models.opened import open_model
 
@@ -32,6 +35,15 @@ async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    if not any(shutil.which(name) for name in COMPILERS):
+        pytest.skip(f"needs a C++ compiler: one of {', '.join(COMPILERS)}")
+    loaded = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
+    assert isinstance(loaded, NativeKernels), loaded
+    return loaded
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The native CPU kernels against NumPy in float64, and the promise that a row's bits never depend on its neighbours."""
 
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,21 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlane.engine.kernels.build import COMPILERS
-from xlane.engine.kernels.native import NativeKernels, native_kernels
+from xlane.engine.kernels.native import NativeKernels
 from xlane.models.attention import XlaKernels
 from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.models.spec import pack
-
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    if not any(shutil.which(name) for name in COMPILERS):
-        pytest.skip(f"needs a C++ compiler: one of {', '.join(COMPILERS)}")
-    loaded = native_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
-    assert isinstance(loaded, NativeKernels), loaded
-    return loaded
-
 
 # --- linear ---
 

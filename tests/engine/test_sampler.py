@@ -29,6 +29,7 @@ from xlane.engine.sampler import (
 )
 from xlane.engine.state import MAX_STOP_IDS
 from xlane.engine.watermark import Watermark
+from xlane.models import rowwise
 
 VOCAB = 19
 """Not a multiple of anything, and small enough that the alternatives reported are the whole distribution."""
@@ -47,7 +48,7 @@ cut = jax.jit(engine_sampler.cut)
 penalize = jax.jit(engine_sampler.penalize)
 threshold = jax.jit(engine_sampler.threshold)
 top = jax.jit(engine_sampler.top)
-argmax = jax.jit(engine_sampler.argmax)
+argmax = jax.jit(rowwise.argmax)
 gumbel = jax.jit(engine_sampler.gumbel, static_argnums=2)
 ordered_bits = jax.jit(engine_sampler.ordered_bits)
 
