@@ -570,6 +570,8 @@ void run_rows(const W& w, const float* x, i64 count, float* const* out, i64 at, 
   constexpr int NP = panels_at_once(MR);
   i64 p = 0;
   for (; p + NP <= count; p += NP) w.at(p).template micro<MR, NP>(x, out, at + p * PANEL, ahead);
+  if constexpr (NP == 4)  // a tile with a row more is computed three panels at once, and sets the pace
+    for (; p + 3 <= count; p += 3) w.at(p).template micro<MR, 3>(x, out, at + p * PANEL, ahead);
   for (; p < count; ++p) w.at(p).template micro<MR, 1>(x, out, at + p * PANEL, ahead);
 }
 template <class W, int... I>

@@ -27,7 +27,7 @@ def test_rms_norm_matches_numpy(kernels: NativeKernels, rows: int, columns: int)
     np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24)
 
 
-def erf_free(activation: str, g: np.ndarray) -> np.ndarray:
+def activated(activation: str, g: np.ndarray) -> np.ndarray:
     """As the papers write them: Elfwing et al. 2017 (silu), Hendrycks and Gimpel 2016 (gelu, both approximations)."""
     match activation:
         case "silu":
@@ -44,7 +44,7 @@ def test_gated_matches_numpy(kernels: NativeKernels, activation: str, rows: int,
     rng = np.random.default_rng(columns)
     both = 4 * rng.standard_normal((rows, 2, columns), dtype=np.float32)
     wide = both.astype(np.float64)
-    want = erf_free(activation, wide[:, 0]) * wide[:, 1]
+    want = activated(activation, wide[:, 0]) * wide[:, 1]
     got = kernels.gated(jnp.asarray(both), activation)
     # 1 + tanh loses digits far below 0 in NumPy, too, and what it multiplies is as small as that.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7 if activation == "gelu_tanh" else 1e-30)
