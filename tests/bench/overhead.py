@@ -103,7 +103,7 @@ def main() -> None:
         "--kv-bytes",
         str(KV_BYTES),
     ]
-    with server(command, free_port()) as url:
+    with server(command, free_port()) as (url, _):
         http_ms(url, 2)
         for _ in range(args.rounds):
             for count in rows:

@@ -3,8 +3,9 @@
     python -m tests.bench.peers ROWS.jsonl --servers xlane,llama.cpp,transformers,vllm \\
         --llama-server PATH --gguf F32.gguf --transformers PATH --vllm PATH --directory F32 [--rounds 3] [--plot PLOT.svg]
 
-All servers run from beginning to end, and only one is asked at a time: each round goes through the concurrencies, and at each
-through the servers, so that what is compared lies a minute apart. Every run is a line more in ROWS.jsonl, behind one of what
+All servers run from beginning to end, and only one is asked at a time, while the others are stopped (one of them works when
+nobody asks): each round goes through the concurrencies, and at each through the servers, so that what is compared lies a
+minute apart. Every run is a line more in ROWS.jsonl, behind one of what
 this machine could do just before it, so that a long comparison may be made in several calls. The table and the plot are of all
 lines, medians of the rounds; with `--rounds 0` they are made of those that are there. Bounded: a server that is not ready
 within four minutes ends the run.
@@ -14,6 +15,8 @@ import argparse
 import itertools
 import json
 import math
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -21,7 +24,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +58,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(command: Sequence[str], port: int) -> Iterator[str]:
-    """Run a server until it answers /health, and stop it at the end."""
+def server(command: Sequence[str], port: int) -> Iterator[tuple[str, int]]:
+    """Run a server until it answers /health, and end it at the end -> its address and process."""
     process = subprocess.Popen(
         [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -66,10 +69,29 @@ def server(command: Sequence[str], port: int) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{command[0]} did not become ready")
             time.sleep(0.1)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+@contextmanager
+def stopped(roots: Sequence[int]) -> Iterator[None]:
+    """These processes and all that they started do nothing meanwhile. Linux only."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    chosen = set(roots)
+    while more := {pid for pid, parent in parents.items() if parent in chosen} - chosen:
+        chosen |= more
+    try:
+        for pid in chosen:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in chosen:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _healthy(url: str) -> bool:
@@ -123,9 +145,10 @@ def runs(chosen: Mapping[str, Peer], args: argparse.Namespace) -> Iterator[dict[
         return load(url, clients=clients, requests=requests, output_tokens=output_tokens, **options)
 
     with ExitStack() as stack:
-        urls = {}
+        urls: dict[str, str] = {}
+        pids: dict[str, int] = {}
         for name, peer in chosen.items() if concurrencies else ():
-            urls[name] = stack.enter_context(server(peer.command, free_port()))
+            urls[name], pids[name] = stack.enter_context(server(peer.command, free_port()))
             ask(name, urls[name], max(concurrencies), max(concurrencies), 8)  # warm
         for _ in range(args.rounds):
             for clients, (name, url) in itertools.product(concurrencies, urls.items()):
@@ -137,7 +160,9 @@ def runs(chosen: Mapping[str, Peer], args: argparse.Namespace) -> Iterator[dict[
                     "output_tokens_per_s": rate,
                     **asdict(ceilings),
                 }
-                run = ask(name, url, clients, max(4, clients * args.per_client), args.output_tokens)
+                # xlane sleeps by itself, and would take what passed while it was stopped for an engine that hangs.
+                with stopped([pid for other, pid in pids.items() if other not in (name, "xlane")]):
+                    run = ask(name, url, clients, max(4, clients * args.per_client), args.output_tokens)
                 yield {"server": name, "at": time.strftime("%Y-%m-%d %H:%M"), **asdict(run)}
 
 

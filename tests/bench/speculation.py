@@ -101,7 +101,7 @@ def main() -> None:
         urls = {}
         for how in args.options:
             command = [sys.executable, "-m", "xlane.server", "serve", "--kv-bytes", str(2**29), *how.split()]
-            urls[how] = running.enter_context(server(command, free_port()))
+            urls[how], _ = running.enter_context(server(command, free_port()))
         for task in tasks:
             for prompt in TASKS[task]:
                 texts = {ask(url, prompt, limit)[0] for url in urls.values()}
