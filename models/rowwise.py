@@ -37,7 +37,8 @@ def gated(both: jax.Array, activation: Activation) -> jax.Array:
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """float32[R, V] -> int32[R], the first of equals; V for a row with a NaN, which equals nothing.
+    """float32[R, V] -> int32[R], the first of equals; V for a row whose maximum is NaN, which equals nothing.
+    (XLA:CPU's maximum may leave out a NaN among numbers.)
 
     Two plain reductions: XLA:CPU does not vectorise a paired one.
     """

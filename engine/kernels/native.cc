@@ -890,9 +890,9 @@ ffi::Error gated(ffi::ThreadPool pool, F32x3 both, ffi::Result<F32x2> y, float l
 // The first of a row's largest numbers; V if one is NaN.
 i64 first_largest(const float* x, i64 V) {
   vec best = splat(-INFINITY);
-  ivec at = {}, here, strange = {};
+  ivec here, strange = {};
   for (int i = 0; i < LANES; ++i) here[i] = i;
-  at = here;
+  ivec at = here;
   i64 v = 0;
   for (; v + LANES <= V; v += LANES, here += LANES) {
     const vec next = load(x + v);

@@ -5,10 +5,9 @@
 
 All servers run from beginning to end, and only one is asked at a time, while the others are stopped (one of them works when
 nobody asks): each round goes through the concurrencies, and at each through the servers, so that what is compared lies a
-minute apart. Every run is a line more in ROWS.jsonl, behind one of what
-this machine could do just before it, so that a long comparison may be made in several calls. The table and the plot are of all
-lines, medians of the rounds; with `--rounds 0` they are made of those that are there. Bounded: a server that is not ready
-within four minutes ends the run.
+minute apart. Every run is a line more in ROWS.jsonl, behind one of what this machine could do just before it, so that a long
+comparison may be made in several calls. The table and the plot are of all lines, medians of the rounds; with `--rounds 0` they
+are made of those that are there. Bounded: a server that is not ready within four minutes ends the run.
 """
 
 import argparse
@@ -91,7 +90,8 @@ def stopped(roots: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         for pid in chosen:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # one that is gone keeps no other stopped
+                os.kill(pid, signal.SIGCONT)
 
 
 def _healthy(url: str) -> bool:
@@ -133,7 +133,7 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
 
 def runs(chosen: Mapping[str, Peer], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each round, concurrency and server, behind one of what the machine can do just before."""
-    concurrencies = [int(number) for number in args.concurrency.split(",")] if args.rounds else []
+    concurrencies = [int(number) for number in args.concurrency.split(",")]
 
     def ask(name: str, url: str, clients: int, requests: int, output_tokens: int) -> Result:
         peer = chosen[name]
@@ -145,25 +145,20 @@ def runs(chosen: Mapping[str, Peer], args: argparse.Namespace) -> Iterator[dict[
         return load(url, clients=clients, requests=requests, output_tokens=output_tokens, **options)
 
     with ExitStack() as stack:
-        urls: dict[str, str] = {}
-        pids: dict[str, int] = {}
-        for name, peer in chosen.items() if concurrencies else ():
-            urls[name], pids[name] = stack.enter_context(server(peer.command, free_port()))
-            ask(name, urls[name], max(concurrencies), max(concurrencies), 8)  # warm
-        for _ in range(args.rounds):
-            for clients, (name, url) in itertools.product(concurrencies, urls.items()):
+        running: dict[str, tuple[str, int]] = {}
+        for name, peer in chosen.items():
+            running[name] = stack.enter_context(server(peer.command, free_port()))
+            ask(name, running[name][0], max(concurrencies), max(concurrencies), 8)  # warm
+        for _, clients, name in itertools.product(range(args.rounds), concurrencies, running):
+            # xlane sleeps by itself, and would take what passed while it was stopped for an engine that hangs.
+            others = [pid for other, (_, pid) in running.items() if other not in (name, "xlane")]
+            with stopped(others):
                 ceilings = measure_ceilings("cpu", "float32")
-                rate = limit(ceilings.read_gb_per_s, ceilings.matmul_gflop_per_s, clients, args)
-                yield {
-                    "server": LIMIT,
-                    "concurrency": clients,
-                    "output_tokens_per_s": rate,
-                    **asdict(ceilings),
-                }
-                # xlane sleeps by itself, and would take what passed while it was stopped for an engine that hangs.
-                with stopped([pid for other, pid in pids.items() if other not in (name, "xlane")]):
-                    run = ask(name, url, clients, max(4, clients * args.per_client), args.output_tokens)
-                yield {"server": name, "at": time.strftime("%Y-%m-%d %H:%M"), **asdict(run)}
+                url, requests = running[name][0], max(4, clients * args.per_client)
+                run = ask(name, url, clients, requests, args.output_tokens)
+            rate = limit(ceilings.read_gb_per_s, ceilings.matmul_gflop_per_s, clients, args)
+            yield {"server": LIMIT, "concurrency": clients, "output_tokens_per_s": rate, **asdict(ceilings)}
+            yield {"server": name, "at": time.strftime("%Y-%m-%d %H:%M"), **asdict(run)}
 
 
 def limit(read_gb_per_s: float, gflop_per_s: float, clients: int, args: argparse.Namespace) -> float:
@@ -228,7 +223,8 @@ def main() -> None:
     parser.add_argument("--plot")
     args = parser.parse_args()
     known = peers(args)
-    for row in runs({name: known[name] for name in args.servers.split(",")}, args):
+    chosen = {name: known[name] for name in args.servers.split(",")} if args.rounds else {}
+    for row in runs(chosen, args):
         print(json.dumps(row), file=sys.stderr, flush=True)
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
