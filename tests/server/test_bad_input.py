@@ -37,8 +37,8 @@ HOSTILE = """
 {% elif thinking == "growing" %}{% for i in range(60) %}{% set n.list = n.list + n.list %}{% endfor %}
 {% endif %}"""
 TAKES = {
-    "for ever": "longer than 0.1 s for these messages (--limit template_timeout_s=…)",
-    "in one step": "longer than 0.1 s for these messages (--limit template_timeout_s=…)",
+    "for ever": "longer than 1 s for these messages (--limit template_timeout_s=…)",
+    "in one step": "longer than 1 s for these messages (--limit template_timeout_s=…)",
     "repeated": "more than 64 MB of memory for these messages (--limit template_memory_bytes=…)",
     "growing": "more than 64 MB of memory for these messages (--limit template_memory_bytes=…)",
 }
@@ -60,7 +60,7 @@ class Tokenizer(ByteTokenizer):
 def birds() -> Iterator[Canaries]:
     engine, backend = FakeEngine(delay_s=0.002), Backend()
     backend.ready(engine, Tokenizer(), engine.info_value)
-    config = ServerConfig(template_timeout_s=0.1, template_memory_bytes=64_000_000)
+    config = ServerConfig(template_timeout_s=1, template_memory_bytes=64_000_000)
     with live_server(backend, config) as server, canaries(server) as birds:
         yield birds
     assert engine.active == 0
