@@ -51,19 +51,20 @@ constexpr int GROUP = 32;  // inputs that share a scale in a weight of 4 bits; f
 constexpr int KEYS = 64;   // keys of one softmax block
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 8;
+constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 8, ALONE_ROWS = 16;
 constexpr const char* kIsa = "AVX-512";
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int LANES = 8, BUDGET = 12, MAX_ROWS = 6;
+constexpr int LANES = 8, BUDGET = 12, MAX_ROWS = 6, ALONE_ROWS = 6;
 constexpr const char* kIsa = "AVX2";
 #elif defined(__aarch64__)
-constexpr int LANES = 4, BUDGET = 24, MAX_ROWS = 6;
+constexpr int LANES = 4, BUDGET = 24, MAX_ROWS = 6, ALONE_ROWS = 6;
 constexpr const char* kIsa = "NEON";
 #else
-constexpr int LANES = 4, BUDGET = 8, MAX_ROWS = 2;
+constexpr int LANES = 4, BUDGET = 8, MAX_ROWS = 2, ALONE_ROWS = 2;
 constexpr const char* kIsa = "portable";
 #endif
-// BUDGET: accumulators that stay in registers. MAX_ROWS: rows that share one load of a weight.
+// BUDGET: accumulators that stay in registers. MAX_ROWS: rows that share one load of a weight. ALONE_ROWS: so many do where
+// there are no more, and the weight is read once only: slower arithmetic, but then memory is what is waited for.
 
 constexpr int VECTORS = PANEL / LANES;  // registers per panel
 
@@ -278,6 +279,20 @@ struct Ahead {
   }
 };
 
+constexpr i64 LINE = 16, PAGE = 1024;  // floats
+
+// Weights that are read once, from memory, in order. The hardware asks for them itself, but it begins anew on each page of
+// 4 KB: so some of the next page's first lines are asked for from here; and the nearest cache gets each line a while early.
+// `at` is where 8 lines are read now, `page_later` where when a page was read. (GCC drops calls of a function that only asks.)
+__attribute__((always_inline)) inline void read_on(const float* at, const float* page_later) {
+  constexpr int kEarly = 24, kFirst = 3;  // lines; kFirst of each 8
+  for (int i = 0; i < 8; ++i) __builtin_prefetch(at + (kEarly + i) * LINE, 0, 3);
+  const uintptr_t there = reinterpret_cast<uintptr_t>(page_later), in_page = there % (PAGE * sizeof(float));
+  const float* page = reinterpret_cast<const float*>(there - in_page);
+  const i64 eighth = in_page / (8 * LINE * sizeof(float));
+  for (int i = 0; i < kFirst; ++i) __builtin_prefetch(page + (eighth * kFirst + i) * LINE, 0, 2);
+}
+
 enum Use {
   kScores,  // x [depth, rows], each panel a piece of its own
   kValues,  // x [rows, KEYS], the probabilities of a key block; the result is added to out
@@ -368,30 +383,38 @@ void run_tile(int rows, const Tile& t) {
 // Even cuts: 16 rows are 8 + 8, not 12 + 4.
 struct Cut {
   i64 rows, tiles;
-  explicit Cut(i64 rows) : rows(rows), tiles((rows + MAX_ROWS - 1) / MAX_ROWS) {}
+  explicit Cut(i64 rows, i64 most = MAX_ROWS) : rows(rows), tiles((rows + most - 1) / most) {}
   i64 begin(i64 tile) const { return tile * (rows / tiles) + std::min(tile, rows % tiles); }
   int size(i64 tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
 };
+
+#if defined(__AVX512F__)
+// x[r][8] of 8 rows -> [8, 8], `stride` apart: pairs, then fours, then halves change places.
+inline void transpose8(const float* const* x, i64 from, float* to, i64 stride) {
+  __m256 a[8], b[8];
+  for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(x[r] + from);
+  for (int r = 0; r < 8; r += 2) b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]), b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+  for (int r = 0; r < 8; r += 4)
+    for (int i = 0; i < 2; ++i) {
+      a[r + 2 * i] = _mm256_shuffle_ps(b[r + i], b[r + 2 + i], 0x44);
+      a[r + 2 * i + 1] = _mm256_shuffle_ps(b[r + i], b[r + 2 + i], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (4 + i) * stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#endif
 
 // x[r][depth] of some rows -> [depth, rows]
 void pack_rows(const float* const* x, int rows, i64 depth, float* to) {
   i64 d = 0;
 #if defined(__AVX512F__)
-  // 8 by 8: pairs, then fours, then halves change places.
-  for (; rows == 8 && d + 8 <= depth; d += 8) {
-    __m256 a[8], b[8];
-    for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(x[r] + d);
-    for (int r = 0; r < 8; r += 2) b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]), b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
-    for (int r = 0; r < 8; r += 4)
-      for (int i = 0; i < 2; ++i) {
-        a[r + 2 * i] = _mm256_shuffle_ps(b[r + i], b[r + 2 + i], 0x44);
-        a[r + 2 * i + 1] = _mm256_shuffle_ps(b[r + i], b[r + 2 + i], 0xee);
-      }
-    for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps(to + (d + i) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-      _mm256_storeu_ps(to + (d + 4 + i) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-    }
-  }
+  const int eights = rows / 8 * 8;
+  for (; eights && d + 8 <= depth; d += 8)
+    for (int r = 0; r < eights; r += 8) transpose8(x + r, d, to + d * rows + r, rows);
+  for (int r = eights; r < rows; ++r)
+    for (i64 done = 0; done < d; ++done) to[done * rows + r] = x[r][done];
 #endif
   for (; d < depth; ++d)
     for (int r = 0; r < rows; ++r) to[d * rows + r] = x[r][d];
@@ -409,6 +432,8 @@ struct Float32 {
   Float32 at(i64 panel) const { return {w + panel * D * PANEL, D}; }
   // So many panels are read next. While several tiles are multiplied with some the hardware does not ask for more by itself.
   void add(i64 count, Ahead& ahead) const { ahead.add(w, count * D * PANEL); }
+  // How many inputs further a panel is read a page later, if NP panels are read side by side and NP others then.
+  i64 page_later(int NP, i64 d) const { return PAGE / PANEL + (d + PAGE / PANEL < D ? 0 : (NP - 1) * D); }
 
   template <int MR, int NP>
   void micro(const float* x, float* const* out, i64 at, Ahead& ahead) const {
@@ -423,7 +448,10 @@ struct Float32 {
     };
     i64 d = 0;
     for (; d + 8 <= D; d += 8) {
-      ahead.fetch(ahead.each);
+      if (ahead.count)
+        ahead.fetch(ahead.each);
+      else
+        for (int p = 0; p < NP; ++p) read_on(panel + p * D * PANEL, panel + (p * D + page_later(NP, d)) * PANEL);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) step();
     }
@@ -604,13 +632,13 @@ struct Linear {
   float* y;
   i64 D, N;
   const Rows& rows;
-  Cut cut{rows.computed};
+  Cut cut{rows.computed, rows.computed <= ALONE_ROWS ? ALONE_ROWS : MAX_ROWS};
   i64 group = panels_at_once(cut.size(0));  // panels computed at once
 
   // Tiles of x as [D, rows], one behind the other.
   void pack(float* to, i64 begin, i64 end) const {
     for (i64 i = begin; i < end; ++i) {
-      const float* from[MAX_ROWS];
+      const float* from[ALONE_ROWS];
       for (int r = 0; r < cut.size(i); ++r) from[r] = x + rows.all[cut.begin(i) + r] * D;
       pack_rows(from, cut.size(i), D, to + cut.begin(i) * D);
     }
@@ -634,14 +662,14 @@ struct Linear {
 
  private:
   void run_tile(i64 tile, const float* packed, i64 p, i64 count, Ahead& ahead) const {
-    float* out[MAX_ROWS];
+    float* out[ALONE_ROWS];
     for (int r = 0; r < cut.size(tile); ++r) out[r] = y + rows.all[cut.begin(tile) + r] * N;
     product(tile, packed, p, count, out, p * PANEL, ahead);
   }
   void run_narrow(i64 tile, const float* packed, i64 p, i64 count) const {
-    alignas(64) float spare[MAX_ROWS][4 * PANEL];
-    float* out[MAX_ROWS];
-    for (int r = 0; r < MAX_ROWS; ++r) out[r] = spare[r];
+    alignas(64) float spare[ALONE_ROWS][4 * PANEL];
+    float* out[ALONE_ROWS];
+    for (int r = 0; r < ALONE_ROWS; ++r) out[r] = spare[r];
     Ahead none;
     product(tile, packed, p, count, out, 0, none);
     for (int r = 0; r < cut.size(tile); ++r)
@@ -649,7 +677,7 @@ struct Linear {
   }
   void product(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
     run_rows(cut.size(tile), w.at(p), packed + cut.begin(tile) * D, count, out, at, ahead,
-             std::make_integer_sequence<int, MAX_ROWS>());
+             std::make_integer_sequence<int, ALONE_ROWS>());
   }
 };
 
@@ -1142,12 +1170,14 @@ __attribute__((noinline)) void add(i64 R, i64 H, const Part& total, const Part& 
 }
 
 // Query rows, and the splits [begin, end) of their keys. `parts` is where in a launch's parts theirs lie, one for each split;
-// ALONE: nobody else has splits of these rows, and they are added up at once.
+// ALONE: nobody else has splits of these rows, and they are added up at once. `writes`: they are all of one token, whose key
+// and value nobody else reads: this Work puts them into their pages, which it reads anyway.
 struct Work {
   static constexpr i64 ALONE = -1;
   Queries qs;
   i64 begin, end;
   i64 parts;
+  bool writes = false;
   i64 R() const { return qs.end - qs.begin; }
   i64 splits() const { return end - begin; }
   i64 weight() const { return R() * splits(); }
@@ -1262,12 +1292,30 @@ Part part_of(const Attend& a, const Work& work, i64 split) {
   return {a.parts + work.parts + (split - work.begin) * Part::floats(work.R(), a.padded), work.R(), a.padded};
 }
 
+// Tokens [begin, end) of one row at consecutive positions.
+struct Run {
+  i64 begin, end;
+};
+
+void write_run(const Attend& a, const Run& run, i64 head) {
+  for (i64 t = run.begin; t < run.end; ++t) {
+    const i64 row = a.rows[t];
+    const i64 at = a.slot(head, row, a.positions[t]);
+    if (a.columns())
+      a.keys.put_column(at, a.part(t, head, a.G), a.H);
+    else
+      a.keys.put(at, a.part(t, head, a.G), a.H);
+    a.values.put(at, a.part(t, head, a.G + 1), a.H);
+  }
+}
+
 // `following`: what this thread does next, or null; its first keys are fetched while the last ones here are used.
 void attend_work(const Attend& a, const Work& work, const Work* following) {
   const Queries& qs = work.qs;
   const i64 R = work.R(), H = a.padded, first = work.first(a), end = std::min(a.last_key(qs) + 1, work.end * SPLIT);
   Desk desk(a, qs, scratch(kAttend, Desk::floats(R, H)), R, H);
   const bool alone = work.parts == Work::ALONE;
+  if (work.writes) write_run(a, {qs.token, qs.token + 1}, qs.head);
   if (alone) begin_total(a, qs, desk.total);
   for (i64 split = work.begin; split < work.end; ++split) {
     const Part part = alone ? desk.part : part_of(a, work, split);
@@ -1298,11 +1346,6 @@ void attend_join(const Attend& a, const Work& work) {
   put_out(a, work.qs, total);
 }
 
-// Tokens [begin, end) of one row at consecutive positions.
-struct Run {
-  i64 begin, end;
-};
-
 ffi::Error bad(const std::string& what) { return ffi::Error::InvalidArgument("xlane attend: " + what); }
 
 // A page id or position out of range must never become a write into somebody else's memory.
@@ -1317,27 +1360,20 @@ std::string check(const Attend& a, const Run& run, i64 rows) {
   return {};
 }
 
-void write_run(const Attend& a, const Run& run, i64 head) {
-  for (i64 t = run.begin; t < run.end; ++t) {
-    const i64 row = a.rows[t];
-    const i64 at = a.slot(head, row, a.positions[t]);
-    if (a.columns())
-      a.keys.put_column(at, a.part(t, head, a.G), a.H);
-    else
-      a.keys.put(at, a.part(t, head, a.G), a.H);
-    a.values.put(at, a.part(t, head, a.G + 1), a.H);
-  }
-}
-
 // Who does what. Rows that walk the keys together read them once, so there are many in a Work; but none is
 // more than its share of everything, or workers would wait for it: then its splits are taken one by one, or it has fewer rows.
 struct Plan {
   std::vector<Work> works, joins;  // joins: the rows whose splits are taken one by one
+  std::vector<Run> before;         // what is put into pages before any Work begins
   i64 floats = 0;                  // of all parts
 
-  Plan(const Attend& a, const std::vector<Run>& runs, i64 workers) {
+  Plan(const Attend& a, const std::vector<Run>& runs, i64 table_rows, i64 workers) {
     i64 all = 0;
-    for (const Run& run : runs) all += a.K * whole(a, run, 0, rows(a, run), 0).weight();
+    std::vector<int> runs_of(table_rows);
+    for (const Run& run : runs) {
+      all += a.K * whole(a, run, 0, rows(a, run), 0).weight();
+      ++runs_of[a.rows[run.begin]];
+    }
     const i64 share = all / (8 * workers);
     // Prompts come last and see the most keys, their last rows most of all: those go first.
     for (auto run = runs.rbegin(); run != runs.rend(); ++run) {
@@ -1347,8 +1383,14 @@ struct Plan {
       const bool apart = splits > 1 && each * splits > share && floats + needed <= MOST_PART_FLOATS;
       // Keys of one split stay in the nearest cache, and so shall what the rows need.
       while (!apart && each > FEWEST_ROWS && (splits == 1 || each * splits > share)) each = (each + 1) / 2;
+      const bool writes = run->end - run->begin == 1 && runs_of[a.rows[run->begin]] == 1 && each == R && !apart;
+      if (!writes) before.push_back(*run);
       for (i64 at = (R - 1) / each * each; at >= 0; at -= each)
-        for (i64 head = 0; head < a.K; ++head) take(whole(a, *run, at, std::min(R, at + each), head), a.padded, apart);
+        for (i64 head = 0; head < a.K; ++head) {
+          Work work = whole(a, *run, at, std::min(R, at + each), head);
+          work.writes = writes;
+          take(work, a.padded, apart);
+        }
     }
   }
 
@@ -1419,11 +1461,12 @@ ffi::Error attend_over(Launch launch, const Pool& keys, const Pool& values, ffi:
   }
   if (runs.empty()) return ffi::Error::Success();
 
-  parallel(*pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](Piece piece) {
-    for (i64 head = piece.begin; head < piece.end; ++head)
-      for (const Run& run : runs) write_run(a, run, head);
-  });
-  const Plan plan(a, runs, std::max<i64>(1, pool->num_threads()));
+  const Plan plan(a, runs, table.dimensions()[0], std::max<i64>(1, pool->num_threads()));
+  if (!plan.before.empty())
+    parallel(*pool, a.K, a.K == 1 || a.T * a.K * a.H < 65536 ? a.K : 1, [&](Piece piece) {
+      for (i64 head = piece.begin; head < piece.end; ++head)
+        for (const Run& run : plan.before) write_run(a, run, head);
+    });
   const std::vector<Work>& works = plan.works;
   if (plan.floats) a.parts = scratch(kParts, plan.floats);
   parallel(*pool, works.size(), 1, [&](Piece piece) {
