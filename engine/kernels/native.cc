@@ -260,6 +260,7 @@ struct Ahead {
   Span spans[2 * KEYS / 16];
   int count = 0, current = 0;
   int each = 0;  // lines of weights for every 8 steps of arithmetic
+  bool alone = false;  // one tile is all that reads them: see read_on
 
   void add(const float* from, i64 floats) {
     const char* at = reinterpret_cast<const char*>(from);
@@ -279,18 +280,24 @@ struct Ahead {
   }
 };
 
-constexpr i64 LINE = 16, PAGE = 1024;  // floats
+constexpr i64 LINE = 64, PAGE = 4096;  // bytes
 
 // Weights that are read once, from memory, in order. The hardware asks for them itself, but it begins anew on each page of
 // 4 KB: so some of the next page's first lines are asked for from here; and the nearest cache gets each line a while early.
 // `at` is where 8 lines are read now, `page_later` where when a page was read. (GCC drops calls of a function that only asks.)
-__attribute__((always_inline)) inline void read_on(const float* at, const float* page_later) {
-  constexpr int kEarly = 24, kFirst = 3;  // lines; kFirst of each 8
-  for (int i = 0; i < 8; ++i) __builtin_prefetch(at + (kEarly + i) * LINE, 0, 3);
-  const uintptr_t there = reinterpret_cast<uintptr_t>(page_later), in_page = there % (PAGE * sizeof(float));
-  const float* page = reinterpret_cast<const float*>(there - in_page);
-  const i64 eighth = in_page / (8 * LINE * sizeof(float));
-  for (int i = 0; i < kFirst; ++i) __builtin_prefetch(page + (eighth * kFirst + i) * LINE, 0, 2);
+__attribute__((always_inline)) inline void read_on(const void* at, const void* page_later) {
+  constexpr i64 kEarly = 24, kFirst = 3;  // lines; kFirst of each 8
+  const char* early = static_cast<const char*>(at) + kEarly * LINE;
+  for (i64 i = 0; i < 8; ++i) __builtin_prefetch(early + i * LINE, 0, 3);
+  const uintptr_t there = reinterpret_cast<uintptr_t>(page_later), in_page = there % PAGE;
+  const char* first = reinterpret_cast<const char*>(there - in_page) + in_page / (8 * LINE) * kFirst * LINE;
+  for (i64 i = 0; i < kFirst; ++i) __builtin_prefetch(first + i * LINE, 0, 2);
+}
+// The same for `count` panels of `bytes` each side by side, `done` of which have been read, and as many others after them.
+__attribute__((always_inline)) inline void read_on(const void* panels, i64 count, i64 bytes, i64 done) {
+  const char* at = static_cast<const char*>(panels) + done;
+  const i64 later = PAGE + (done + PAGE < bytes ? 0 : (count - 1) * bytes);
+  for (i64 p = 0; p < count; ++p) read_on(at + p * bytes, at + p * bytes + later);
 }
 
 enum Use {
@@ -432,9 +439,6 @@ struct Float32 {
   Float32 at(i64 panel) const { return {w + panel * D * PANEL, D}; }
   // So many panels are read next. While several tiles are multiplied with some the hardware does not ask for more by itself.
   void add(i64 count, Ahead& ahead) const { ahead.add(w, count * D * PANEL); }
-  // How many inputs further a panel is read a page later, if NP panels are read side by side and NP others then.
-  i64 page_later(int NP, i64 d) const { return PAGE / PANEL + (d + PAGE / PANEL < D ? 0 : (NP - 1) * D); }
-
   template <int MR, int NP>
   void micro(const float* x, float* const* out, i64 at, Ahead& ahead) const {
     vec acc[MR][NP * VECTORS] = {};
@@ -448,10 +452,10 @@ struct Float32 {
     };
     i64 d = 0;
     for (; d + 8 <= D; d += 8) {
-      if (ahead.count)
-        ahead.fetch(ahead.each);
+      if (ahead.alone)
+        read_on(w, NP, D * LINE, d * LINE);  // a line is a step of a panel
       else
-        for (int p = 0; p < NP; ++p) read_on(panel + p * D * PANEL, panel + (p * D + page_later(NP, d)) * PANEL);
+        ahead.fetch(ahead.each);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) step();
     }
@@ -648,7 +652,8 @@ struct Linear {
     for (i64 p = piece.begin; p < piece.end; p += group) {
       const i64 count = std::min(group, piece.end - p);
       Ahead ahead;
-      if (cut.tiles > 1) {
+      ahead.alone = cut.tiles == 1;
+      if (!ahead.alone) {
         w.at(p + count).add(std::min(group, piece.stop - p - count), ahead);
         ahead.each = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
       }
