@@ -260,7 +260,6 @@ struct Ahead {
   Span spans[2 * KEYS / 16];
   int count = 0, current = 0;
   int each = 0;  // lines of weights for every 8 steps of arithmetic
-  bool alone = false;  // one tile is all that reads them: see read_on
 
   void add(const float* from, i64 floats) {
     const char* at = reinterpret_cast<const char*>(from);
@@ -284,8 +283,9 @@ constexpr i64 LINE = 64, PAGE = 4096;  // bytes
 
 // Weights that are read once, from memory, in order. The hardware asks for them itself, but it begins anew on each page of
 // 4 KB: so some of the next page's first lines are asked for from here; and the nearest cache gets each line a while early.
-// `at` is where 8 lines are read now, `page_later` where when a page was read. (GCC drops calls of a function that only asks.)
-__attribute__((always_inline)) inline void read_on(const void* at, const void* page_later) {
+// `at` is where 8 lines are read now, `page_later` where when a page was read.
+inline void read_on(const void* at, const void* page_later) {
+  asm volatile("");  // GCC takes a function that only asks for one that does nothing, and drops its calls
   constexpr i64 kEarly = 24, kFirst = 3;  // lines; kFirst of each 8
   const char* early = static_cast<const char*>(at) + kEarly * LINE;
   for (i64 i = 0; i < 8; ++i) __builtin_prefetch(early + i * LINE, 0, 3);
@@ -294,7 +294,7 @@ __attribute__((always_inline)) inline void read_on(const void* at, const void* p
   for (i64 i = 0; i < kFirst; ++i) __builtin_prefetch(first + i * LINE, 0, 2);
 }
 // The same for `count` panels of `bytes` each side by side, `done` of which have been read, and as many others after them.
-__attribute__((always_inline)) inline void read_on(const void* panels, i64 count, i64 bytes, i64 done) {
+inline void read_on(const void* panels, i64 count, i64 bytes, i64 done) {
   const char* at = static_cast<const char*>(panels) + done;
   const i64 later = PAGE + (done + PAGE < bytes ? 0 : (count - 1) * bytes);
   for (i64 p = 0; p < count; ++p) read_on(at + p * bytes, at + p * bytes + later);
@@ -432,11 +432,14 @@ void pack_rows(const float* const* x, int rows, i64 depth, float* to) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A packed weight of float32, by what `Linear` asks of it: some panels times a tile of x, [D, rows], row r of it into
-// out[r] + at.
-struct Float32 {
+// out[r] + at. ALONE: one tile is all that reads them. (A kind of its own: a loop that decides has too few registers.)
+template <bool ALONE>
+struct Floats {
+  static constexpr int kRows = ALONE ? ALONE_ROWS : MAX_ROWS;
   const float* w;
   i64 D;
-  Float32 at(i64 panel) const { return {w + panel * D * PANEL, D}; }
+  Floats at(i64 panel) const { return {w + panel * D * PANEL, D}; }
+  Floats<true> alone() const { return {w, D}; }
   // So many panels are read next. While several tiles are multiplied with some the hardware does not ask for more by itself.
   void add(i64 count, Ahead& ahead) const { ahead.add(w, count * D * PANEL); }
   template <int MR, int NP>
@@ -452,7 +455,7 @@ struct Float32 {
     };
     i64 d = 0;
     for (; d + 8 <= D; d += 8) {
-      if (ahead.alone)
+      if constexpr (ALONE)
         read_on(w, NP, D * LINE, d * LINE);  // a line is a step of a panel
       else
         ahead.fetch(ahead.each);
@@ -464,6 +467,8 @@ struct Float32 {
       for (int c = 0; c < NP * VECTORS; ++c) store(out[r] + at + c * LANES, acc[r][c]);
   }
 };
+
+using Float32 = Floats<false>;
 
 // LANES small integers, each in an int. (Left to the vector types' own conversion, GCC takes them apart one by one.)
 #if defined(__AVX512F__)
@@ -512,6 +517,8 @@ struct Bytes {
   const Value* w;
   const float* scales;
   i64 D, each;
+  static constexpr int kRows = ALONE_ROWS;
+  Bytes alone() const { return *this; }
   Bytes at(i64 panel) const { return {w + panel * D * PANEL, scales + panel * (D / each) * PANEL, D, each}; }
 
   template <int MR, int NP>
@@ -568,6 +575,8 @@ struct Int4 {
   const uint8_t* w;
   const uint16_t *scales, *floors;
   i64 D;
+  static constexpr int kRows = ALONE_ROWS;
+  Int4 alone() const { return *this; }
   Int4 at(i64 panel) const {
     const i64 group = panel * (D / GROUP) * PANEL;
     return {w + panel * (D / 2) * PANEL, scales + group, floors + group, D};
@@ -652,8 +661,7 @@ struct Linear {
     for (i64 p = piece.begin; p < piece.end; p += group) {
       const i64 count = std::min(group, piece.end - p);
       Ahead ahead;
-      ahead.alone = cut.tiles == 1;
-      if (!ahead.alone) {
+      if (cut.tiles > 1) {
         w.at(p + count).add(std::min(group, piece.stop - p - count), ahead);
         ahead.each = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
       }
@@ -681,8 +689,12 @@ struct Linear {
       std::memcpy(y + rows.all[cut.begin(tile) + r] * N + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
   }
   void product(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
-    run_rows(cut.size(tile), w.at(p), packed + cut.begin(tile) * D, count, out, at, ahead,
-             std::make_integer_sequence<int, ALONE_ROWS>());
+    auto run = [&](const auto& panels) {
+      using Panels = std::decay_t<decltype(panels)>;
+      run_rows(cut.size(tile), panels, packed + cut.begin(tile) * D, count, out, at, ahead,
+               std::make_integer_sequence<int, Panels::kRows>());
+    };
+    cut.tiles == 1 ? run(w.at(p).alone()) : run(w.at(p));
   }
 };
 
