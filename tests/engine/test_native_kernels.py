@@ -351,6 +351,11 @@ def test_attend_decode_row_is_the_same_bits_in_any_batch(kernels: NativeKernels)
         np.testing.assert_array_equal(attend(kernels, case.take(np.array(chosen)))[0], whole[chosen])
 
 
+def test_attend_sees_what_the_same_row_writes_elsewhere_in_the_launch(kernels: NativeKernels) -> None:
+    """A lone token's key is written by who reads it: unless there are others who do."""
+    agree(kernels, make_case([(5, 2), (3, 1)]).take(np.array([0, 2, 1])))
+
+
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("page", [16, 24])
 def test_attend_is_the_same_bits_however_a_prompt_is_cut(
