@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.conftest import collect, ids, request, run
 from tests.support.untrained import loud, untrained_model
-from xlane.engine import EngineConfig, Request
+from xlane.engine import EngineConfig, EngineStats, Request
 from xlane.engine.build import build
 from xlane.engine.engine import Engine
 from xlane.engine.local import LocalClient
@@ -60,14 +60,18 @@ def test_a_long_prompt_holds_up_no_stream(engine: Engine) -> None:
     """Pieces of four tokens to sixteen: in each turn that computes one, the stream beside it gets a token."""
 
     async def main() -> tuple[int, int]:
-        client = LocalClient(engine)
-        stream = client.submit(request([1, 2, 3], max_tokens=60))
+        async def counted(earlier: EngineStats, tokens: int) -> EngineStats:
+            """What there is once so many more tokens of prompts are counted: just after tokens were handed over."""
+            while (now := engine.stats()).prefill_tokens - earlier.prefill_tokens < tokens:
+                await asyncio.sleep(0.001)
+            return now
+
+        client, idle = LocalClient(engine), engine.stats()
+        stream = client.submit(replace(request([1, 2, 3], max_tokens=60), cache_salt="stream"))
         await anext(stream)
-        before = after = engine.stats()
+        before = await counted(idle, 3)
         await collect(client, replace(request(list(range(3, 19)) * 3, max_tokens=1), cache_salt="long"))
-        while after.prefill_tokens - before.prefill_tokens < 48:  # counted just after tokens were handed over
-            await asyncio.sleep(0.001)
-            after = engine.stats()
+        after = await counted(before, 48)
         await stream.aclose()
         pieces = sum(after.prefill.device_s.counts) - sum(before.prefill.device_s.counts)
         return pieces, after.steps - before.steps
