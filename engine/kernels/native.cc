@@ -387,7 +387,7 @@ void run_tile(int rows, const Tile& t) {
   choose<use>(rows, std::make_integer_sequence<int, MAX_ROWS>())(t);
 }
 
-// Even cuts: 16 rows are 8 + 8, not 12 + 4.
+// Even cuts, into tiles of at most so many rows: with 8, 18 rows are 6 + 6 + 6, not 8 + 8 + 2.
 struct Cut {
   i64 rows, tiles;
   explicit Cut(i64 rows, i64 most = MAX_ROWS) : rows(rows), tiles((rows + most - 1) / most) {}
@@ -442,6 +442,7 @@ struct Floats {
   Floats<true> alone() const { return {w, D}; }
   // So many panels are read next. While several tiles are multiplied with some the hardware does not ask for more by itself.
   void add(i64 count, Ahead& ahead) const { ahead.add(w, count * D * PANEL); }
+
   template <int MR, int NP>
   void micro(const float* x, float* const* out, i64 at, Ahead& ahead) const {
     vec acc[MR][NP * VECTORS] = {};
