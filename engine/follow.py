@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ..sharding.processes import ProcessError, all_equal, join_processes
-from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, use_compile_cache
+from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, set_tpu_defaults, use_compile_cache
 from .build import Built, Progress, build
 from .config import EngineConfig, programs_folder
 from .errors import PlanError
@@ -50,6 +50,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
     Raises PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
     """
     set_gpu_defaults(os.environ, config.memory_fraction)
+    set_tpu_defaults(os.environ)
     meet(config)
     use_compile_cache(programs_folder(config))
     opened = open_served(config, path)

@@ -14,7 +14,7 @@ from llguidance import LLTokenizer
 
 from ..models.guidance import guidance_tokenizer
 from ..models.tokenizer import TextTokenizer
-from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, use_compile_cache
+from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, set_tpu_defaults, use_compile_cache
 from .build import Progress, build, compile_within, design
 from .config import EngineConfig, programs_folder
 from .engine import Engine
@@ -99,5 +99,6 @@ def _uncollected() -> Iterator[None]:
 
 def _prepare(config: EngineConfig) -> None:
     set_gpu_defaults(os.environ, config.memory_fraction)
+    set_tpu_defaults(os.environ)
     meet(config)
     use_compile_cache(programs_folder(config))

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from .runtime import set_tpu_defaults
+
 _GB, _GIB, _TERA = 10**9, 2**30, 10**12
 
 
@@ -156,6 +158,7 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 def _tpu_devices(topology: Topology) -> Sequence[Any]:
     # Else libtpu asks the cloud's metadata server, which answers nowhere but on a TPU host.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    set_tpu_defaults(os.environ)
     grid = topology.chip.sizes[topology.number]
     # Up to eight chips of v5e and v6e are one host's.
     sides = tuple(map(int, grid.split("x")))

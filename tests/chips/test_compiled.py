@@ -24,10 +24,6 @@ pytestmark = pytest.mark.chips
 COMPILERS = os.environ.get("XLANE_COMPILERS", "")
 """A folder of wheels laid out as in site-packages: an installed plugin would change every other start of jax."""
 
-ATTEMPTS = 3
-"""libtpu's compiler dies now and then of a stack overflow of its own (SIGSEGV while it writes SparseCore code), and compiles the same
-programs the next time. Only what ended by a signal is tried again."""
-
 CASES = [
     ("v6e-1", "8b", 1),
     ("v6e-1", "8b", 1, "int8"),
@@ -55,13 +51,10 @@ def run(package: str, module: str, *told: str) -> dict[str, Any]:
     """What a module of this folder prints, with a compiler in the process that it needs."""
     if not COMPILERS and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not here: .ci/compilers FOLDER, then XLANE_COMPILERS=FOLDER")
-    for _ in range(ATTEMPTS):
-        done = subprocess.run(
-            [sys.executable, "-m", f"tests.chips.{module}", *told],
-            env=_environment(), capture_output=True, text=True, timeout=900, check=False,
-        )  # fmt: skip
-        if done.returncode >= 0:
-            break
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.chips.{module}", *told],
+        env=_environment(), capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from xlane.tpu.runtime import keep_freed_memory, set_gpu_defaults
+from xlane.tpu.runtime import keep_freed_memory, set_gpu_defaults, set_tpu_defaults
 
 
 def test_conditions_become_part_of_the_graph():
@@ -33,6 +33,16 @@ def test_the_users_own_settings_stay():
     environ = dict(own)
     set_gpu_defaults(environ)
     assert environ == own
+
+
+def test_threads_of_a_tpus_compiler_have_room_for_their_calls():
+    environ: dict[str, str] = {"LIBTPU_INIT_ARGS": "--xla_tpu_x=1"}
+    set_tpu_defaults(environ)
+    first, stack = environ["LIBTPU_INIT_ARGS"].split()
+    assert first == "--xla_tpu_x=1"
+    assert stack == "--fibers_default_thread_stack_size=4194304"
+    set_tpu_defaults(environ)
+    assert environ["LIBTPU_INIT_ARGS"].split() == [first, stack]
 
 
 def test_xla_knows_the_flags():
