@@ -43,9 +43,9 @@ class Loop:
         runner: Runner,
         scheduler: Scheduler,
         counters: Counters,
-        observe: Callable[[Size, float], None] = lambda size, seconds: None,
+        observe: Callable[[Size, float, int], None] = lambda size, seconds, behind: None,
     ) -> None:
-        """`observe` is told what each launch took."""
+        """`observe` is told what each launch took, and behind how many tokens its prompts' are."""
         self._runner = runner
         self._observe = observe
         self._scheduler = scheduler
@@ -276,7 +276,7 @@ class Loop:
         waited_s = self._read(launch)
         kind = self._counters.prefill if launch.prompt_tokens else self._counters.decode
         took_s = self._counters.launched(kind, launched_s, started + waited_s, time.perf_counter())
-        self._observe(launch.size, took_s)
+        self._observe(launch.size, took_s, launch.behind)
         return waited_s
 
     def _read(self, launch: Launch) -> float:

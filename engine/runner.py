@@ -37,6 +37,8 @@ class Launch:
     """Rows that decode in it."""
     prompt_tokens: int
     """Prompt tokens it computes."""
+    behind: int
+    """See `Turn`."""
     scores: jax.Array | None = None
     """Of all its prompt tokens, see `prompt_scores`; fetched only if somebody asks."""
     scored: tuple[tuple[Sequence, Segment, int], ...] = ()
@@ -104,7 +106,9 @@ class Runner:
         scored = tuple(one for one in zip(turn.prefilled, turn.segments, starts) if one[1].targets)
         if scored and made.scores is not None:
             made.scores.copy_to_host_async()
-        return Launch(made.result, size, sampled, len(turn.rows), turn.prompt_tokens, made.scores, scored)
+        return Launch(
+            made.result, size, sampled, len(turn.rows), turn.prompt_tokens, turn.behind, made.scores, scored
+        )
 
     def _masks(
         self, sequences: Iterable[Sequence | None], aheads: Iterable[int], rows: int

@@ -43,12 +43,12 @@ class Scheduler:
     """The state of all sequences, and the plan of each turn."""
 
     def __init__(
-        self, limits: Limits, pages: PageAllocator, budget: Callable[[int, int], int] | None = None
+        self, limits: Limits, pages: PageAllocator, budget: Callable[[int, int, int], int] | None = None
     ) -> None:
-        """`budget` says how many prompt tokens may be computed beside so many lanes that decode, where so many prompts could be;
-        None: as many as ever."""
+        """`budget` says how many prompt tokens may be computed beside so many lanes that decode, where so many prompts could be
+        and the farthest is at such a position; None: as many as ever."""
         self.limits = limits
-        self._budget = budget or (lambda rows, prompts: limits.chunk_tokens)
+        self._budget = budget or (lambda rows, prompts, behind: limits.chunk_tokens)
         self.pages = pages
         self.preemptions = 0
         self.guessed = 0
@@ -96,7 +96,7 @@ class Scheduler:
             s for s in self._running if s.phase is Phase.DECODE and s.length < s.most_tokens and not s.waits
         ]
         if self._waiting or len(decoding) < len(self._running):
-            self._prefill(turn, self._budget(len(decoding), self._asking()))
+            self._prefill(turn, self._budget(len(decoding), *self._asking()))
         room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
             if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
@@ -105,15 +105,17 @@ class Scheduler:
                 self._decode(turn, sequence, guesses)
         return turn
 
-    def _asking(self) -> int:
-        """Prompts that could be computed. If a launch could end one it counts twice: that is one pause, not many, and in small
-        pieces it would take three times the work."""
-        chunk = self.limits.chunk_tokens
-        left = [len(s.tokens) - s.computed for s in self._running if s.phase is Phase.PREFILL]
+    def _asking(self) -> tuple[int, int]:
+        """Prompts that could be computed, and how far one of them is. If a launch could compute all of one it counts twice:
+        that is one pause, not many, and in small pieces it would take three times the work."""
+        begun = [s for s in self._running if s.phase is Phase.PREFILL]
         waiting = min(len(self._waiting), len(self._lanes))
         first = self._waiting.first() if waiting else None
-        ends = any(tokens <= chunk for tokens in left) or (first is not None and len(first.tokens) <= chunk)
-        return len(left) + waiting + ends
+        short = any(
+            len(s.tokens) - (s.cached_tokens or 0) <= self.limits.chunk_tokens
+            for s in (*begun, *([] if first is None else [first]))
+        )
+        return len(begun) + waiting + short, max((s.computed for s in begun), default=0)
 
     @property
     def hopes(self) -> bool:

@@ -103,6 +103,11 @@ class Turn:
         return sum(len(segment.tokens) for segment in self.segments)
 
     @property
+    def behind(self) -> int:
+        """The farthest position at which a segment begins: so many tokens its own read."""
+        return max((segment.start for segment in self.segments), default=0)
+
+    @property
     def asks(self) -> tuple[int, int]:
         """Rows and prompt tokens of a size that holds it, with as many segments as it has."""
         shared = SEGMENT_TOKENS * len(self.segments) if len(self.segments) > 1 else 0

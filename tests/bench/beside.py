@@ -1,9 +1,10 @@
-"""What streams notice of a long prompt: the time between their tokens while it is computed, against a quiet time before.
+"""What streams notice of a long prompt: the time between their tokens while it is computed, against quiet times before and after.
 
-    python -m tests.bench.beside [STREAMS ...] [--prompt-tokens 4096] [--quiet-s 8]
+    python -m tests.bench.beside [STREAMS ...] [--lanes 32] [--prompt-tokens 4096] [--quiet-s 8]
 
 On the demo model, through the engine in this process. One JSON line for each number of streams: percentiles of the pauses in
-ms, quiet and beside the prompt, their ratio (asked for is at most 2 in the 99th), and the prompt's own first token.
+ms, before, after, of both and beside the prompt, the ratio of the last two (asked for is at most 2 in the 99th), and the
+prompt's own first token. Meanwhile the streams themselves grow, by a thousand tokens each if it is long: so it is both.
 """
 
 import argparse
@@ -45,8 +46,14 @@ async def stream(
     await outputs.aclose()
 
 
-def pauses(moments: list[list[float]], begin: float, end: float) -> dict[str, float]:
-    found = [1e3 * (b - a) for one in moments for a, b in pairwise(one) if a >= begin and b <= end]
+def pauses(moments: list[list[float]], *spans: tuple[float, float]) -> dict[str, float]:
+    """Percentiles of the pauses that lie within these spans."""
+    found = [
+        1e3 * (b - a)
+        for one in moments
+        for a, b in pairwise(one)
+        if any(a >= begin and b <= end for begin, end in spans)
+    ]
     return {f"p{p}": round(float(np.percentile(found, p)), 1) for p in PERCENTILES}
 
 
@@ -66,11 +73,18 @@ async def beside(engine: Engine, streams: int, prompt_tokens: int, quiet_s: floa
     async for _ in client.submit(request(f"{streams}-long", prompt_tokens, 1)):
         pass
     done = time.perf_counter()
+    await asyncio.sleep(quiet_s)
     ended.set()
     await asyncio.gather(*tasks)
-    quiet, during = pauses(moments, started, begun), pauses(moments, begun, done)
-    ratio = {name: round(during[name] / quiet[name], 2) for name in quiet}
-    return {"streams": streams, "quiet_ms": quiet, "beside_ms": during, "ratio": ratio, "first_token_s": round(done - begun, 1)}  # fmt: skip
+    before, after = (started, begun), (done, done + quiet_s)
+    told = {
+        "before_ms": pauses(moments, before),
+        "after_ms": pauses(moments, after),
+        "quiet_ms": (quiet := pauses(moments, before, after)),
+        "beside_ms": (during := pauses(moments, (begun, done))),
+        "ratio": {name: round(during[name] / quiet[name], 2) for name in quiet},
+    }
+    return {"streams": streams, **told, "first_token_s": round(done - begun, 1)}
 
 
 def main() -> None:
@@ -78,14 +92,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("streams", type=int, nargs="*", default=[1, 4, 8])
+    parser.add_argument("--lanes", type=int, help="one more than streams at least: the prompt takes one, too")
     parser.add_argument("--prompt-tokens", type=int, default=4096)
     parser.add_argument("--quiet-s", type=float, default=8.0)
     args = parser.parse_args()
-    config = EngineConfig(model_id="demo", cache_dir=str(default_cache_dir()))
+    config = EngineConfig(model_id="demo", cache_dir=str(default_cache_dir()), lanes=args.lanes)
     use_compile_cache(programs_folder(config))
     opened = open_model(demo_model(default_cache_dir()))
     engine = Engine.build(config, opened.config, opened.source)
     try:
+        if max(args.streams) >= (lanes := engine.info.lanes):
+            parser.error(
+                f"{lanes} lanes leave none for the prompt beside {max(args.streams)} streams: see --lanes"
+            )
         for streams in args.streams:
             told = asyncio.run(beside(engine, streams, args.prompt_tokens, args.quiet_s))
             print(json.dumps(told), flush=True)

@@ -80,7 +80,7 @@ def one_round(lanes: int, tokens: int) -> dict[str, float]:
     counters = Counters()
     used: list[float] = []
 
-    def observe(size: Size, took_s: float) -> None:
+    def observe(size: Size, took_s: float, behind: int) -> None:
         used.append(time.thread_time())
 
     loop = Loop(runner, Scheduler(limits, PageAllocator(lanes * width)), counters, observe)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from xlane.engine.pace import WINDOW, Pace
+from xlane.engine.pace import LATELY, SURE, WINDOW, Pace
 from xlane.engine.turn import Size
 
 ROWS_AND_TOKENS = [(rows, 0) for rows in (1, 2, 4, 8, 16)] + [(0, tokens) for tokens in (16, 32, 64, 128)]
@@ -41,8 +41,40 @@ def test_what_was_never_launched_takes_at_most_in_proportion() -> None:
     """32 tokens beside 16 lanes are half as much again as 16 tokens beside them: 90 ms at most."""
     assert observed(Pace(SIZES, 0.089), {(16, 16): 60.0}).prompt_tokens(16) == 16
     assert observed(Pace(SIZES, 0.091), {(16, 16): 60.0}).prompt_tokens(16) == 32
-    # A slow first launch does not shut a size out for ever.
-    assert observed(Pace(SIZES, 0.091), {(16, 16): 60.0, (16, 32): 5000.0}).prompt_tokens(16) == 32
+
+
+def test_a_slow_launch_does_not_shut_a_size_out_and_several_do_for_a_while() -> None:
+    pace = observed(Pace(SIZES, 0.091), {(16, 16): 60.0, (16, 32): 5000.0})
+    assert pace.prompt_tokens(16) == 32
+    for _ in range(SURE - 1):
+        pace.observe(Size(16, 32), 0.110)
+    assert pace.prompt_tokens(16) == 16
+    for _ in range(LATELY):
+        pace.observe(Size(16, 16), 0.060)
+    assert pace.prompt_tokens(16) == 32
+
+
+def test_what_decoding_alone_took_is_not_forgotten() -> None:
+    pace = observed(Pace(SIZES), {(16, 0): 40.0})
+    for _ in range(LATELY):
+        pace.observe(Size(16, 16), 0.060)
+    assert pace.prompt_tokens(16) == 16
+    for _ in range(WINDOW):
+        pace.observe(Size(16, 16), 0.050)
+    assert pace.prompt_tokens(16) == 32  # 75 of 80 ms
+
+
+def test_far_into_a_prompt_costs_are_others() -> None:
+    """Behind 4,096 tokens 16 take as long as 64 do at the beginning, and what was seen there says nothing."""
+    pace = observed(Pace(SIZES), {(16, 0): 40.0, (16, 16): 50.0, (16, 32): 60.0, (16, 64): 75.0})
+    assert pace.prompt_tokens(16) == 64
+    assert pace.prompt_tokens(16, behind=4096) == 16
+    pace.observe(Size(16, 16), 0.075, 4096)
+    assert pace.prompt_tokens(16, behind=4200) == 16
+    assert pace.prompt_tokens(16, behind=511) == 64
+    pace.observe(Size(16, 16), 0.050, 1024)
+    assert pace.prompt_tokens(16, behind=2047) == 32
+    assert pace.prompt_tokens(16, behind=2048) == pace.prompt_tokens(16, behind=1023) == 16
 
 
 def test_without_a_target_a_turn_takes_twice_its_quiet_time() -> None:

@@ -147,31 +147,33 @@ def test_it_tells_what_each_lane_does() -> None:
 
 
 def test_the_budget_is_asked_with_the_lanes_that_decode_and_the_prompts_that_could_be_computed() -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, int]] = []
 
-    def budget(rows: int, prompts: int) -> int:
-        asked.append((rows, prompts))
+    def budget(*told: int) -> int:
+        asked.append(told)
+        rows, *_ = told
         return 8 if rows == 0 else 2 + rows
 
     plans = scheduler(lanes=4, budget=budget)
     for number, prompt in enumerate((2, 3, 20)):
         plans.add(sequence(number, prompt))
     turns = [plans.plan() for _ in range(3)]
-    # The first two prompts could end in a launch of 8 tokens, so there is one more; the third has 17 left then, and 13.
-    assert asked == [(0, 4), (2, 1), (2, 1)]
+    # The first two prompts go into a launch of 8 tokens whole, so there is one more; of the third 3, 7, 11 and 15 are computed.
+    assert asked == [(0, 4, 0), (2, 1, 3), (2, 1, 7)]
     assert [sum(tokens for _, _, tokens, _ in segments(turn)) for turn in turns] == [8, 4, 4]
     plans.plan()
     plans.plan()
-    assert asked[3:] == [(2, 1), (2, 2)]  # 9 left, and 5
+    assert asked[3:] == [(2, 1, 11), (2, 1, 15)]
 
 
-def test_a_prompt_that_waits_counts_twice_if_a_launch_could_end_it() -> None:
+def test_a_prompt_counts_twice_if_a_launch_could_compute_all_of_it() -> None:
     for prompt, prompts in ((8, 2), (9, 1)):
-        asked: list[tuple[int, int]] = []
-        plans = scheduler(budget=lambda rows, prompts, asked=asked: asked.append((rows, prompts)) or 8)
+        asked: list[tuple[int, ...]] = []
+        plans = scheduler(budget=lambda *told, asked=asked: asked.append(told) or 4)
         plans.add(sequence(0, prompt))
         plans.plan()
-        assert asked == [(0, prompts)]
+        plans.plan()  # also in pieces; the end of a longer one does not
+        assert asked == [(0, prompts, 0), (0, prompts, 4)]
 
 
 def test_no_more_segments_than_a_launch_holds() -> None:

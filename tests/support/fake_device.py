@@ -145,6 +145,7 @@ class FakeLaunch:
 
     results: list[tuple[Sequence, Result]]
     size: Size
+    behind: int
     before_read: Callable[[], None] = lambda: None
     prompts: list[tuple[Sequence, list[TokenOutput]]] = field(default_factory=list)
 
@@ -197,7 +198,7 @@ class FakeDevice:
             for segment, sequence in zip(turn.segments, turn.prefilled)
         ]
         count = sum(len(segment.tokens) for segment in turn.segments)
-        return FakeLaunch(results, Size(len(turn.rows), count), self.before_read, prompts)
+        return FakeLaunch(results, Size(len(turn.rows), count), turn.behind, self.before_read, prompts)
 
     def _segment(self, segment: Segment, sequence: Sequence) -> TokenOutput | None:
         lane = self.lanes[segment.lane]
