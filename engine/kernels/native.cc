@@ -51,20 +51,22 @@ constexpr int GROUP = 32;  // inputs that share a scale in a weight of 4 bits; f
 constexpr int KEYS = 64;   // keys of one softmax block
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 8, ALONE_ROWS = 16;
+constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 8, ALONE_ROWS = 16, QUERY_ROWS = 6;
 constexpr const char* kIsa = "AVX-512";
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int LANES = 8, BUDGET = 12, MAX_ROWS = 6, ALONE_ROWS = 6;
+constexpr int LANES = 8, BUDGET = 12, MAX_ROWS = 6, ALONE_ROWS = 6, QUERY_ROWS = 6;
 constexpr const char* kIsa = "AVX2";
 #elif defined(__aarch64__)
-constexpr int LANES = 4, BUDGET = 24, MAX_ROWS = 6, ALONE_ROWS = 6;
+constexpr int LANES = 4, BUDGET = 24, MAX_ROWS = 6, ALONE_ROWS = 6, QUERY_ROWS = 6;
 constexpr const char* kIsa = "NEON";
 #else
-constexpr int LANES = 4, BUDGET = 8, MAX_ROWS = 2, ALONE_ROWS = 2;
+constexpr int LANES = 4, BUDGET = 8, MAX_ROWS = 2, ALONE_ROWS = 2, QUERY_ROWS = 2;
 constexpr const char* kIsa = "portable";
 #endif
 // BUDGET: accumulators that stay in registers. MAX_ROWS: rows that share one load of a weight. ALONE_ROWS: so many do where
-// there are no more, and the weight is read once only: slower arithmetic, but then memory is what is waited for.
+// there are no more, and the weight is read once only: slower arithmetic, but then memory is what is waited for. QUERY_ROWS:
+// queries that share one load of a key or value: a block of keys is four panels, and so is a head of 64, of which six rows take
+// all at once.
 
 constexpr int VECTORS = PANEL / LANES;  // registers per panel
 
@@ -384,7 +386,7 @@ TileFn choose(int rows, std::integer_sequence<int, I...>) {
 }
 template <Use use>
 void run_tile(int rows, const Tile& t) {
-  choose<use>(rows, std::make_integer_sequence<int, MAX_ROWS>())(t);
+  choose<use>(rows, std::make_integer_sequence<int, QUERY_ROWS>())(t);
 }
 
 // Even cuts, into tiles of at most so many rows: with 8, 18 rows are 6 + 6 + 6, not 8 + 8 + 2.
@@ -1101,7 +1103,7 @@ struct Attend {
   i64 slot(i64 head, i64 row, i64 position) const { return (head * P + page(row, position)) * W + position % W; }
 };
 
-constexpr i64 FEWEST_ROWS = 4 * MAX_ROWS, MOST_ROWS = 16 * MAX_ROWS;  // query rows of a Work, if there are so many
+constexpr i64 FEWEST_ROWS = 5 * QUERY_ROWS, MOST_ROWS = 10 * QUERY_ROWS;  // query rows of a Work, if there are so many
 constexpr i64 SPLIT = 4 * KEYS;                // keys that are added up apart from others, by absolute position
 constexpr i64 MOST_PART_FLOATS = i64{1} << 24;  // of all that is made apart in a launch
 
@@ -1138,15 +1140,6 @@ void add_block(const Attend& a, const Queries& qs, i64 from, Ahead& ahead) {
     a.keys.add(a.slot(qs.head, row, p), a.H, ahead);
     a.values.add(a.slot(qs.head, row, p), a.H, ahead);
   }
-}
-
-// What some models do to the scores s[begin … end) of one query, the key at its own position being s[own]. Out of line: in
-// the loop over rows it would cost the models without it their registers.
-__attribute__((noinline)) void adjust(const Attend& a, i64 head, float* s, i64 begin, i64 end, i64 own) {
-  if (a.softcap > 0)
-    for (i64 j = begin; j < end; j += LANES) store(s + j, soft_capped(load(s + j), a.softcap));
-  if (a.slopes)
-    for (i64 j = begin; j < end; ++j) s[j] += a.slopes[head] * static_cast<float>(j - own);
 }
 
 // What R query rows make of some of their keys. R is rounded up to whole vectors where a row has one number.
@@ -1209,16 +1202,19 @@ struct Desk {
   float *next, *shrink; // [R]: see grow
   float *keys;          // [KEYS / 16, H, 16]
   float *spare;         // [KEYS, H]: see vectors16
+  int32_t* positions;   // [R]: a division each, so they are not asked for block by block
   Part part, total;
   Cut cut;
 
   static i64 floats(i64 R, i64 H) {
-    return R * (H + KEYS) + 2 * Part::whole(R) + 2 * KEYS * H + 2 * Part::floats(R, H);
+    return R * (H + KEYS) + 3 * Part::whole(R) + 2 * KEYS * H + 2 * Part::floats(R, H);
   }
   Desk(const Attend& a, const Queries& qs, float* at, i64 R, i64 H)
       : query(at), score(query + R * H), next(score + R * KEYS), shrink(next + Part::whole(R)),
-        keys(shrink + Part::whole(R)), spare(keys + KEYS * H), part(spare + KEYS * H, R, H),
-        total(spare + KEYS * H + Part::floats(R, H), R, H), cut(R) {
+        keys(shrink + Part::whole(R)), spare(keys + KEYS * H),
+        positions(reinterpret_cast<int32_t*>(spare + KEYS * H)), part(spare + KEYS * H + Part::whole(R), R, H),
+        total(part.sum + Part::floats(R, H), R, H), cut(R, QUERY_ROWS) {
+    for (i64 r = 0; r < R; ++r) positions[r] = static_cast<int32_t>(a.position(qs, r));
     for (i64 i = 0; i < cut.tiles; ++i) {
       const i64 base = cut.begin(i);
       const int size = cut.size(i);
@@ -1232,6 +1228,23 @@ struct Desk {
     }
   }
 };
+
+// What some models do to the scores of keys [begin, end) of a block; and no row sees what is not for it. Out of line: in the loop
+// over rows it would cost the models and blocks without it their registers.
+__attribute__((noinline)) void see(const Attend& a, const Queries& qs, i64 block, int begin, int end, const Desk& desk) {
+  for (i64 r = 0; r < qs.end - qs.begin; ++r) {
+    float* s = desk.score + r * KEYS;
+    const int own = static_cast<int>(desk.positions[r] - block);  // visible: from <= j <= own
+    const int from = static_cast<int>(a.first_key(desk.positions[r]) - block);
+    if (a.softcap > 0)
+      for (int j = begin; j < end; j += LANES) store(s + j, soft_capped(load(s + j), a.softcap));
+    if (a.slopes) {
+      const float slope = a.slopes[qs.head * a.G + (qs.begin + r) % a.G];
+      for (int j = begin; j < end; ++j) s[j] += slope * static_cast<float>(j - own);
+    }
+    for (int j = begin; j < end; ++j) s[j] = j < from || j > own ? -INFINITY : s[j];
+  }
+}
 
 // A block of keys: their scores, then their values, into `part`. Those from `first` to `last` are seen by some row.
 void attend_block(const Attend& a, const Queries& qs, i64 block, i64 first, i64 last, const Desk& at, const Part& to,
@@ -1251,13 +1264,10 @@ void attend_block(const Attend& a, const Queries& qs, i64 block, i64 first, i64 
     run_tile<kScores>(desk.cut.size(i), t);
   }
 
-  const bool adjusts = a.softcap > 0 || a.slopes;
+  const i64 until = desk.positions[0] - block, from = a.first_key(desk.positions[R - 1]) - block;  // all rows see these keys
+  if (a.softcap > 0 || a.slopes || from > skip * 16 || until < groups * 16 - 1) see(a, qs, block, skip * 16, groups * 16, desk);
   for (i64 r = 0; r < R; ++r) {
-    float* s = desk.score + r * KEYS;
-    const i64 p = a.position(qs, r), from = a.first_key(p) - block, until = p - block;  // visible: from <= j <= until
-    if (adjusts) adjust(a, qs.head * a.G + (qs.begin + r) % a.G, s, skip * 16, groups * 16, until);
-    if (from > skip * 16 || until < groups * 16 - 1)
-      for (i64 j = skip * 16; j < groups * 16; ++j) s[j] = j < from || j > until ? -INFINITY : s[j];
+    const float* s = desk.score + r * KEYS;
     vec top = load(s + skip * 16);
     for (i64 j = skip * 16 + LANES; j < groups * 16; j += LANES) top = larger(top, load(s + j));
     desk.next[r] = std::max(part.best[r], largest(top));
@@ -1271,11 +1281,14 @@ void attend_block(const Attend& a, const Queries& qs, i64 block, i64 first, i64 
       for (i64 h = 0; h < H; h += LANES) store(part.sum + r * H + h, load(part.sum + r * H + h) * shrink);
       for (int j = 0; j < 16; j += LANES) store(part.mass + r * 16 + j, load(part.mass + r * 16 + j) * shrink);
     }
-    for (i64 j = skip * 16; j < groups * 16; j += LANES) {
-      const vec e = exp_nonpositive(load(s + j) - desk.next[r]);
-      store(s + j, e);
-      float* m = part.mass + r * 16 + j % 16;
-      store(m, load(m) + e);
+    for (int k = 0; k < 16; k += LANES) {
+      vec mass = load(part.mass + r * 16 + k);
+      for (i64 j = skip * 16 + k; j < groups * 16; j += 16) {
+        const vec e = exp_nonpositive(load(s + j) - desk.next[r]);
+        store(s + j, e);
+        mass += e;
+      }
+      store(part.mass + r * 16 + k, mass);
     }
   }
 
@@ -1399,7 +1412,7 @@ struct Plan {
       i64 each = std::min(R, MOST_ROWS);
       const i64 needed = a.K * splits * (R / each + 1) * Part::floats(each, a.padded);
       const bool apart = splits > 1 && each * splits > share && floats + needed <= MOST_PART_FLOATS;
-      // Keys of one split stay in the nearest cache, and so shall what the rows need.
+      // Keys of one split stay in the nearest caches, and so shall what the rows need.
       while (!apart && each > FEWEST_ROWS && (splits == 1 || each * splits > share)) each = (each + 1) / 2;
       const bool writes = run->end - run->begin == 1 && runs_of[a.rows[run->begin]] == 1 && each == R && !apart;
       if (!writes) before.push_back(*run);
