@@ -37,7 +37,7 @@ class Machine(RuleBasedStateMachine):
             lanes,
             chunk,
             packed,
-            lambda rows, prompts: min(chunk, beside) if rows else chunk,
+            lambda rows, *told: min(chunk, beside) if rows else chunk,
             lanes + guess_rows,
             each,
         )
