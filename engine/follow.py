@@ -36,12 +36,15 @@ NEWS_S = 5.0
 """How long a failed launch waits for the news that explains it."""
 
 
-def meet(config: EngineConfig) -> None:
-    """Wait for the other processes. Must come before anything touches a device. Raises PlanError."""
+def prepare(config: EngineConfig) -> None:
+    """Set up what jax runs on and wait for the other processes. Must come before anything touches a device. Raises PlanError."""
+    set_gpu_defaults(os.environ, config.memory_fraction)
+    set_tpu_defaults(os.environ)
     try:
         join_processes(config.coordinator, config.processes, config.process_id)
     except ProcessError as error:
         raise PlanError(str(error)) from error
+    use_compile_cache(programs_folder(config))
 
 
 def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -> None:
@@ -49,10 +52,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
 
     Raises PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
     """
-    set_gpu_defaults(os.environ, config.memory_fraction)
-    set_tpu_defaults(os.environ)
-    meet(config)
-    use_compile_cache(programs_folder(config))
+    prepare(config)
     opened = open_served(config, path)
     follower = Follower(group_address(config), config.process_id, end_process)
 

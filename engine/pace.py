@@ -52,7 +52,7 @@ class Pace:
         self._took[size, _reach(behind)].append((self._launches, seconds))
 
     def prompt_tokens(self, rows: int, prompts: int = 1, behind: int = 0) -> int:
-        """The budget of a turn in which `rows` lanes decode and so many prompts could be computed, the longest from position
+        """The budget of a turn in which `rows` lanes decode and so many prompts could be computed, the farthest from position
         `behind` on: the most that a program computes if none decodes, at least the smallest piece if any."""
         best, *larger = self._beside[rows]
         if not rows:

@@ -106,14 +106,14 @@ class Scheduler:
         return turn
 
     def _asking(self) -> tuple[int, int]:
-        """Prompts that could be computed, and how far one of them is. If a launch could compute all of one it counts twice:
+        """Prompts that could be computed, and how far the farthest of them is. If a launch could compute all of one it counts twice:
         that is one pause, not many, and in small pieces it would take three times the work."""
         begun = [s for s in self._running if s.phase is Phase.PREFILL]
         waiting = min(len(self._waiting), len(self._lanes))
-        first = self._waiting.first() if waiting else None
+        first = [self._waiting.first()] if waiting else []
         short = any(
-            len(s.tokens) - (s.cached_tokens or 0) <= self.limits.chunk_tokens
-            for s in (*begun, *([] if first is None else [first]))
+            s is not None and len(s.tokens) - (s.cached_tokens or 0) <= self.limits.chunk_tokens
+            for s in begun + first
         )
         return len(begun) + waiting + short, max((s.computed for s in begun), default=0)
 

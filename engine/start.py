@@ -14,12 +14,12 @@ from llguidance import LLTokenizer
 
 from ..models.guidance import guidance_tokenizer
 from ..models.tokenizer import TextTokenizer
-from ..tpu.runtime import keep_freed_memory, set_gpu_defaults, set_tpu_defaults, use_compile_cache
+from ..tpu.runtime import keep_freed_memory
 from .build import Progress, build, compile_within, design
-from .config import EngineConfig, programs_folder
+from .config import EngineConfig
 from .engine import Engine
 from .errors import PlanError
-from .follow import check_all_built, decisions, end_process, group_address, meet
+from .follow import check_all_built, decisions, end_process, group_address, prepare
 from .group import Leader
 from .manifest import write_manifest
 from .opening import open_served
@@ -37,7 +37,7 @@ def start(
         raise PlanError(
             f"process {config.process_id} does not take requests: process 0 does, the others follow it"
         )
-    _prepare(config)
+    prepare(config)
     opened = open_served(config, path)
     leader = None
     if config.processes > 1:
@@ -75,7 +75,7 @@ def start(
 
 def warm(config: EngineConfig, path: Path, progress: Callable[[int, int], None] | None = None) -> Path | None:
     """Compile every program into the cache and write the manifest; weights are not read."""
-    _prepare(config)
+    prepare(config)
     opened = open_served(config, path, weights=False)
 
     def report(phase: str, done: int, total: int) -> None:
@@ -95,10 +95,3 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _prepare(config: EngineConfig) -> None:
-    set_gpu_defaults(os.environ, config.memory_fraction)
-    set_tpu_defaults(os.environ)
-    meet(config)
-    use_compile_cache(programs_folder(config))

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tests.engine.conftest import ids, request, run
 from tests.support.untrained import KV_BYTES_PER_TOKEN, VOCAB, untrained_model
 from xlane.engine import EngineConfig, FinishReason, PlanError, programs
-from xlane.engine import start as engine_start
+from xlane.engine import follow as engine_follow
 from xlane.engine.build import design, slower
 from xlane.engine.engine import Engine
 from xlane.engine.manifest import write_manifest
@@ -301,7 +301,7 @@ def test_without_a_cache_directory_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        engine_start, "use_compile_cache", lambda directory: use_compile_cache(cache / "programs")
+        engine_follow, "use_compile_cache", lambda directory: use_compile_cache(cache / "programs")
     )
     started(config(None), model)
     assert warm(config(None), model) is None
