@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.untrained import untrained_model
-from xlane.engine import EngineConfig, bench, start
+from xlane.engine import EngineConfig, bench, follow, start
 from xlane.engine.bench import Ceilings, measure_ceilings
 
 
@@ -14,7 +14,7 @@ from xlane.engine.bench import Ceilings, measure_ceilings
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known ceilings, and the tests' own compile cache."""
     monkeypatch.setattr(bench, "measure_ceilings", lambda platform, dtype: Ceilings(10.0, 100.0))
-    monkeypatch.setattr(start, "use_compile_cache", lambda directory: None)
+    monkeypatch.setattr(follow, "use_compile_cache", lambda directory: None)
 
 
 def config(**changes) -> EngineConfig:
