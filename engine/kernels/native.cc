@@ -345,6 +345,7 @@ inline void micro(const float* x, const float* const* pieces, i64 offset, i64 ru
     }
     for (; d < steps; ++d) step();
   }
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
     for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
 }
@@ -391,10 +392,11 @@ void run_tile(int rows, const Tile& t) {
 
 // Even cuts, into tiles of at most so many rows: with 8, 18 rows are 6 + 6 + 6, not 8 + 8 + 2.
 struct Cut {
-  i64 rows, tiles;
-  explicit Cut(i64 rows, i64 most = MAX_ROWS) : rows(rows), tiles((rows + most - 1) / most) {}
-  i64 begin(i64 tile) const { return tile * (rows / tiles) + std::min(tile, rows % tiles); }
-  int size(i64 tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+  i64 tiles, each, more;  // the first `more` tiles have a row more than `each`
+  explicit Cut(i64 rows, i64 most = MAX_ROWS)
+      : tiles((rows + most - 1) / most), each(rows / std::max<i64>(tiles, 1)), more(rows - tiles * each) {}
+  i64 begin(i64 tile) const { return tile * each + std::min(tile, more); }
+  int size(i64 tile) const { return static_cast<int>(each + (tile < more)); }
 };
 
 #if defined(__AVX512F__)
@@ -466,6 +468,7 @@ struct Floats {
       for (int i = 0; i < 8; ++i) step();
     }
     for (; d < D; ++d) step();
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
       for (int c = 0; c < NP * VECTORS; ++c) store(out[r] + at + c * LANES, acc[r][c]);
   }
@@ -544,6 +547,7 @@ struct Bytes {
           for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[r]) * weight;
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
       for (int c = 0; c < NP * VECTORS; ++c)
         store(out[r] + at + c * LANES, Grouped ? acc[r][c] : acc[r][c] * scale(c, 0));
@@ -603,6 +607,7 @@ struct Int4 {
           for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[(i + GROUP / 2) * MR + r]) * high;
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
       for (int c = 0; c < NP * VECTORS; ++c) store(out[r] + at + c * LANES, acc[r][c]);
   }
@@ -626,13 +631,18 @@ void run_rows(int rows, const W& w, const float* x, i64 count, float* const* out
   table[rows - 1](w, x, count, out, at, ahead);
 }
 
-// The numbers of the rows of x [T, D] that are to be computed, then those of the others, which hold zeros alone: as padding does.
+// The rows of x [T, D] that are to be computed and where they go in y [T, N], then those of the others, which hold zeros alone: as
+// padding does.
 struct Rows {
-  std::vector<i64> all;
+  std::vector<const float*> x;
+  std::vector<float*> y;
   i64 computed = 0;
-  Rows(const float* x, i64 T, i64 D) : all(T) {
+  Rows(const float* from, float* to, i64 T, i64 D, i64 N) : x(T), y(T) {
     i64 skipped = T;
-    for (i64 t = 0; t < T; ++t) all[zero(x + t * D, D) ? --skipped : computed++] = t;
+    for (i64 t = 0; t < T; ++t) {
+      const i64 at = zero(from + t * D, D) ? --skipped : computed++;
+      x[at] = from + t * D, y[at] = to + t * N;
+    }
   }
 
  private:
@@ -643,9 +653,7 @@ struct Rows {
 
 template <class W>
 struct Linear {
-  const float* x;
   W w;
-  float* y;
   i64 D, N;
   const Rows& rows;
   Cut cut{rows.computed, rows.computed <= ALONE_ROWS ? ALONE_ROWS : MAX_ROWS};
@@ -653,11 +661,7 @@ struct Linear {
 
   // Tiles of x as [D, rows], one behind the other.
   void pack(float* to, i64 begin, i64 end) const {
-    for (i64 i = begin; i < end; ++i) {
-      const float* from[ALONE_ROWS];
-      for (int r = 0; r < cut.size(i); ++r) from[r] = x + rows.all[cut.begin(i) + r] * D;
-      pack_rows(from, cut.size(i), D, to + cut.begin(i) * D);
-    }
+    for (i64 i = begin; i < end; ++i) pack_rows(&rows.x[cut.begin(i)], cut.size(i), D, to + cut.begin(i) * D);
   }
 
   void run(const float* packed, Piece piece) const {
@@ -669,19 +673,14 @@ struct Linear {
         ahead.each = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
       }
       const bool narrow = (p + count) * PANEL > N;  // the last panel is wider than what is left of a row of y
-      for (i64 i = 0; i < cut.tiles; ++i) narrow ? run_narrow(i, packed, p, count) : run_tile(i, packed, p, count, ahead);
+      for (i64 i = 0; i < cut.tiles; ++i)
+        narrow ? run_narrow(i, packed, p, count) : product(i, packed, p, count, &rows.y[cut.begin(i)], p * PANEL, ahead);
     }
     const i64 from = piece.begin * PANEL, floats = std::min(piece.end * PANEL, N) - from;
-    for (i64 i = rows.computed; i < static_cast<i64>(rows.all.size()); ++i)
-      std::memset(y + rows.all[i] * N + from, 0, floats * sizeof(float));
+    for (size_t i = rows.computed; i < rows.y.size(); ++i) std::memset(rows.y[i] + from, 0, floats * sizeof(float));
   }
 
  private:
-  void run_tile(i64 tile, const float* packed, i64 p, i64 count, Ahead& ahead) const {
-    float* out[ALONE_ROWS];
-    for (int r = 0; r < cut.size(tile); ++r) out[r] = y + rows.all[cut.begin(tile) + r] * N;
-    product(tile, packed, p, count, out, p * PANEL, ahead);
-  }
   void run_narrow(i64 tile, const float* packed, i64 p, i64 count) const {
     alignas(64) float spare[ALONE_ROWS][4 * PANEL];
     float* out[ALONE_ROWS];
@@ -689,7 +688,7 @@ struct Linear {
     Ahead none;
     product(tile, packed, p, count, out, 0, none);
     for (int r = 0; r < cut.size(tile); ++r)
-      std::memcpy(y + rows.all[cut.begin(tile) + r] * N + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
+      std::memcpy(rows.y[cut.begin(tile) + r] + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
   }
   void product(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
     auto run = [&](const auto& panels) {
@@ -704,10 +703,10 @@ struct Linear {
 // y [T, N] = x [T, D] times the packed weight w.
 template <class W>
 void multiply(ffi::ThreadPool& pool, const float* x, W w, float* y, i64 T, i64 D, i64 N) {
-  const Rows rows(x, T, D);
+  const Rows rows(x, y, T, D, N);
   if (rows.computed == 0 || N == 0) return (void)std::memset(y, 0, T * N * sizeof(float));
-  const Linear<W> job{x, w, y, D, N, rows};
-  const float* shared = rows.computed == 1 ? x + rows.all[0] * D : nullptr;
+  const Linear<W> job{w, D, N, rows};
+  const float* shared = rows.computed == 1 ? rows.x[0] : nullptr;
   const bool each = !shared && rows.computed <= 64;  // every worker packs for itself: cheaper than waiting for each other
   if (rows.computed > 64) {
     float* packed = scratch(kRows, rows.computed * D);

@@ -1,6 +1,8 @@
 """Compiling the native CPU kernels: once, found again, never damaged, and a reason in words where it cannot be."""
 
 import ctypes
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -95,6 +97,29 @@ def test_built_once_then_found(tiny_source: Path, tmp_path: Path) -> None:
     assert again == Built(first.path, 0)
     assert first.seconds > 0
     assert list((tmp_path / "cache").iterdir()) == [first.path]
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a matter of x86 processors")
+def test_no_jump_lies_across_32_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A jump of two bytes behind 31 others is moved."""
+    source = tmp_path / "jump.cc"
+    source.write_text('asm(".globl f; .p2align 5; f: .rept 31; nop; .endr; jz g; g: ret; .globl g");')
+    monkeypatch.setattr(building, "_SOURCE", source)
+    built = build(tmp_path / "cache")
+    assert isinstance(built, Built)
+    library = ctypes.CDLL(str(built.path))
+    begin, end = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in "fg")
+    assert begin is not None and end is not None and end - begin > 31 + 2
+
+
+@needs_compiler
+def test_a_compiler_that_knows_no_such_option_is_asked_without_it(tiny_source: Path, tmp_path: Path) -> None:
+    real = next(found for name in COMPILERS if (found := shutil.which(name)))
+    other = tmp_path / "c++"
+    other.write_text(f'#!/bin/sh\ncase "$*" in *32B*) exit 1;; esac\nexec {real} "$@"\n')
+    other.chmod(0o755)
+    assert isinstance(build(tmp_path / "cache", search=f"{tmp_path}:{os.environ['PATH']}"), Built)
 
 
 @needs_compiler
