@@ -233,7 +233,7 @@ void parallel(ffi::ThreadPool& pool, i64 total, i64 grain, const Body& body) {
 }
 
 // Memory that a thread keeps between calls. `slot` keeps users that are alive at the same time apart.
-enum Slot { kRows, kAttend, kParts, kSlots };
+enum Slot { kRows, kWeights, kAttend, kParts, kSlots };
 float* scratch(Slot slot, i64 floats) {
   struct Buffer {
     float* data = nullptr;
@@ -417,18 +417,23 @@ inline void transpose8(const float* const* x, i64 from, float* to, i64 stride) {
 }
 #endif
 
-// x[r][depth] of some rows -> [depth, rows]
+// x[r][depth] of some rows -> [depth, rows]; PAIRED: each input of half a group, then that of the other half beside it.
+template <bool PAIRED>
 void pack_rows(const float* const* x, int rows, i64 depth, float* to) {
+  constexpr i64 half = GROUP / 2;
+  auto place = [](i64 d) { return PAIRED ? d / GROUP * GROUP + d % half * 2 + d / half % 2 : d; };
   i64 d = 0;
+  for (; PAIRED && rows == 1 && d < depth; d += GROUP)  // one by one below, this would be a thirtieth of a step of one row
+    for (i64 i = 0; i < half; ++i) to[d + 2 * i] = x[0][d + i], to[d + 2 * i + 1] = x[0][d + half + i];
 #if defined(__AVX512F__)
   const int eights = rows / 8 * 8;
   for (; eights && d + 8 <= depth; d += 8)
-    for (int r = 0; r < eights; r += 8) transpose8(x + r, d, to + d * rows + r, rows);
-  for (int r = eights; r < rows; ++r)
-    for (i64 done = 0; done < d; ++done) to[done * rows + r] = x[r][done];
+    for (int r = 0; r < eights; r += 8) transpose8(x + r, d, to + place(d) * rows + r, PAIRED ? 2 * rows : rows);
+  for (int r = eights; eights && r < rows; ++r)
+    for (i64 done = 0; done < d; ++done) to[place(done) * rows + r] = x[r][done];
 #endif
   for (; d < depth; ++d)
-    for (int r = 0; r < rows; ++r) to[d * rows + r] = x[r][d];
+    for (int r = 0; r < rows; ++r) to[place(d) * rows + r] = x[r][d];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -436,10 +441,13 @@ void pack_rows(const float* const* x, int rows, i64 depth, float* to) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A packed weight of float32, by what `Linear` asks of it: some panels times a tile of x, [D, rows], row r of it into
-// out[r] + at. ALONE: one tile is all that reads them. (A kind of its own: a loop that decides has too few registers.)
+// out[r] + at. kApart: tiles from which on a weight is taken apart into floats once for all, not by each for itself; 0 is never.
+// kPaired: how rows are packed for it. ALONE: one tile is all that reads them. (A kind of its own: a loop that decides has too few registers.)
 template <bool ALONE>
 struct Floats {
   static constexpr int kRows = ALONE ? ALONE_ROWS : MAX_ROWS;
+  static constexpr i64 kApart = 0;
+  static constexpr bool kPaired = false;
   const float* w;
   i64 D;
   Floats at(i64 panel) const { return {w + panel * D * PANEL, D}; }
@@ -475,6 +483,25 @@ struct Floats {
 };
 
 using Float32 = Floats<false>;
+
+// Panels of another kind that were taken apart, into floats once for several tiles; their outputs' scales, if those are left.
+struct Apart {
+  static constexpr int kRows = MAX_ROWS;
+  Float32 floats;
+  const float* scales;
+  float unit;
+  Apart at(i64 panel) const { return {floats.at(panel), scales ? scales + panel * PANEL : nullptr, unit}; }
+
+  template <int MR, int NP>
+  void micro(const float* x, float* const* out, i64 at, Ahead& ahead) const {
+    floats.template micro<MR, NP>(x, out, at, ahead);
+    for (int r = 0; scales && r < MR; ++r)
+      for (int c = 0; c < NP * VECTORS; ++c) {
+        float* sum = out[r] + at + c * LANES;
+        store(sum, load(sum) * (load(scales + c * LANES) * unit));
+      }
+  }
+};
 
 // LANES small integers, each in an int. (Left to the vector types' own conversion, GCC takes them apart one by one.)
 #if defined(__AVX512F__)
@@ -524,8 +551,19 @@ struct Bytes {
   const float* scales;
   i64 D, each;
   static constexpr int kRows = ALONE_ROWS;
+  static constexpr i64 kApart = 5;
+  static constexpr bool kPaired = false;
   Bytes alone() const { return *this; }
   Bytes at(i64 panel) const { return {w + panel * D * PANEL, scales + panel * (D / each) * PANEL, D, each}; }
+
+  Apart apart(i64 count, float* to) const {
+    const Value* from = w;
+    for (i64 g = 0; g < count * (D / each); ++g)
+      for (i64 d = 0; d < each; ++d, from += PANEL, to += PANEL)
+        for (int c = 0; c < PANEL; c += LANES)
+          store(to + c, each == D ? value(from + c) : value(from + c) * (load(scales + g * PANEL + c) * one));
+    return {{to - count * D * PANEL, D}, each == D ? scales : nullptr, one};
+  }
 
   template <int MR, int NP>
   void micro(const float* x, float* const* out, i64 at, Ahead&) const {
@@ -533,7 +571,6 @@ struct Bytes {
   }
   template <int MR, int NP, bool Grouped>
   void sums(const float* x, float* const* out, i64 at) const {
-    constexpr float one = unit(static_cast<const Value*>(nullptr));
     const i64 groups = Grouped ? D / each : 1;
     auto scale = [&](int c, i64 g) { return load(scales + (c / VECTORS * groups + g) * PANEL + c % VECTORS * LANES) * one; };
     vec acc[MR][NP * VECTORS] = {}, shared[NP * VECTORS];
@@ -553,6 +590,9 @@ struct Bytes {
         store(out[r] + at + c * LANES, Grouped ? acc[r][c] : acc[r][c] * scale(c, 0));
   }
   void add(i64, Ahead&) const {}
+
+ private:
+  static constexpr float one = unit(static_cast<const Value*>(nullptr));
 };
 
 template <class Value>
@@ -577,16 +617,29 @@ inline Pair pair(const uint8_t* p) {
 inline vec from_bfloat16(const uint16_t* p) { return (vec)(wide(p) << 16); }
 
 // Values of 4 bits [panels, D/2, 16], input i of a group of GROUP beside input i + GROUP/2, with bfloat16 scales and floors
-// [panels, D/GROUP, 16]; models/quantize.py makes them.
+// [panels, D/GROUP, 16]; models/quantize.py makes them. Rows are packed in pairs, too.
 struct Int4 {
   const uint8_t* w;
   const uint16_t *scales, *floors;
   i64 D;
   static constexpr int kRows = ALONE_ROWS;
+  static constexpr i64 kApart = 3;
+  static constexpr bool kPaired = true;
   Int4 alone() const { return *this; }
   Int4 at(i64 panel) const {
     const i64 group = panel * (D / GROUP) * PANEL;
     return {w + panel * (D / 2) * PANEL, scales + group, floors + group, D};
+  }
+  Apart apart(i64 count, float* to) const {
+    const uint8_t* from = w;
+    for (i64 g = 0; g < count * (D / GROUP); ++g)
+      for (i64 i = 0; i < GROUP / 2; ++i, from += PANEL, to += 2 * PANEL)
+        for (int c = 0; c < PANEL; c += LANES) {
+          const vec scale = from_bfloat16(scales + g * PANEL + c), floor = from_bfloat16(floors + g * PANEL + c);
+          const Pair two = pair(from + c);
+          store(to + c, two.low * scale + floor), store(to + PANEL + c, two.high * scale + floor);
+        }
+    return {{to - count * D * PANEL, D}, nullptr, 1.0f};
   }
 
   template <int MR, int NP>
@@ -603,8 +656,8 @@ struct Int4 {
         for (int c = 0; c < NP * VECTORS; ++c) {
           const Pair two = pair(w + (c / VECTORS * (D / 2) + g * (GROUP / 2) + i) * PANEL + c % VECTORS * LANES);
           const vec low = two.low * scale[c] + floor[c], high = two.high * scale[c] + floor[c];
-          for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[i * MR + r]) * low;
-          for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[(i + GROUP / 2) * MR + r]) * high;
+          for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[2 * i * MR + r]) * low;
+          for (int r = 0; r < MR; ++r) acc[r][c] += splat(x[(2 * i + 1) * MR + r]) * high;
         }
     }
 #pragma GCC unroll 16
@@ -661,7 +714,8 @@ struct Linear {
 
   // Tiles of x as [D, rows], one behind the other.
   void pack(float* to, i64 begin, i64 end) const {
-    for (i64 i = begin; i < end; ++i) pack_rows(&rows.x[cut.begin(i)], cut.size(i), D, to + cut.begin(i) * D);
+    for (i64 i = begin; i < end; ++i)
+      pack_rows<W::kPaired>(&rows.x[cut.begin(i)], cut.size(i), D, to + cut.begin(i) * D);
   }
 
   void run(const float* packed, Piece piece) const {
@@ -672,31 +726,32 @@ struct Linear {
         w.at(p + count).add(std::min(group, piece.stop - p - count), ahead);
         ahead.each = static_cast<int>((8 * group + cut.tiles - 1) / cut.tiles);
       }
-      const bool narrow = (p + count) * PANEL > N;  // the last panel is wider than what is left of a row of y
-      for (i64 i = 0; i < cut.tiles; ++i)
-        narrow ? run_narrow(i, packed, p, count) : product(i, packed, p, count, &rows.y[cut.begin(i)], p * PANEL, ahead);
+      auto tiles = [&](const auto& panels) { run_tiles(panels, packed, p, count, ahead); };
+      if (cut.tiles == 1)
+        tiles(w.at(p).alone());
+      else if (!W::kApart || cut.tiles < W::kApart)
+        tiles(w.at(p));
+      else if constexpr (W::kApart > 0)
+        tiles(w.at(p).apart(count, scratch(kWeights, group * D * PANEL)));
     }
     const i64 from = piece.begin * PANEL, floats = std::min(piece.end * PANEL, N) - from;
     for (size_t i = rows.computed; i < rows.y.size(); ++i) std::memset(rows.y[i] + from, 0, floats * sizeof(float));
   }
 
  private:
-  void run_narrow(i64 tile, const float* packed, i64 p, i64 count) const {
+  template <class Panels>
+  void run_tiles(const Panels& panels, const float* packed, i64 p, i64 count, Ahead& ahead) const {
+    const bool narrow = (p + count) * PANEL > N;  // the last panel is wider than what is left of a row of y
     alignas(64) float spare[ALONE_ROWS][4 * PANEL];
-    float* out[ALONE_ROWS];
-    for (int r = 0; r < ALONE_ROWS; ++r) out[r] = spare[r];
-    Ahead none;
-    product(tile, packed, p, count, out, 0, none);
-    for (int r = 0; r < cut.size(tile); ++r)
-      std::memcpy(rows.y[cut.begin(tile) + r] + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
-  }
-  void product(i64 tile, const float* packed, i64 p, i64 count, float* const* out, i64 at, Ahead& ahead) const {
-    auto run = [&](const auto& panels) {
-      using Panels = std::decay_t<decltype(panels)>;
-      run_rows(cut.size(tile), panels, packed + cut.begin(tile) * D, count, out, at, ahead,
+    float* apart[ALONE_ROWS];
+    for (int r = 0; r < ALONE_ROWS; ++r) apart[r] = spare[r];
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      float* const* out = &rows.y[cut.begin(i)];
+      run_rows(cut.size(i), panels, packed + cut.begin(i) * D, count, narrow ? apart : out, narrow ? 0 : p * PANEL, ahead,
                std::make_integer_sequence<int, Panels::kRows>());
-    };
-    cut.tiles == 1 ? run(w.at(p).alone()) : run(w.at(p));
+      for (int r = 0; narrow && r < cut.size(i); ++r)
+        std::memcpy(out[r] + p * PANEL, spare[r], (N - p * PANEL) * sizeof(float));
+    }
   }
 };
 
@@ -706,7 +761,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, W w, float* y, i64 T, i64 D
   const Rows rows(x, y, T, D, N);
   if (rows.computed == 0 || N == 0) return (void)std::memset(y, 0, T * N * sizeof(float));
   const Linear<W> job{w, D, N, rows};
-  const float* shared = rows.computed == 1 ? rows.x[0] : nullptr;
+  const float* shared = rows.computed == 1 && !W::kPaired ? rows.x[0] : nullptr;
   const bool each = !shared && rows.computed <= 64;  // every worker packs for itself: cheaper than waiting for each other
   if (rows.computed > 64) {
     float* packed = scratch(kRows, rows.computed * D);
