@@ -49,6 +49,7 @@ using I32x2 = ffi::Buffer<ffi::S32, 2>;
 constexpr int PANEL = 16;  // outputs of a packed weight that lie side by side; models/spec.py has the same number
 constexpr int GROUP = 32;  // inputs that share a scale in a weight of 4 bits; from there, too
 constexpr int KEYS = 64;   // keys of one softmax block
+constexpr int64_t APART_FLOATS = 1 << 18;  // what a second cache holds: of more weights each tile takes its own apart
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, BUDGET = 24, MAX_ROWS = 8, ALONE_ROWS = 16, QUERY_ROWS = 6;
@@ -442,7 +443,8 @@ void pack_rows(const float* const* x, int rows, i64 depth, float* to) {
 
 // A packed weight of float32, by what `Linear` asks of it: some panels times a tile of x, [D, rows], row r of it into
 // out[r] + at. kApart: tiles from which on a weight is taken apart into floats once for all, not by each for itself; 0 is never.
-// kPaired: how rows are packed for it. ALONE: one tile is all that reads them. (A kind of its own: a loop that decides has too few registers.)
+// kPaired: how rows are packed for it. ALONE: one tile is all that reads them. (A kind of its own: a loop that decides has too
+// few registers.)
 template <bool ALONE>
 struct Floats {
   static constexpr int kRows = ALONE ? ALONE_ROWS : MAX_ROWS;
@@ -729,7 +731,7 @@ struct Linear {
       auto tiles = [&](const auto& panels) { run_tiles(panels, packed, p, count, ahead); };
       if (cut.tiles == 1)
         tiles(w.at(p).alone());
-      else if (!W::kApart || cut.tiles < W::kApart)
+      else if (!W::kApart || cut.tiles < W::kApart || group * D * PANEL > APART_FLOATS)
         tiles(w.at(p));
       else if constexpr (W::kApart > 0)
         tiles(w.at(p).apart(count, scratch(kWeights, group * D * PANEL)));

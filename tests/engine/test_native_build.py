@@ -110,7 +110,9 @@ def test_no_jump_lies_across_32_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(built, Built)
     library = ctypes.CDLL(str(built.path))
     begin, end = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in "fg")
-    assert begin is not None and end is not None and end - begin > 31 + 2
+    assert begin is not None
+    assert end is not None
+    assert end - begin > 31 + 2
 
 
 @needs_compiler
