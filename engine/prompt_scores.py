@@ -23,23 +23,22 @@ def block_rows(lanes: int) -> int:
 
 
 def prompt_scores(
-    read: Callable[[], jax.Array],
+    hidden: jax.Array,
     targets: jax.Array,
     alternatives: jax.Array,
     head: Callable[[jax.Array], jax.Array],
     rows: int,
     layout: Layout,
 ) -> jax.Array:
-    """`read` gives hidden [T, D], if anybody asks; targets int32[T] (the token that follows each; -1 where nobody asks), how
-    many alternatives to report -> int32[T, SCORE_WIDTH], floats by their bits. `head` makes float32[rows, V] of logits from
-    [rows, D]."""
-    tokens = targets.shape[0]
+    """hidden [T, D], targets int32[T] (the token that follows each; -1 where nobody asks), how many alternatives to
+    report -> int32[T, SCORE_WIDTH], floats by their bits. `head` makes float32[rows, V] of logits from [rows, D]."""
+    tokens = hidden.shape[0]
     rows = min(rows, tokens)
     wanted = targets >= 0
     nothing = jnp.zeros((tokens, SCORE_WIDTH), jnp.int32)
 
-    def compute() -> jax.Array:
-        hidden = layout.everywhere(read())
+    def compute(hidden: jax.Array) -> jax.Array:
+        hidden = layout.everywhere(hidden)
 
         def block(index: jax.Array, scores: jax.Array) -> jax.Array:
             at = jnp.minimum(index * rows, tokens - rows)  # the last block may take up some of the one before
@@ -51,7 +50,7 @@ def prompt_scores(
         first, last = jnp.argmax(wanted), tokens - 1 - jnp.argmax(wanted[::-1])
         return jax.lax.fori_loop(first // rows, last // rows + 1, block, nothing)
 
-    return jax.lax.cond(wanted.any(), compute, lambda: nothing)
+    return jax.lax.cond(wanted.any(), compute, lambda hidden: nothing, hidden)
 
 
 def _score(logits: jax.Array, target: jax.Array, alternatives: jax.Array, layout: Layout) -> jax.Array:

@@ -127,7 +127,7 @@ def step(
         adapters=whole.adapter,
     )
     # A decode alone samples after every token it has.
-    read = hidden() if prompts is None else hidden(whole.end)
+    read = hidden if prompts is None else hidden[whole.end]
     read = jnp.where(whole.samples[:, None], read, 0)  # kernels on CPUs compute nothing for zeros
     logits = decoder.logits(read, b.kernels)
     previous = whole.tokens[whole.end]
@@ -150,7 +150,7 @@ def step(
     if prompts is not None:
         state = _take_in(state, prompts)
         scores = prompt_scores(
-            lambda: hidden(slice(size.rows, None)),
+            hidden[size.rows :],
             prompts.targets,
             prompts.prompt_top.max(),
             lambda x: decoder.logits(x, b.kernels),

@@ -99,8 +99,7 @@ def read_texts(
     @partial(jax.jit, donate_argnums=1)
     def think(params: Params, kv, tokens: jax.Array, batch: PagedBatch):
         decoder = b.graph.merge(params[: len(b.graph.specs)])
-        read, kv = decoder(tokens, batch, kv, b.kernels, place.constrain, one_token_rows=0)
-        hidden = read()
+        hidden, kv = decoder(tokens, batch, kv, b.kernels, place.constrain, one_token_rows=0)
         likeliest = jnp.argmax(decoder.logits(hidden, b.kernels), axis=1)
         return kv, place.everywhere((hidden.astype(jnp.float16), likeliest))
 

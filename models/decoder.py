@@ -5,10 +5,9 @@ Modules describe the network and its parameters. They are split once, at start, 
 positions, KV). Knows nothing of lanes, sampling or where kernels come from.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,30 +65,20 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple[jax.Array, KvLayer]:
         """x [T, D] -> the same, with this layer's keys and values written."""
-        attended, kv = self.attend(x, kv, step)
-        return self.finish(attended, step.kernels), kv
-
-    def attend(self, x: jax.Array, kv: KvLayer, step: "_Step") -> tuple["Attended", KvLayer]:
-        """All that needs other tokens: x [T, D] -> what `finish` takes, with this layer's keys and values written."""
-        read = _through(self.attn_norm, x, step.kernels)
+        through = partial(_through, kernels=step.kernels)
+        read = through(self.attn_norm, x)
         attend = partial(self._attend, kv=kv, step=step)
         if self.latent is None:
-            values, kv = self._attention(read, attend, step)
+            attended, kv = self._attention(read, attend, step)
         else:
-            values, kv = self.latent(read, attend, step.rotation, step.kernels, step.adapters)
-        return Attended(x, read, values, step.batch.positions >= 0, step.adapters), kv
-
-    def finish(self, attended: "Attended", kernels: Kernels) -> jax.Array:
-        """The rest, each token for itself -> [T, D]."""
-        through = partial(_through, kernels=kernels)
-        x, read, values, there, adapters = attended
-        out = self._added(through(self.attn_post_norm, self.out(values, kernels, adapters)))
+            attended, kv = self.latent(read, attend, step.rotation, step.kernels, step.adapters)
+        attended = self._added(through(self.attn_post_norm, self.out(attended, step.kernels, step.adapters)))
         if not self.config.parallel:
-            x = x + out
+            x = x + attended
         if not self.config.shared_norm:
             read = through(self.mlp_norm, x)
-        fed = self._added(through(self.mlp_post_norm, self._feed_forward(read, there, adapters, kernels)))
-        return x + (out + fed if self.config.parallel else fed)
+        fed = self._added(through(self.mlp_post_norm, self._feed_forward(read, step)))
+        return x + (attended + fed if self.config.parallel else fed), kv
 
     def _added(self, branch: jax.Array) -> jax.Array:
         scale = self.config.residual_scale
@@ -130,31 +119,15 @@ class Layer(nnx.Module):
         flat = x.reshape(len(x), -1) if self.config.qk_norm == "row" else x
         return head_norm(flat, kernels).reshape(x.shape)
 
-    def _feed_forward(
-        self, x: jax.Array, there: jax.Array, adapters: jax.Array | None, kernels: Kernels
-    ) -> jax.Array:
+    def _feed_forward(self, x: jax.Array, step: "_Step") -> jax.Array:
         if self.experts is not None:
-            return self.experts(x, there, kernels)
+            return self.experts(x, step.batch.positions >= 0, step.kernels)
         if not self.config.gated:
             activate = ACTIVATIONS[self.config.activation]
-            return self.down(activate(self.up(x, kernels, adapters)), kernels, adapters)
-        gate_up = self.gate_up(x, kernels, adapters).reshape(x.shape[0], 2, self.config.ffn_size)
-        return self.down(gated(self.config, gate_up, kernels), kernels, adapters)
-
-
-class Attended(NamedTuple):
-    """A layer half way: what its attention made, from where each of the T tokens goes on alone."""
-
-    x: jax.Array
-    """[T, D]: the stream before the layer."""
-    read: jax.Array
-    """[T, D]: the same behind the layer's first norm."""
-    values: jax.Array
-    """[T, heads * value size]"""
-    there: jax.Array
-    """bool[T]: it is no padding."""
-    adapters: jax.Array | None
-    """See `_Step`."""
+            up = self.up(x, step.kernels, step.adapters)
+            return self.down(activate(up), step.kernels, step.adapters)
+        gate_up = self.gate_up(x, step.kernels, step.adapters).reshape(x.shape[0], 2, self.config.ffn_size)
+        return self.down(gated(self.config, gate_up, step.kernels), step.kernels, step.adapters)
 
 
 def _head_norm(c: ModelConfig, style: Style, members: int) -> Any:
@@ -200,10 +173,6 @@ def _run_layer(
     return nnx.merge(graph, params)(x, kv, step)
 
 
-Hidden = Callable[..., jax.Array]
-"""See `Decoder.__call__`."""
-
-
 class Decoder(nnx.Module):
     """The whole network. Build it with `DecoderGraph.of`."""
 
@@ -232,10 +201,9 @@ class Decoder(nnx.Module):
         *,
         one_token_rows: int,
         adapters: jax.Array | None = None,
-    ) -> tuple[Hidden, tuple[KvLayer, ...]]:
-        """tokens int32[T] at their rows and positions -> (hidden, the new KV). `hidden(at)`, for int32[R] or a slice, is
-        [R, D] after the last norm of those tokens: the last layer's products are computed for what is asked for alone, for of
-        a prompt that is a token of hundreds. `adapters` int32[T]: the number of each token's adapter from 1 up, 0 for none."""
+    ) -> tuple[jax.Array, tuple[KvLayer, ...]]:
+        """tokens int32[T] at their rows and positions -> (hidden [T, D] after the last norm, the new KV). `adapters` int32[T]:
+        the number of each token's adapter from 1 up, 0 for none."""
         turns = self.config.rope_theta is not None
         step = _Step(
             batch,
@@ -247,18 +215,11 @@ class Decoder(nnx.Module):
         )
         x = constrain(self._embedded(tokens, batch, kernels), ("tokens", None))
         new_kv = []
-        *layers, last = self.layers
-        for layer, layer_kv in zip(layers, kv):
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, layer_kv = _run_layer(*nnx.split(layer), x, layer_kv, step)
             x = constrain(x, ("tokens", None))
             new_kv.append(layer_kv)
-        attended, layer_kv = last.attend(x, kv[-1], step)
-
-        def hidden(at: jax.Array | slice = slice(None)) -> jax.Array:
-            each = jax.tree.map(lambda of_token: of_token[at], attended)
-            return self.norm(constrain(last.finish(each, kernels), ("tokens", None)), kernels)
-
-        return hidden, (*new_kv, layer_kv)
+        return self.norm(x, kernels), tuple(new_kv)
 
     def _chosen(self, adapters: jax.Array | None) -> jax.Array | None:
         if adapters is None or self.config.lora is None:

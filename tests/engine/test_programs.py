@@ -164,7 +164,7 @@ def logits_after(blueprint, params: tuple[jax.Array, ...]):
         batch = PagedBatch(jnp.where(at < count, at, -1), jnp.zeros(MOST, jnp.int32), jnp.arange(MOST // PAGE, dtype=jnp.int32)[None])  # fmt: skip
         decoder, kernels = blueprint.graph.merge(params), XlaKernels("cpu")
         hidden, _ = decoder(tokens, batch, kv, kernels, blueprint.placement.constrain, one_token_rows=0)
-        return decoder.logits(hidden(count[None] - 1), kernels)[0]
+        return decoder.logits(hidden[count - 1][None], kernels)[0]
 
     def ask(context: Sequence[int]) -> np.ndarray:
         padded = jnp.array([*context, *[0] * (MOST - len(context))], jnp.int32)

@@ -119,7 +119,7 @@ def test_only_blocks_that_are_asked_for_are_computed(asked: tuple[int, ...], blo
         jax.debug.callback(lambda: computed.append(1))
         return jnp.dot(x, weight, precision="highest")
 
-    run = jax.jit(lambda h, t: prompt_scores(lambda: h, t, jnp.int32(2), head, LEAST_ROWS, ONE_DEVICE))
+    run = jax.jit(lambda h, t: prompt_scores(h, t, jnp.int32(2), head, LEAST_ROWS, ONE_DEVICE))
     rows = np.asarray(run(hidden, targets))
     jax.effects_barrier()
     assert len(computed) == blocks

@@ -112,7 +112,7 @@ def _launch(graph, kernels, one_token_rows, params, kv, tokens, batch, adapters)
     hidden, kv = decoder(
         tokens, batch, kv, kernels, lambda x, axes: x, one_token_rows=one_token_rows, adapters=adapters
     )
-    return decoder.logits(hidden(), kernels), kv
+    return decoder.logits(hidden, kernels), kv
 
 
 def largest_error(ours: np.ndarray, theirs: np.ndarray) -> float:
