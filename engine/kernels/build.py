@@ -6,6 +6,7 @@ damaged one is compiled again rather than loaded, which could kill the process. 
 """
 
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -93,10 +94,11 @@ def _output(command: list[str]) -> str:
 
 
 def _branches(compiler: str, folder: Path) -> list[str]:
-    """That of BRANCHES which this compiler knows, if any."""
+    """The first of BRANCHES that this compiler knows, if any."""
     with tempfile.TemporaryDirectory(dir=folder) as spare:
         nothing = [compiler, "-c", "-x", "c++", os.devnull, "-o", f"{spare}/nothing.o"]
-        return [flag for flag in BRANCHES if _succeeds([*nothing, flag])][:1]
+        known = (flag for flag in BRANCHES if _succeeds([*nothing, flag]))
+        return [*itertools.islice(known, 1)]
 
 
 def _succeeds(command: list[str]) -> bool:

@@ -346,6 +346,8 @@ inline void micro(const float* x, const float* const* pieces, i64 offset, i64 ru
     }
     for (; d < steps; ++d) step();
   }
+  // Without this, here and in the products below, GCC unrolls the loop too late to see that the sums need no memory: it clears
+  // them there with memset, and copies them in and out at each call.
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
     for (int c = 0; c < NP * VECTORS; ++c) store(out + r * stride + c * LANES, acc[r][c]);
