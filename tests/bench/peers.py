@@ -118,9 +118,11 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
     llama = [args.llama_server, "-m", args.gguf, "-np", str(slots), "-c", str(context), "-t", "2", *host]
     # Without continuous batching it answers one request after another.
     torch = [args.transformers, "serve", args.directory, "--dtype", "float32", "--device", "cpu"]
-    # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own.
+    # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own. Its list of models
+    # does not name the one it serves.
     generation = json.dumps({"do_sample": False, "max_new_tokens": args.output_tokens})
-    foreign = {"ignore_eos": None, "stream_options": None, "generation_config": generation}
+    unknown = {"ignore_eos": None, "stream_options": None}
+    foreign = {"model": args.directory, "generation_config": generation, **unknown}
     length = str(max(512, 2 * (args.prompt_tokens + args.output_tokens)))
     vllm = [args.vllm, "serve", args.directory, "--dtype", "float32", "--max-model-len", length]
     return {
