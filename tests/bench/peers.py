@@ -116,8 +116,9 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
     host, slots = ["--host", "127.0.0.1"], args.slots
     context = slots * max(512, 2 * (args.prompt_tokens + args.output_tokens))
     llama = [args.llama_server, "-m", args.gguf, "-np", str(slots), "-c", str(context), "-t", "2", *host]
-    # Without continuous batching it answers one request after another.
+    # Without continuous batching it answers one request after another, and unless told otherwise pages take all memory there is.
     torch = [args.transformers, "serve", args.directory, "--dtype", "float32", "--device", "cpu"]
+    torch += ["--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", str(context // 32)]
     # It refuses fields that it does not know, and knows how to ignore the end of a text only by its own. Its list of models
     # does not name the one it serves.
     generation = json.dumps({"do_sample": False, "max_new_tokens": args.output_tokens})
@@ -128,7 +129,7 @@ def peers(args: argparse.Namespace) -> dict[str, Peer]:
     return {
         "xlane": Peer([sys.executable, "-m", "xlane.server", "serve", "--max-batch-size", str(slots)]),
         "llama.cpp": Peer(llama, "llama.cpp"),
-        "transformers": Peer([*torch, "--continuous-batching", *host], extra_body=foreign),
+        "transformers": Peer([*torch, *host], extra_body=foreign),
         "vllm": Peer([*vllm, "--max-num-seqs", str(slots), *host]),
     }
 
