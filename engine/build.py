@@ -30,7 +30,7 @@ from .buckets import DEFAULTS, SEGMENTS, launch_sizes, most_decode_rows
 from .config import EngineConfig, texts_folder
 from .errors import PlanError
 from .heads import heads_shape, load_heads
-from .kernels.native import native_kernels
+from .kernels.native.calls import native_kernels
 from .kernels.pallas_tpu_rows import LANE as TPU_LANE
 from .manifest import read_manifest
 from .memory import Demand, MemoryPlan, estimate_temp_bytes, machine_bytes, plan_pages

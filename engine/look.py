@@ -14,7 +14,7 @@ from ..models.demo import default_cache_dir
 from ..models.errors import ModelError
 from .config import EngineConfig
 from .errors import EngineError
-from .kernels.native import native_kernels
+from .kernels.native.calls import native_kernels
 from .plan import describe
 
 

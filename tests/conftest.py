@@ -81,7 +81,7 @@ def one_device_env() -> dict[str, str]:
 @pytest.fixture(params=["xla", "native"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Kernels":
     """Both kernels of a CPU."""
-    from xlane.engine.kernels.native import native_kernels
+    from xlane.engine.kernels.native.calls import native_kernels
     from xlane.models.attention import XlaKernels
 
     if request.param == "xla":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from xlane.engine.kernels.native import NativeKernels, native_kernels
+from xlane.engine.kernels.native.calls import NativeKernels, native_kernels
 from xlane.models.kernels import KvLayer, PagedBatch
 from xlane.models.spec import Quantized, pack
 

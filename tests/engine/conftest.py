@@ -12,8 +12,8 @@ from tests.support.few_programs import few_programs
 from tests.support.tiny import tiny_model
 from xlane.engine import EngineConfig, Request, SamplingParams, StepOutput
 from xlane.engine.engine import Engine
-from xlane.engine.kernels.build import COMPILERS
-from xlane.engine.kernels.native import NativeKernels, native_kernels
+from xlane.engine.kernels.native.build import COMPILERS
+from xlane.engine.kernels.native.calls import NativeKernels, native_kernels
 from xlane.engine.local import LocalClient
 from xlane.models.opened import open_model
 

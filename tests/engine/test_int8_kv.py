@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.engine.test_native_kernels import DECODE, PREFILL, Case, fused, laid, make_case, reference
-from xlane.engine.kernels.native import native_kernels
+from xlane.engine.kernels.native.calls import native_kernels
 from xlane.engine.state import Shapes, abstract_kv, held_bytes, page_bytes
 from xlane.models.attention import XlaKernels
 from xlane.models.config import Latent, ModelConfig

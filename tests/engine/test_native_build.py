@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from xlane.engine.kernels import build as building
-from xlane.engine.kernels.build import COMPILERS, Built, build
+from xlane.engine.kernels.native import build as building
+from xlane.engine.kernels.native.build import COMPILERS, Built, build
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in COMPILERS),
@@ -22,9 +22,12 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def tiny_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library that compiles in no time, in the kernels' place."""
-    source = tmp_path / "tiny.cc"
-    source.write_text('extern "C" int answer() { return 42; }\n')
-    monkeypatch.setattr(building, "_SOURCE", source)
+    source = tmp_path / "sources" / "tiny.cc"
+    source.parent.mkdir()
+    source.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }\n')
+    (source.parent / "number.h").write_text("#define NUMBER 42\n")
+    (source.parent / "other.cc").write_text('extern "C" int other() { return 7; }\n')
+    monkeypatch.setattr(building, "_FOLDER", source.parent)
     return source
 
 
@@ -32,7 +35,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from xlane.engine.kernels.native import NativeKernels, native_kernels
+from xlane.engine.kernels.native.calls import NativeKernels, native_kernels
 kernels = native_kernels(Path(sys.argv[1]))
 assert isinstance(kernels, NativeKernels), kernels
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
@@ -81,7 +84,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
 @needs_compiler
 def test_a_failing_compiler_is_a_reason(tmp_path: Path) -> None:
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'native.cc:1: error: out of luck' >&2\nexit 3\n")
+    broken.write_text("#!/bin/sh\necho 'linear.cc:1: error: out of luck' >&2\nexit 3\n")
     broken.chmod(0o755)
     reason = build(tmp_path / "cache", search=str(tmp_path))
     assert isinstance(reason, str)
@@ -103,9 +106,10 @@ def test_built_once_then_found(tiny_source: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a matter of x86 processors")
 def test_no_jump_lies_across_32_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A jump of two bytes behind 31 others is moved."""
-    source = tmp_path / "jump.cc"
+    source = tmp_path / "sources" / "jump.cc"
+    source.parent.mkdir()
     source.write_text('asm(".globl f; .p2align 5; f: .rept 31; nop; .endr; jz g; g: ret; .globl g");')
-    monkeypatch.setattr(building, "_SOURCE", source)
+    monkeypatch.setattr(building, "_FOLDER", source.parent)
     built = build(tmp_path / "cache")
     assert isinstance(built, Built)
     library = ctypes.CDLL(str(built.path))
@@ -125,11 +129,14 @@ def test_a_compiler_that_knows_no_such_option_is_asked_without_it(tiny_source: P
 
 
 @needs_compiler
-def test_the_key_follows_what_the_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_follows_what_the_code_depends_on(tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = next(found for name in COMPILERS if (found := shutil.which(name)))
-    here = building._key(compiler)
+    keys = [building._key(compiler)]
+    (tiny_source.parent / "number.h").write_text("#define NUMBER 43\n")
+    keys.append(building._key(compiler))
     monkeypatch.setattr(building, "_cpu", lambda: "another machine")
-    assert building._key(compiler) != here
+    keys.append(building._key(compiler))
+    assert len({*keys}) == 3
 
 
 @needs_compiler
@@ -147,7 +154,8 @@ def test_a_damaged_library_is_built_again(tiny_source: Path, tmp_path: Path, dam
     assert isinstance(again, Built)
     assert again.path == first.path
     assert again.seconds > 0
-    assert ctypes.CDLL(str(again.path)).answer() == 42
+    library = ctypes.CDLL(str(again.path))
+    assert (library.answer(), library.other()) == (42, 7)
     found = build(tmp_path / "cache")
     assert isinstance(found, Built)
     assert found.seconds == 0

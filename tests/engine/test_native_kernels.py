@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlane.engine.kernels.native import NativeKernels
+from xlane.engine.kernels.native.calls import NativeKernels
 from xlane.models.attention import XlaKernels
 from xlane.models.kernels import Kernels, KvLayer, PagedBatch
 from xlane.models.spec import pack

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlane.engine.kernels.native import SIGMOIDS, NativeKernels
+from xlane.engine.kernels.native.calls import SIGMOIDS, NativeKernels
 from xlane.models import rowwise
 
 SHAPES = [(1, 1), (1, 5), (3, 64), (7, 100), (32, 576), (160, 577)]

@@ -17,7 +17,7 @@ from tests.support.in_bits import Stored, Tensors, in_bits
 from tests.support.tiny import hf_logits, tiny_model
 from xlane.engine import EngineConfig, PlanError
 from xlane.engine.build import design
-from xlane.engine.kernels.native import native_kernels
+from xlane.engine.kernels.native.calls import native_kernels
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
 from xlane.models.errors import CheckpointError, UnsupportedModel

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.rounding import in_bytes, rounded
-from xlane.engine.kernels.native import NativeKernels, native_kernels
+from xlane.engine.kernels.native.calls import NativeKernels, native_kernels
 from xlane.models.config import Experts
 from xlane.models.experts import route
 from xlane.models.grouped import in_turns, ragged

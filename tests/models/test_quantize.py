@@ -12,7 +12,7 @@ import pytest
 from tests.models.test_loader import one_device, opened, split
 from tests.support.rounding import FINITE, in_bytes, rounded
 from tests.support.tiny import tiny_model
-from xlane.engine.kernels.native import native_kernels
+from xlane.engine.kernels.native.calls import native_kernels
 from xlane.models import loader
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph

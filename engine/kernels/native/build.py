@@ -1,4 +1,4 @@
-"""Compiles `native.cc` for the machine at hand and keeps the result.
+"""Compiles the kernels beside it for the machine at hand and keeps the result.
 
 Knows compilers and files; does not load the library and does not know what is in it. The file name carries a hash of
 everything the machine code depends on, and the file ends in a hash of itself: a cached library is never stale, and a
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import jax
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-w")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-pthread", "-w")
 """-ffp-contract=fast: one rounding per multiply-add, everywhere alike. -ffast-math would reorder sums; never here."""
 BRANCHES = ("-Wa,-mbranches-within-32B-boundaries", "-mbranches-within-32B-boundaries")
 """How GNU's assembler and clang are told that no jump may lie across 32 bytes. From Skylake to Cascade Lake the code round such
@@ -28,7 +29,7 @@ a jump is decoded anew each time it runs (Intel's "jump conditional code erratum
 where its loop happened to be put. Other machines' compilers know neither."""
 TIMEOUT_S = 300
 
-_SOURCE = Path(__file__).with_name("native.cc")
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,10 @@ def _intact(path: Path) -> bool:
 
 
 def _key(compiler: str) -> str:
-    source = _SOURCE.read_text(encoding="utf-8")
+    files = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cc", ".h"))
+    sources = [path.read_text(encoding="utf-8") for path in files]
     flags = " ".join((*FLAGS, *BRANCHES))
-    parts = (source, _output([compiler, "--version"]), flags, version("jaxlib"), _cpu())
+    parts = (*sources, _output([compiler, "--version"]), flags, version("jaxlib"), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -93,12 +95,11 @@ def _output(command: list[str]) -> str:
         return ""
 
 
-def _branches(compiler: str, folder: Path) -> list[str]:
+def _branches(compiler: str, folder: str) -> list[str]:
     """The first of BRANCHES that this compiler knows, if any."""
-    with tempfile.TemporaryDirectory(dir=folder) as spare:
-        nothing = [compiler, "-c", "-x", "c++", os.devnull, "-o", f"{spare}/nothing.o"]
-        known = (flag for flag in BRANCHES if _succeeds([*nothing, flag]))
-        return [*itertools.islice(known, 1)]
+    nothing = [compiler, "-c", "-x", "c++", os.devnull, "-o", f"{folder}/nothing.o"]
+    known = (flag for flag in BRANCHES if _succeeds([*nothing, flag]))
+    return [*itertools.islice(known, 1)]
 
 
 def _succeeds(command: list[str]) -> bool:
@@ -112,29 +113,46 @@ def _compile(compiler: str, path: Path) -> Built | str:
     start = time.perf_counter()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-        os.close(handle)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.stem, suffix=".partial") as folder:
+            reason = _link(compiler, folder, f"{folder}/library")
+            if reason is not None:
+                return reason
+            _keep(Path(folder, "library"), path)
     except OSError as error:
         return f"cannot write to {path.parent}: {error.strerror}"
-    partial = Path(name)
-    try:
-        flags = [*FLAGS, *_branches(compiler, path.parent), "-isystem", jax.ffi.include_dir()]
-        command = [compiler, *flags, str(_SOURCE), "-o", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines()
-            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            return f"{compiler} failed with status {done.returncode}: {first}"
-        with partial.open("r+b") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)  # behind the end of the ELF file, where nobody else looks
-        os.chmod(name, 0o755)
-        # Whoever else compiles the same thing at this moment gets the same file: last one in wins, nobody sees a half.
-        os.replace(partial, path)
-    except subprocess.TimeoutExpired:
-        return f"{compiler} did not finish within {TIMEOUT_S} s"
-    except OSError as error:
-        return f"{compiler} could not be run: {error.strerror}"
-    finally:
-        partial.unlink(missing_ok=True)
     return Built(path, time.perf_counter() - start)
+
+
+def _link(compiler: str, folder: str, library: str) -> str | None:
+    """Compile each source by itself, side by side, and make a library of them -> why that failed."""
+    flags = [*FLAGS, *_branches(compiler, folder), "-isystem", jax.ffi.include_dir()]
+    sources = sorted(_FOLDER.glob("*.cc"), key=lambda source: -source.stat().st_size)
+    objects = [f"{folder}/{source.stem}.o" for source in sources]
+    commands = [[compiler, *flags, "-c", str(source), "-o", to] for source, to in zip(sources, objects)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as several:
+        reasons = [*several.map(_reason, commands)]
+    link = [compiler, "-shared", "-pthread", *objects, "-o", library]
+    return next(filter(None, reasons), None) or _reason(link)
+
+
+def _reason(command: list[str]) -> str | None:
+    """Run a compiler -> why it failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} did not finish within {TIMEOUT_S} s"
+    except OSError as error:
+        return f"{command[0]} could not be run: {error.strerror}"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+    return f"{command[0]} failed with status {done.returncode}: {first}"
+
+
+def _keep(library: Path, path: Path) -> None:
+    with library.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)  # behind the end of the ELF file, where nobody else looks
+    # Whoever else compiles the same thing at this moment gets the same file: last one in wins, nobody sees a half.
+    os.replace(library, path)

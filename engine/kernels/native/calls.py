@@ -1,6 +1,6 @@
 """The native CPU kernels as JAX sees them: `Kernels` by way of XLA's FFI.
 
-Knows the library's functions and their shapes; not how they work (`native.cc`) nor how they were compiled (`build.py`).
+Knows the library's functions and their shapes; not how they work nor how they were compiled (`build.py`).
 float32 only, one device only. Importing does nothing: `native_kernels` compiles, loads and registers.
 """
 
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...models import rowwise
-from ...models.attention import XlaKernels
-from ...models.config import Activation
-from ...models.kernels import AnyPool, KvLayer, PagedBatch, Weight
-from ...models.spec import PANEL, Quantized
+from ....models import rowwise
+from ....models.attention import XlaKernels
+from ....models.config import Activation
+from ....models.kernels import AnyPool, KvLayer, PagedBatch, Weight
+from ....models.spec import PANEL, Quantized
 from .build import build
 
 # Part of every compiled program that calls them, also of those in the persistent cache: count up when a signature changes.
@@ -51,7 +51,7 @@ _registered: list["NativeKernels"] = []  # XLA takes a target's name once per pr
 
 @dataclass(frozen=True, slots=True)
 class NativeKernels(AnyPool):
-    """`models.kernels.Kernels`, computed by `native.cc`. A row's result is the same bits whatever shares its launch."""
+    """`models.kernels.Kernels`, computed by the C++ beside it. A row's result is the same bits whatever shares its launch."""
 
     name: str
     compile_s: float
