@@ -17,8 +17,8 @@ HEADING = """# Models
 Written from the registry by `python -m xlane.models.catalogue > docs/models.md`; a test says when it is out of date.
 
 A model is known by `architectures` in its config.json. Every key there is understood, known to be harmless, or refused by
-name; so is every tensor. All families run on one decoder, with paged KV, over every mesh that divides their key and value
-heads.
+name; so is every tensor. A key that transformers does not read of such a model either, as published files carry, is told of at
+start. All families run on one decoder, with paged KV, over every mesh that divides their key and value heads.
 
 Each family is tried on tiny random models against transformers: the logits of prefills (in chunks, beside another
 sequence) and of decodes over page borders agree to 1e-4 of the largest, with weights packed for the native CPU kernels and

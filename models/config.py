@@ -89,6 +89,8 @@ class Experts:
     mixer_jitter: float = 0.0
     """SparseMixer looks at the best expert and those that are worse by at most twice this part."""
     router_bias: bool = False
+    wide_router: bool = False
+    """Which experts a token takes is computed in float32, whatever the rest is in (DeepSeek)."""
     bias: bool = False
     """Biases on both projections of each expert."""
     shared_ffn_size: int = 0

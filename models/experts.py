@@ -4,6 +4,7 @@ Tokens are put in order of their experts, so that each expert's are one block of
 does this for the experts it holds. Knows no tokens' requests, and not how groups are multiplied (`kernels.py`).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +24,9 @@ class RoutedFeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, experts: Experts, style: Style) -> None:
         d, x, f = config.hidden_size, experts.count, experts.ffn_size
         self.config, self.choice = config, experts
-        self.router = Linear((x, d), (None, None), experts.router_bias, style.unquantized())
+        router_style = style.unquantized()
+        router_style = replace(router_style, dtype="float32") if experts.wide_router else router_style
+        self.router = Linear((x, d), (None, None), experts.router_bias, router_style)
         # In float32 whatever the rest is: what it decides between differs by less than bfloat16 tells apart.
         self.choice_bias = param((x,), (None,), "float32") if experts.choice_bias else None
         self.gate_up = Stack((x, 2, f, d), experts.bias, style)
@@ -36,7 +39,8 @@ class RoutedFeedForward(nnx.Module):
     def __call__(self, x: jax.Array, real: jax.Array, kernels: Kernels) -> jax.Array:
         """x [T, D], of which the rows that are `real` bool[T] count -> [T, D]."""
         bias = None if self.choice_bias is None else self.choice_bias[...]
-        chosen, shares = route(self.router(x, kernels).astype(jnp.float32), self.choice, bias)
+        asking = x.astype(jnp.float32) if self.choice.wide_router else x
+        chosen, shares = route(self.router(asking, kernels).astype(jnp.float32), self.choice, bias)
         # Padding goes to no expert: each one that is met is read from memory.
         chosen = jnp.where(real[:, None], chosen, self.choice.count)
         stacks = (*self.gate_up.arrays(), *self.down.arrays())

@@ -27,7 +27,7 @@ _TRAINING = (
     "task_type", "base_model_name_or_path", "auto_mapping", "revision", "inference_mode", "init_lora_weights",
     "lora_dropout", "loftq_config", "eva_config", "corda_config", "megatron_config", "megatron_core", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "peft_version", "runtime_config", "ensure_weight_tying",
-    "arrow_config", "fan_in_fan_out",
+    "arrow_config", "fan_in_fan_out", "qalora_group_size",
 )  # fmt: skip
 """How it was trained, and what its tensors say themselves."""
 

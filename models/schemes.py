@@ -173,9 +173,9 @@ def _awq(fields: Fields) -> Schemes:
 
 def _compressed_tensors(fields: Fields) -> Schemes:
     fields.skip("global_compression_ratio", "version")
-    fields.one_of(
-        "quantization_status", fields.text("quantization_status", default="compressed"), "compressed"
-    )
+    # Older tools wrote frozen and compressed all the same: which it is, tensors say.
+    status = fields.text("quantization_status", default="compressed")
+    fields.one_of("quantization_status", status, "compressed", "frozen")
     form = fields.text("format", default="pack-quantized")
     for key in ("sparsity_config", "transform_config"):
         if fields.table(key):

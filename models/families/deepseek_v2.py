@@ -129,6 +129,7 @@ def routed(
         ffn_size=size,
         shared_ffn_size=size * shared,
         share_scale=scale,
+        wide_router=True,
         layers=() if all(sparse) else sparse,
         **how,
     )

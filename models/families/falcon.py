@@ -53,7 +53,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rope_theta=None if alibi else 10000.0,
     )
     if alibi:
-        fields.skip("rope_theta")
+        fields.skip("rope_theta", "rope_parameters")
     scale = (hidden // heads) ** -0.5
     read["kv_heads"] = read["kv_heads"] if newer else 1 if one_head else heads
     result = ModelConfig(

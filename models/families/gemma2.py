@@ -38,9 +38,14 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         window_layers=window_layers,
         post_norms=True,
         attention_scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
-        attention_softcap=fields.optional_number("attn_logit_softcapping"),
-        logits_softcap=fields.optional_number("final_logit_softcapping"),
+        attention_softcap=_softcap(fields, "attn_logit_softcapping", 50.0),
+        logits_softcap=_softcap(fields, "final_logit_softcapping", 30.0),
         **gemma(fields, kv_heads=4),
     )
     fields.finish()
     return result
+
+
+def _softcap(fields: Fields, key: str, default: float) -> float | None:
+    """Absent means transformers' default, null means none."""
+    return fields.optional_number(key) if fields.has(key) else default

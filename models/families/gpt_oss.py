@@ -34,6 +34,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     skip_training(fields)
     # Other names of what is read below.
     fields.skip("experts_per_token", "initial_context_length", "hidden_act")
+    fields.one_of("swiglu_alpha", fields.number("swiglu_alpha", 1.702), 1.702)
     layers, bias = fields.integer("num_hidden_layers"), fields.flag("attention_bias", True)
     types = fields.per_layer("layer_types", layers) or tuple(
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)

@@ -1,15 +1,22 @@
-"""Reading a Hugging Face config.json without guessing: every key is asked for, known to be harmless, or refused.
+"""Reading a Hugging Face config.json without guessing: every key is asked for, known to be harmless, unknown to transformers
+too, or refused.
 
 Knows what keys mean to transformers 4 and 5 alike; not what a family does with them (`llama.py` …), nor the
 tensors (`hf_names.py`).
 """
 
+import inspect
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from ..config import Activation
 from ..errors import UnsupportedModel
-from .hf_keys import HARMLESS, IGNORABLE
+from ..unadvised import unadvised
+from .hf_keys import HARMLESS, IGNORABLE, MEANINGFUL
+
+logger = logging.getLogger(__name__)
 
 ACTIVATION_NAMES: Mapping[str, Activation] = {
     "silu": "silu",
@@ -57,6 +64,10 @@ class Fields:
         if type(value) not in (int, float) or not value > 0:
             raise self.refusal(key, value, "a positive number is expected")
         return float(value)
+
+    def has(self, key: str) -> bool:
+        """Whether it is there, if only as null."""
+        return key in self._config
 
     def optional_number(self, key: str) -> float | None:
         """A positive number, or None when absent or null."""
@@ -154,13 +165,17 @@ class Fields:
         self._taken.update(keys)
 
     def finish(self) -> None:
-        """Refuse every key that was neither taken nor harmless."""
+        """Refuse every key that was neither taken nor harmless. What transformers does not read of such a model either, as
+        files carry that somebody's own code once read, is told of and left alone."""
         for key, value in self._config.items():
             if key in self._taken or key in IGNORABLE or value is None:
                 continue
             if key in HARMLESS and value == HARMLESS[key]:
                 continue
-            raise self.refusal(key, value, _advice(key))
+            if key in MEANINGFUL or _is_read_by_transformers(key, self._config.get("model_type")):
+                raise self.refusal(key, value, _advice(key))
+            unread = "%s: %s = %.200r: neither transformers nor xlane reads it of such a model"
+            logger.warning(unread, self._where, key, value)
 
     def _take(self, key: str, default: Any) -> Any:
         self._taken.add(key)
@@ -177,6 +192,25 @@ class Fields:
             return UnsupportedModel(f"{self._where}: {key} is missing; {why}")
         shown = repr(value)
         return UnsupportedModel(f"{self._where}: {key} = {shown[:200]}: {why}")
+
+
+def _is_read_by_transformers(key: str, model_type: str | None) -> bool:
+    """Whether its configuration of this kind of model takes the key; of a kind that it does not know all may be read."""
+    known = _keys_of_transformers(model_type)
+    return known is None or key in known
+
+
+@cache
+def _keys_of_transformers(model_type: str | None) -> frozenset[str] | None:
+    with unadvised():  # a second's import, for what is rarely asked
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    if model_type not in CONFIG_MAPPING:
+        return None
+    theirs = CONFIG_MAPPING[model_type]
+    names = set(theirs.attribute_map)
+    for part in theirs.__mro__:
+        names |= {*inspect.signature(part.__init__).parameters, *vars(part).get("__annotations__", {})}
+    return frozenset(names)
 
 
 def _advice(key: str) -> str:

@@ -1,6 +1,7 @@
 """Keys of a Hugging Face config.json that need not be read: those without effect, and those with one harmless value.
 
-Data. A key in neither list, and read by no family, is refused.
+Data. A key in neither list, that its family does not read, is refused if transformers reads it, or if it changes other families'
+networks.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ IGNORABLE = frozenset(
         "residual_dropout",
         "hidden_dropout",
         "classifier_dropout",
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
         "layerdrop",
         "dropout",
         "pad_token_id",
@@ -36,6 +39,8 @@ IGNORABLE = frozenset(
         # text
         "tokenizer_class",
         "vocab_file",
+        "tokenizer_name",
+        "model_max_length",
         "prefix",
         "finetuning_task",
         "task_specific_params",
@@ -43,6 +48,8 @@ IGNORABLE = frozenset(
         "id2label",
         "label2id",
         "num_labels",
+        "_num_labels",
+        "custom_pipelines",
         # what the library hands back
         "return_dict",
         "output_attentions",
@@ -93,6 +100,11 @@ IGNORABLE = frozenset(
 HARMLESS: Mapping[str, Any] = {
     "hidden_act": "silu",
     "rope_interleaved": False,
+    "use_mrope": False,
+    "use_qk_norm": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "apply_residual_connection_post_layernorm": False,
     "partial_rotary_factor": 1.0,
     "use_bidirectional_attention": False,
     "is_encoder_decoder": False,
@@ -103,3 +115,26 @@ HARMLESS: Mapping[str, Any] = {
     "use_bfloat16": False,
     "tf_legacy_loss": False,
 }
+
+# Keys that change other families' networks. Where one is beside a family that knows nothing of it somebody meant something.
+MEANINGFUL = frozenset(
+    {
+        "sliding_window",
+        "layer_types",
+        "attention_multiplier",
+        "embedding_multiplier",
+        "residual_multiplier",
+        "logits_scaling",
+        "logit_scale",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "alibi",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "kv_lora_rank",
+        "auto_map",
+        *HARMLESS,
+    }
+)

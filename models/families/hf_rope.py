@@ -13,16 +13,18 @@ KINDS = "default, dynamic, linear, llama3, longrope, yarn"
 class Rope:
     """`rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5), with the context they make."""
 
-    def __init__(self, fields: Fields, default_theta: float, *, width: int, max_positions: int) -> None:
+    def __init__(
+        self, fields: Fields, default_theta: float, *, head_dim: int, width: int, max_positions: int
+    ) -> None:
         """Args:
-        width: dimensions of a head that rotate.
+        width: dimensions of a head that rotate, of `head_dim`.
         max_positions: the context as config.json gives it.
         """
         self.theta = fields.number("rope_theta", default_theta)
         self.scaling: RopeScaling | None = None
         self.linear_factor = 1.0
         self.max_positions = max_positions
-        self._width = width
+        self._head_dim, self._width = head_dim, width
         self._original = fields.optional_integer("original_max_position_embeddings")
         old, new = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
         if old and new:
@@ -32,6 +34,11 @@ class Rope:
 
     def _read(self, rope: Fields) -> None:
         self.theta = rope.number("rope_theta", self.theta)
+        fraction = rope.optional_number("partial_rotary_factor")
+        if fraction is not None and int(self._head_dim * fraction) != self._width:
+            raise rope.refusal(
+                "partial_rotary_factor", fraction, f"{self._width} of {self._head_dim} dimensions rotate here"
+            )
         kind = rope.text("type", "rope_type", default="default")
         match kind:
             case "default":
@@ -108,6 +115,7 @@ def _yarn(rope: Fields, original: int) -> YarnRope:
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
         original_max_position=original,
-        attention_factor=rope.number("attention_factor", attention_factor),
+        # The second is vLLM's, beside what the factor makes; transformers leaves it out.
+        attention_factor=rope.number("attention_factor", attention_factor) * rope.number("attn_factor", 1.0),
         truncate=rope.flag("truncate", True),
     )

@@ -51,8 +51,11 @@ def common(
     kv_heads = fields.integer("num_key_value_heads", kv_heads or heads)
     _divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
     context = fields.integer("max_position_embeddings", max_positions)
+    width = rotary_dim or head_dim
     rope = (
-        Rope(fields, rope_theta, width=rotary_dim or head_dim, max_positions=context) if rope_theta else None
+        Rope(fields, rope_theta, head_dim=head_dim, width=width, max_positions=context)
+        if rope_theta
+        else None
     )
     bos = fields.ids("bos_token_id")
     return {
@@ -75,10 +78,11 @@ def common(
 
 
 def rotary_width(fields: Fields, fraction: float, key: str = "partial_rotary_factor") -> int | None:
-    """How many dimensions of a head rotate; None if all do. `fraction` is the family's default."""
+    """How many dimensions of a head rotate; None if all do. `fraction` is the family's default. transformers 5 writes it beside
+    the frequencies."""
     head_dim = fields.optional_integer("head_dim")
     head_dim = head_dim or fields.integer("hidden_size") // fields.integer("num_attention_heads")
-    width = int(head_dim * fields.number(key, fraction))
+    width = int(head_dim * fields.number(key, fields.table("rope_parameters").get(key) or fraction))
     return None if width == head_dim else width
 
 

@@ -18,7 +18,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Translate config.json, refusing what is not understood."""
     fields = Fields(config)
     # Absent means transformers' default of 4096, null means no window: the first releases left it out.
-    window = fields.optional_integer("sliding_window") if "sliding_window" in config else 4096
+    window = fields.optional_integer("sliding_window") if fields.has("sliding_window") else 4096
     result = ModelConfig(
         family="mistral",
         tied_embeddings=fields.flag("tie_word_embeddings", False),

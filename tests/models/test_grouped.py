@@ -10,9 +10,11 @@ import pytest
 
 from tests.support.rounding import in_bytes, rounded
 from xlane.engine.kernels.native.calls import NativeKernels, native_kernels
-from xlane.models.config import Experts
-from xlane.models.experts import route
+from xlane.models.attention import XlaKernels
+from xlane.models.config import Experts, ModelConfig
+from xlane.models.experts import RoutedFeedForward, route
 from xlane.models.grouped import in_turns, ragged
+from xlane.models.modules import Style
 from xlane.models.quantize import quantized
 from xlane.models.spec import ParamSpec, Quant, Quantized, pack
 
@@ -131,3 +133,22 @@ def test_sparse_mixer_by_hand() -> None:
     chosen, shares = route(jnp.array([[1.0, 4.0, -2.0, 3.6]]), experts)
     assert chosen.tolist() == [[1, 3]]
     np.testing.assert_allclose(shares[0], [1 / (1 + np.exp(-0.4)), 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_wide_router_tells_apart_what_bfloat16_does_not(wide: bool):
+    """Two experts that are asked for by 1 and by 1 + 1/1024: the second, where anybody sees it; the first gives zeros."""
+    size = 1024
+    experts = Experts(count=2, chosen=1, ffn_size=8, wide_router=wide)
+    config = ModelConfig(
+        family="any", vocab_size=8, hidden_size=size, layers=1, heads=1, kv_heads=1, head_dim=size, ffn_size=8,
+        max_positions=8, norm_eps=1e-5, rope_theta=None, experts=experts,
+    )  # fmt: skip
+    layer = RoutedFeedForward(config, experts, Style("bfloat16", packed=False))
+    even = jnp.full((2, size), 1 / size)
+    layer.router.weight.value = even.at[1, 0].mul(2).astype(layer.router.weight.value.dtype)
+    for stack in (layer.gate_up, layer.down):
+        stack.weight.value = jnp.ones_like(stack.weight.value).at[0].set(0)
+    out = layer(jnp.ones((1, size), jnp.bfloat16), jnp.ones(1, bool), XlaKernels("cpu"))
+    assert out.dtype == jnp.bfloat16
+    assert bool((out != 0).all()) is wide

@@ -12,6 +12,20 @@ from safetensors.numpy import save_file
 
 from tests.support.tiny import hf_tensors
 
+NOTHING = (
+    "alora_invocation_tokens", "arrow_config", "auto_mapping", "corda_config", "eva_config", "exclude_modules", "layer_replication",
+    "layers_pattern", "layers_to_transform", "megatron_config", "modules_to_save", "revision", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "peft_version": "0.18.1", "base_model_name_or_path": "x", "target_modules": ["any"],
+    "bias": "none", "alpha_pattern": {}, "rank_pattern": {}, "loftq_config": {}, "lora_dropout": 0.05, "megatron_core": "megatron.core",
+    "qalora_group_size": 16, "inference_mode": True, "init_lora_weights": True,
+    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora", "use_rslora"), False),
+    **dict.fromkeys(NOTHING),
+}  # fmt: skip
+"""As PEFT 0.18 writes them, whatever is asked for."""
+
 INPUTS_FIRST = re.compile(r"c_attn|c_proj|c_fc")
 """GPT-2's linear maps."""
 
@@ -21,13 +35,7 @@ def lora(plain: Path, to: Path, rank: int, targets: str, seed: int = 0, **said: 
     adapter, merged = to / f"adapter-{seed}", to / f"merged-{seed}"
     adapter.mkdir(parents=True)
     shutil.copytree(plain, merged, ignore=shutil.ignore_patterns("*.safetensors*"))
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 3.0,
-        "target_modules": ["any"],
-        "bias": "none",
-    } | said
+    config = {**DEFAULTS, "r": rank, "lora_alpha": 3.0} | said
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     rng, tensors = np.random.default_rng(seed), hf_tensors(plain)
     stored: dict[str, np.ndarray] = {}
