@@ -204,7 +204,7 @@ def _is_read_by_transformers(key: str, model_type: str | None) -> bool:
 def _keys_of_transformers(model_type: str | None) -> frozenset[str] | None:
     with unadvised():  # a second's import, for what is rarely asked
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    if model_type not in CONFIG_MAPPING:
+    if model_type is None or model_type not in CONFIG_MAPPING:
         return None
     theirs = CONFIG_MAPPING[model_type]
     names = set(theirs.attribute_map)
