@@ -31,6 +31,8 @@ class Architecture:
     """See `config.YarnRope`."""
     latent: bool = False
     """Keys and values are in latent form."""
+    longrope_mscale: float | None = None
+    """What longrope multiplies by, where that is not computed but chosen; converters drop it."""
     particulars: Particulars = lambda read: {}
 
 
@@ -125,6 +127,10 @@ def _phi3(read: Metadata) -> dict[str, Any]:
     return {"sliding_window": read.integer("attention.sliding_window", 0) or None}
 
 
+PHIMOE_MSCALE = 1.243163121016122
+"""Of the one that was released: its converter writes what others compute instead."""
+
+
 def _phimoe(read: Metadata) -> dict[str, Any]:
     experts = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
     biases = {"attention_bias": "blk.0.attn_q.bias", "lm_head_bias": "output.bias"}
@@ -215,10 +221,19 @@ SIGMOID = 2
 """llama.cpp's number of the way to choose experts."""
 
 
+UNNAMED_GROUPS = {(True, 256): (8, 4), (False, 160): (8, 3)}
+"""Groups of experts, and those chosen, of V3 and R1, and of V2 and Coder-V2, by their number: files of before 2025 do not say."""
+
+
 def _deepseek2(read: Metadata) -> dict[str, Any]:
-    gating, groups = read.integer("expert_gating_func", 1), read.integer("expert_group_count", 1)
+    gating = read.integer("expert_gating_func", 1)
     v3 = gating == SIGMOID or read.holds(f"blk.{read.integer('block_count') - 1}.exp_probs_b.bias")
     normalized = read.flag("expert_weights_norm", False)
+    usual = UNNAMED_GROUPS.get((v3, read.integer("expert_count", 0)), (1, 1))
+    groups, chosen_groups = (
+        read.integer(f"expert_group_{key}count", default)
+        for key, default in zip(("", "used_"), usual, strict=True)
+    )
     found = read.given(
         {
             "attention.q_lora_rank": "q_lora_rank",
@@ -230,7 +245,6 @@ def _deepseek2(read: Metadata) -> dict[str, Any]:
             "expert_shared_count": "n_shared_experts",
             "expert_feed_forward_length": "moe_intermediate_size",
             "expert_weights_scale": "routed_scaling_factor",
-            "expert_group_used_count": "topk_group",
         }
     )
     # Older files have the sizes of heads where newer ones have those of what is kept of a token.
@@ -243,7 +257,7 @@ def _deepseek2(read: Metadata) -> dict[str, Any]:
         "qk_nope_head_dim": key - found.get("qk_rope_head_dim", 0),
         "v_head_dim": value,
         "n_group": groups,
-        "topk_group": found.get("topk_group", 1),
+        "topk_group": chosen_groups,
         "topk_method": method,
         "scoring_func": "sigmoid" if v3 else "softmax",
         "norm_topk_prob": normalized,
@@ -277,7 +291,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": _architecture("Olmo2"),
     "phi2": _architecture("Phi", norm_eps="layer_norm_eps", partial_rotary=True),
     "phi3": _architecture("Phi3", partial_rotary=True, particulars=_phi3),
-    "phimoe": _architecture("PhiMoE", particulars=_phimoe),
+    "phimoe": _architecture("PhiMoE", longrope_mscale=PHIMOE_MSCALE, particulars=_phimoe),
     "qwen2": _architecture("Qwen2"),
     "qwen2moe": _architecture("Qwen2Moe", particulars=_qwen_moe),
     "qwen3": _architecture("Qwen3"),

@@ -12,6 +12,7 @@ from .errors import UnsupportedModel
 from .gguf_architectures import ARCHITECTURES, Architecture
 from .gguf_file import GgufFile
 from .gguf_metadata import Metadata
+from .gguf_tokenizer import end_ids
 
 ROPE_FREQS = "rope_freqs.weight"
 """The tensor in which llama.cpp keeps Llama 3.1's rescaling of rotary frequencies, worked out."""
@@ -112,7 +113,7 @@ def _rope_scaling(
             raise read.refused("rope.scaling.type", kind, f"not together with {ROPE_FREQS}")
         return _llama3_scaling(read.file, theta, width)
     if read.holds(ROPE_FACTORS[0]):
-        return _longrope(read, width, original)
+        return _longrope(read, architecture, width, original)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -133,6 +134,9 @@ def _yarn(read: Metadata, architecture: Architecture) -> dict[str, Any]:
             "rope.scaling.yarn_attn_factor": "attention_factor",
         }
     )
+    if given.get("attention_factor", 1.0) < 1.0:
+        # Two things are written there. No factor of yarn's is less than 1, but what takes some of it back is.
+        given["attn_factor"] = given.pop("attention_factor")
     if not architecture.yarn_truncates:
         given["truncate"] = False
     if architecture.latent:
@@ -142,9 +146,11 @@ def _yarn(read: Metadata, architecture: Architecture) -> dict[str, Any]:
     return given
 
 
-def _longrope(read: Metadata, width: int, original: int | None) -> dict[str, Any]:
+def _longrope(read: Metadata, architecture: Architecture, width: int, original: int | None) -> dict[str, Any]:
     short, long = (_float32(read.file, name, width // 2) for name in ROPE_FACTORS)
     given = read.given({"rope.scaling.attn_factor": "attention_factor"})
+    if (mscale := architecture.longrope_mscale) is not None:
+        given |= {"short_mscale": mscale, "long_mscale": mscale}
     return given | {
         "rope_type": "longrope",
         "short_factor": short.astype(float).tolist(),
@@ -182,8 +188,7 @@ def _llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.
 
 def _special_ids(file: GgufFile) -> dict[str, Any]:
     """bos_token_id, and eos_token_id as the list of all ids that end a text: of a text, a turn and a message."""
-    ids = (file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
     return {
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(i for i in ids if i is not None)),
+        "eos_token_id": [*end_ids(file.metadata)],
     }

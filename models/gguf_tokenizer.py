@@ -4,7 +4,7 @@ Two kinds: `gpt2` (byte-level BPE with merges, cut into words by a named rule fi
 with scores, bytes for the rest). Knows no files and no chat templates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -22,6 +22,9 @@ _SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
+_SEED = (
+    rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
@@ -54,10 +57,15 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "refact": _SINGLE_DIGITS,
     "command-r": _SINGLE_DIGITS,
     "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "falcon3": (_LLAMA3,),
     "smaug-bpe": (_LLAMA3,),
     "dbrx": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
+    "stablelm2": (_QWEN2,),
+    "seed-coder": (_SEED,),
     "tekken": (_TEKKEN,),
     "gpt-4o": (_GPT4O,),
     "bloom": (r" ?[^(\s|.,!?…。，、।۔،)]+",),
@@ -70,10 +78,32 @@ _WORDS: dict[str, tuple[str, ...] | None] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }  # fmt: skip
 """tokenizer.ggml.pre -> expressions that cut a text into words, one after the other; "" is ByteLevel's own rule."""
-_WHOLE_WORDS = {"llama-bpe", "tekken"}
+_LIKE_LLAMA3 = {"llama-bpe", "llama3", "llama-v3", "falcon3"}
+_WHOLE_WORDS = {*_LIKE_LLAMA3, "tekken"}
 """A word that is a token is taken as it is, whatever the merges say."""
-_BEGINS = {"llama-bpe", "tekken"}
+_BEGINS = {*_LIKE_LLAMA3, "tekken"}
 """A text begins with the bos token unless the file says otherwise."""
+
+
+_ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
+    "<|end_of_text|>", "<EOT>", "_<EOT>",
+)  # fmt: skip
+"""Tokens that end a text or a turn, whatever a file says of them: many name one of several, as llama.cpp's own reader knows."""
+
+
+def end_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a text, a turn or a message: those under the keys made for them, then those known by name."""
+    named = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    return tuple(dict.fromkeys([*(i for i in named if i is not None), *_known_ends(tokens)]))
+
+
+def _known_ends(tokens: Sequence[str]) -> list[int]:
+    found = {token: number for number, token in enumerate(tokens) if token in _ENDS}
+    if found.keys() >= {"<|return|>", "<|call|>"}:
+        found.pop("<|end|>", None)  # of a message: others follow in the same turn (gpt-oss)
+    return [found[token] for token in _ENDS if token in found]
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
@@ -108,7 +138,11 @@ class _Vocabulary:
         if not tokens:
             raise self.refused("tokenizer.ggml.tokens is missing; the file holds no tokenizer")
         self.tokens: list[str] = tokens
-        self.types: list[int] = self.list_of("token_type", [1] * len(tokens))
+        self.types: list[int] = [*self.list_of("token_type", [1] * len(tokens))]
+        for number in _known_ends(tokens):
+            self.types[number] = (
+                _CONTROL  # files that call it text would show it, and take it from what users write
+            )
         self.ids = {token: number for number, token in enumerate(tokens)}
         if len(self.ids) != len(tokens):
             raise self.refused("tokenizer.ggml.tokens holds a token twice")
@@ -122,6 +156,12 @@ class _Vocabulary:
         if values is None or len(values) != len(self.tokens):
             raise self.refused(f"tokenizer.ggml.{key} is missing or does not fit the number of tokens")
         return values
+
+    @property
+    def takes_spaces(self) -> bool:
+        """Whether marks take the white space behind them: as Phi-3's do, which a GGUF file cannot say."""
+        phi = self._metadata.get("general.architecture") in ("phi3", "phimoe")
+        return phi and self.get("model") == "llama"
 
     def token(self, name: str) -> str | None:
         """The text of the token whose id is under `name`."""
@@ -205,9 +245,11 @@ def merges_of_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, 
 def _add_named_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
     """Tokens that are looked for in the text before it is cut; those of control are special."""
     named = {_CONTROL: list[AddedToken](), _USER_DEFINED: list[AddedToken]()}
+    takes_spaces = vocabulary.takes_spaces
     for token, kind in zip(vocabulary.tokens, vocabulary.types):
         if kind in named:
-            named[kind].append(AddedToken(token, special=kind == _CONTROL, normalized=False))
+            rstrip = takes_spaces and token not in ("<unk>", "<s>", "<|endoftext|>")
+            named[kind].append(AddedToken(token, special=kind == _CONTROL, normalized=False, rstrip=rstrip))
     if unknown := vocabulary.token("unknown"):
         named[_CONTROL].append(AddedToken(unknown, special=True, normalized=False))
     tokenizer.add_special_tokens(named[_CONTROL])

@@ -58,8 +58,11 @@ def _linear(kind: str) -> dict[str, Recipe]:
         "latent.q_down": one("attn_q_a"),
         "latent.down": one("attn_kv_a_mqa"),
         "experts.router": one("ffn_gate_inp"),
-        "experts.gate_up": paired(*named("ffn_gate_exps", "ffn_up_exps")),
-        "experts.down": one("ffn_down_exps"),
+        # Until April 2024 each of Mixtral's experts had tensors of its own.
+        "experts.gate_up": either(
+            paired(*named("ffn_gate_exps", "ffn_up_exps")), gate_up(*named("ffn_gate.{e}", "ffn_up.{e}"))
+        ),
+        "experts.down": either(one("ffn_down_exps"), one("ffn_down.{e}")),
         "experts.shared.gate_up": gate_up(*named("ffn_gate_shexp", "ffn_up_shexp")),
         "experts.shared.down": one("ffn_down_shexp"),
     }

@@ -117,15 +117,33 @@ def _stored(spec: ParamSpec, source: WeightSource, index: Index) -> tuple[np.nda
         return (source.read(spec, index),)
     sizes = [len(range(*part.indices(size))) for part, size in zip(index[:-1], spec.shape, strict=False)]
     out = tuple(np.empty((*sizes, part.shape[-1]), part.dtype) for part in spec.parts)
-    in_full = replace(spec, dtype="float32")
+    read = partial(source.read, replace(spec, dtype="float32"))
+    read = _Entries(read) if source.by_entry(spec) else read
     for here, there in _blocks(index, spec.shape):
         if spec.as_stored:
             made = source.read_parts(spec, there)
         else:
-            made = jax.tree.leaves(quantized(source.read(in_full, there), spec.quant))
+            made = jax.tree.leaves(quantized(read(there), spec.quant))
         for part, block in zip(out, made, strict=True):
             part[here] = block
     return out
+
+
+class _Entries:
+    """Blocks of rows out of entries of the first axis, each of which is read once: blocks come in order."""
+
+    def __init__(self, read: Callable[[Index], np.ndarray]) -> None:
+        self._read = read
+        self._at, self._entry = -1, np.empty(0)
+
+    def __call__(self, index: Index) -> np.ndarray:
+        """A block as `_blocks` cuts them: of one entry, or several whole ones."""
+        first, *rest = index
+        if first.stop - first.start > 1:
+            return self._read(index)
+        if self._at != first.start:
+            self._at, self._entry = first.start, self._read((first, *(slice(None) for _ in rest)))
+        return self._entry[(slice(None), *rest)]
 
 
 def _blocks(index: Index, shape: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:

@@ -114,6 +114,10 @@ class AdaptedWeights:
             return self.arrays.read(spec, self._adapters, index)
         return self._weights.read(spec, index)
 
+    def by_entry(self, spec: ParamSpec) -> bool:
+        """See `WeightSource.by_entry`."""
+        return not is_adapters(spec) and self._weights.by_entry(spec)
+
     def read_parts(self, spec: ParamSpec, index: Index) -> list[np.ndarray]:
         """See `WeightSource.read_parts`."""
         return self._weights.read_parts(spec, index)

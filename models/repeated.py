@@ -46,6 +46,10 @@ class RepeatedHeads:
             return whole.repeat(self.config.kv_copies, axis=0).reshape(-1)[index[0]]
         return self._spread(spec, self.source.read(once, self._heads(spec, index)), index)
 
+    def by_entry(self, spec: ParamSpec) -> bool:
+        """See `WeightSource.by_entry`."""
+        return self.source.by_entry(self._once(spec))
+
     def read_parts(self, spec: ParamSpec, index: Index) -> list[np.ndarray]:
         """See `WeightSource.read_parts`."""
         once = self._once(spec)

@@ -178,7 +178,7 @@ def _compressed_tensors(fields: Fields) -> Schemes:
     fields.one_of("quantization_status", status, "compressed", "frozen")
     form = fields.text("format", default="pack-quantized")
     for key in ("sparsity_config", "transform_config"):
-        if fields.table(key):
+        if fields.table(key) and fields.table(key).get("format") != "dense":  # which is all that there is
             raise fields.refusal(key, fields.table(key), "weights kept sparse or rotated are not read")
     rules: list[tuple[str, Scheme | None]] = [(_pattern(name), None) for name in fields.names("ignore")]
     groups, numbers = fields.mapping("config_groups"), fields.table("config_groups")
@@ -263,6 +263,9 @@ _GPTQ_HOW = (
     "model_name_or_path", "model_file_base_name", "is_marlin_format", "quantizer", "meta", "dataset", "tokenizer",
     "batch_size", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length", "cache_block_outputs",
     "block_name_to_quantize", "module_name_preceding_first_block", "model_seqlen", "pad_token_id", "backend", "method",
-    "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse",
+    "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse", "disable_exllama",
+    "autoround_version", "iters", "lr", "minmax_lr", "nsamples", "seqlen", "enable_minmax_tuning", "enable_quanted_input",
+    "enable_norm_bias_tuning", "gradient_accumulate_steps", "low_gpu_mem_usage", "low_cpu_mem_usage", "amp", "scale_dtype",
+    "quant_block_list", "not_use_best_mse", "dynamic_max_gap", "train_bs", "act_bits", "data_type",
 )  # fmt: skip
 """How the weights were found, and who should compute with them."""

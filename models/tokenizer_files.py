@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 from .chat import named_templates, read_object, templates_of_directory
 from .errors import TokenizerError
 from .gguf_file import GgufFile
-from .gguf_tokenizer import tokenizer_from_gguf
+from .gguf_tokenizer import end_ids, tokenizer_from_gguf
 from .unadvised import unadvised
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -43,7 +43,7 @@ def read_gguf(path: Path) -> TokenizerFiles:
     """The tokenizer inside a GGUF file. Raises TokenizerError, or CheckpointError if it is no whole GGUF file."""
     metadata = GgufFile(path).metadata
     tokenizer = tokenizer_from_gguf(metadata, str(path))
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     ids |= {"unk": metadata.get("tokenizer.ggml.unknown_token_id")}
     ids |= {"pad": metadata.get("tokenizer.ggml.padding_token_id")}
     prefix = "tokenizer.chat_template"
@@ -53,7 +53,6 @@ def read_gguf(path: Path) -> TokenizerFiles:
         for key, text in metadata.items()
         if key.startswith(f"{prefix}.") and isinstance(text, str)
     }
-    ends = (ids[name] for name in ("eos", "eot", "eom"))
     return TokenizerFiles(
         tokenizer,
         templates,
@@ -62,7 +61,7 @@ def read_gguf(path: Path) -> TokenizerFiles:
             for name, number in ids.items()
             if name in _SPECIAL and number is not None and (token := tokenizer.id_to_token(number))
         },
-        tuple(dict.fromkeys(number for number in ends if number is not None)),
+        end_ids(metadata),
         metadata.get(f"{metadata.get('general.architecture')}.context_length"),
     )
 

@@ -88,6 +88,10 @@ class WeightSource(Protocol):
         """A slice of the logical array (`spec.shape`) in `spec.dtype`. Safe to call from several threads."""
         ...
 
+    def by_entry(self, spec: ParamSpec) -> bool:
+        """Whether `read` reads whole entries of the first axis, however little of one is asked for."""
+        ...
+
     def read_parts(self, spec: ParamSpec, index: Index) -> list[np.ndarray]:
         """Rows of each array of a weight that is kept `as_stored`; the last slice of `index` is the whole. Safe as `read`."""
         ...
@@ -244,6 +248,12 @@ class Weights:
         if self._leaves is not None and spec.path.endswith(ORDER):
             return self._order(recipe, self._leaves)[index]
         return assemble(recipe, self._tensors, spec, index)
+
+    def by_entry(self, spec: ParamSpec) -> bool:
+        """See `WeightSource.by_entry`: all experts are one tensor, of which an expert is a row."""
+        recipe = self._entry(spec)
+        in_one = recipe.kind in ("alternating", "paired") or (recipe.kind == "plain" and recipe.merged == 1)
+        return len(spec.shape) > 2 and in_one and not recipe.by_expert
 
     def read_parts(self, spec: ParamSpec, index: Index) -> list[np.ndarray]:
         """The arrays of a weight that is kept as it is stored. Call `check` first."""

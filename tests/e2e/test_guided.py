@@ -12,7 +12,6 @@ from jsonschema import Draft202012Validator
 from ..support.schemas import SCHEMAS
 from ..support.whole_server import Served
 
-
 MAX_TOKENS = 120
 AT_ONCE = 32
 """More than there are lanes, and fewer than may wait."""

@@ -1,6 +1,7 @@
 """GGUF tensors and configuration: against the gguf package's own reading, and files that must be refused."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from xlane.models.config import YarnRope
 from xlane.models.decoder import DecoderGraph
 from xlane.models.errors import CheckpointError, UnsupportedModel
 from xlane.models.gguf import READABLE, GgufFile, GgufTensors, config_from_gguf
-from xlane.models.gguf_architectures import ARCHITECTURES
+from xlane.models.gguf_architectures import ARCHITECTURES, PHIMOE_MSCALE
+from xlane.models.gguf_config import _longrope
+from xlane.models.gguf_metadata import Metadata
+from xlane.models.gguf_weights import GGUF_IGNORED, GGUF_WEIGHTS
 from xlane.models.opened import open_model
 from xlane.models.registry import config_from_hf
+from xlane.models.weights import Weights
 
 from . import gguf_writing as tiny
 from .gguf_converted import converted, permuted
@@ -74,7 +79,7 @@ def test_the_demo_configures_a_model(demo_gguf: Path):
     assert (config.heads, config.kv_heads, config.head_dim, config.ffn_size) == (9, 3, 64, 1536)
     assert (config.max_positions, config.norm_eps, config.rope_theta) == (8192, 1e-5, 100000.0)
     assert config.tied_embeddings
-    assert (config.bos_id, config.eos_ids) == (1, (2,))
+    assert (config.bos_id, config.eos_ids) == (1, (2, 0))  # the end of a turn, and by its name that of a text
 
 
 @pytest.mark.parametrize("kind", READABLE)
@@ -357,3 +362,96 @@ def test_a_missing_file_and_a_part_of_one_are_refused(tmp_path: Path):
     path = tiny.write(tmp_path / "m.gguf", keys={"split.count": 3})
     with pytest.raises(CheckpointError, match="one of 3 parts"):
         GgufFile(path)
+
+
+@pytest.mark.parametrize(("written", "whole"), [(0.878249, 1.0), (1.138629, 1.138629), (1.5, 1.5)])
+def test_what_takes_some_of_yarn_s_factor_back_is_told_from_the_factor(
+    tmp_path: Path, written: float, whole: float
+):
+    """Converters write either under one key; yarn makes 1.1386 of a factor of 4."""
+    keys = {
+        "qwen3.rope.scaling.type": "yarn",
+        "qwen3.rope.scaling.factor": 4.0,
+        "qwen3.rope.scaling.original_context_length": 64,
+        "qwen3.rope.scaling.yarn_attn_factor": written,
+    }
+    scaling = config_from_hf(
+        config_from_gguf(GgufFile(tiny.write(tmp_path / "m.gguf", "qwen3", keys)))
+    ).rope_scaling
+    assert isinstance(scaling, YarnRope)
+    assert scaling.attention_factor == pytest.approx(whole, abs=1e-5)
+
+
+def test_experts_with_tensors_of_their_own_are_read(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """As Mixtral's files had them until April 2024."""
+    path = tiny_model("mixtral", tmp_path_factory.getbasetemp() / "tiny")
+    tensors = GgufTensors(GgufFile(converted(path, "llama", tmp_path / "new.gguf")))
+
+    class Older:
+        """The same with a tensor for each expert."""
+
+        names_of = staticmethod(lambda name: [name.replace("_exps", f".{e}") for e in range(4)])
+
+        def names(self) -> list[str]:
+            return [
+                one
+                for name in tensors.names()
+                for one in (self.names_of(name) if "_exps" in name else [name])
+            ]
+
+        def _entry(self, name: str) -> tuple[str, int | None]:
+            match = re.search(r"ffn_(gate|up|down)\.(\d+)\.", name)
+            return (name.replace(match[0], f"ffn_{match[1]}_exps."), int(match[2])) if match else (name, None)
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            whole, expert = self._entry(name)
+            return tensors.shape(whole) if expert is None else tensors.shape(whole)[1:]
+
+        def where(self, name: str) -> str:
+            return name
+
+        def dtype(self, name: str) -> np.dtype:
+            return tensors.dtype(self._entry(name)[0])
+
+        def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+            whole, expert = self._entry(name)
+            if expert is None:
+                return tensors.read_rows(whole, start, stop)
+            return tensors.read_rows(whole, expert, expert + 1)[0][start:stop]
+
+    specs = DecoderGraph.of(open_model(path).config, "float32").specs
+    new, old = (Weights(source, GGUF_WEIGHTS, GGUF_IGNORED) for source in (tensors, Older()))
+    for source in (new, old):
+        source.check(specs)
+    for spec in specs:
+        index = tuple(slice(0, size) for size in spec.shape)
+        np.testing.assert_array_equal(old.read(spec, index), new.read(spec, index), err_msg=spec.path)
+
+
+@pytest.mark.parametrize(
+    ("gating", "experts", "groups"), [(2, 256, (8, 4)), (2, 64, (1, 1)), (1, 160, (8, 3)), (1, 64, (1, 1))]
+)
+def test_groups_of_experts_that_older_files_do_not_name(
+    gating: int,
+    experts: int,
+    groups: tuple[int, int],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+):
+    path = tiny_model("deepseek_v2", tmp_path_factory.getbasetemp() / "tiny")
+    file = GgufFile(converted(path, "deepseek2", tmp_path / "m.gguf"))
+    file.metadata |= {"deepseek2.expert_gating_func": gating, "deepseek2.expert_count": experts}
+    for key in ("", "used_"):
+        file.metadata.pop(f"deepseek2.expert_group_{key}count", None)
+    raw = config_from_gguf(file)
+    assert (raw["n_group"], raw["topk_group"]) == groups
+
+
+@pytest.mark.parametrize(("architecture", "mscale"), [("phi3", None), ("phimoe", PHIMOE_MSCALE)])
+def test_phi_moe_keeps_the_scale_that_was_chosen_for_it(
+    architecture: str, mscale: float | None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    path = tiny_model("phi3-longrope", tmp_path_factory.getbasetemp() / "tiny")
+    read = Metadata(GgufFile(converted(path, "phi3", tmp_path / "m.gguf")), "phi3")
+    width = open_model(path).config.rotary_dim or open_model(path).config.head_dim
+    assert _longrope(read, ARCHITECTURES[architecture], width, 64).get("short_mscale") == mscale

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from xlane.models.errors import TokenizerError
 from xlane.models.gguf_file import GgufFile
-from xlane.models.gguf_tokenizer import tokenizer_from_gguf
+from xlane.models.gguf_tokenizer import end_ids, tokenizer_from_gguf
 
 TEXTS = [
     "",
@@ -219,3 +219,37 @@ def test_sentencepiece_without_a_leading_space():
 def test_sentencepiece_needs_scores():
     with pytest.raises(TokenizerError, match="scores"):
         tokenizer_from_gguf(sentencepiece(scores=None), "m")
+
+
+@pytest.mark.parametrize(
+    ("more", "ends"),
+    [
+        ([], (258,)),
+        (["<|end|>"], (258, 259)),
+        (["<end_of_turn>", "<|endoftext|>"], (258, 259, 260)),
+        (["<|end|>", "<|return|>", "<|call|>"], (258, 260, 261)),
+        (["<|end|>", "<|call|>"], (258, 259, 260)),
+    ],
+)
+def test_ends_are_known_by_name(more: list[str], ends: tuple[int, ...]):
+    """Files name one end of several; of a message that others follow in the same turn it is none (gpt-oss)."""
+    tokens = [*bytes_only("gpt-2")["tokenizer.ggml.tokens"], *more]
+    metadata = bytes_only("gpt-2", tokens=tokens, token_type=[1] * 257 + [3, 3] + [4] * len(more))
+    assert end_ids(metadata) == ends
+    tokenizer = tokenizer_from_gguf(metadata, "m")
+    shown = tokenizer.decode(list(range(259, len(tokens))))
+    assert shown == "".join(token for number, token in enumerate(more, 259) if number not in ends)
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+def test_marks_of_phi_3_take_the_white_space_behind_them(architecture: str):
+    """What SentencePiece's files of its cannot say."""
+    metadata = sentencepiece() | {"general.architecture": architecture}
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    metadata["tokenizer.ggml.tokens"] = [*tokens, "<|user|>", "<|end|>"]
+    metadata["tokenizer.ggml.token_type"] = [*types, 3, 3]
+    metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], 0.0, 0.0]
+    tokenizer = tokenizer_from_gguf(metadata, "m")
+    got = tokenizer.encode("<|user|>\n ab<|end|>\n", add_special_tokens=False).ids
+    alone = [len(tokens), tokens.index("▁ab"), len(tokens) + 1]
+    assert (got == alone) == (architecture == "phi3")

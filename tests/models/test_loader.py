@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tests.support.specs import specs_by_hand
 from tests.support.tiny import TINY_KINDS, hf_tensors, tiny_model
-from xlane.models.checkpoint import open_checkpoint
+from xlane.models.checkpoint import SafetensorsSource, open_checkpoint
 from xlane.models.config import ModelConfig
 from xlane.models.errors import CheckpointError
 from xlane.models.families.hf_names import IGNORED_TENSORS, WEIGHTS
 from xlane.models.loader import THREADS, dummy_params, load_params
+from xlane.models.quantize import quantized
 from xlane.models.registry import read_config
 from xlane.models.spec import ParamSpec, pack
-from xlane.models.weights import Index, Weights
+from xlane.models.weights import Index, Weights, plain, qkv
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +140,9 @@ class Counting:
     def check(self, specs: Sequence[ParamSpec]) -> None:
         pass
 
+    def by_entry(self, spec: ParamSpec) -> bool:
+        return False
+
     def read(self, spec: ParamSpec, index: Index) -> np.ndarray:
         with self.lock:
             self.now, self.reads = self.now + 1, self.reads + 1
@@ -165,6 +170,44 @@ def test_a_split_of_the_inputs_reads_all_rows_once():
     source = Counting()
     load_params([ParamSpec("p", (4, 8), "float32", (None, None))], source, partial(split, 1))
     assert source.reads == 1
+
+
+class Experts(Counting):
+    """Random numbers, whole experts at a time."""
+
+    def by_entry(self, spec: ParamSpec) -> bool:
+        return True
+
+    def read(self, spec: ParamSpec, index: Index) -> np.ndarray:
+        super().read(spec, index)
+        assert all(part.indices(size)[:2] == (0, size) for part, size in zip(index[1:], spec.shape[1:]))
+        return np.random.default_rng(0).standard_normal(spec.shape, np.float32)[index]
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 200, 1024), (3, 512, 1024), (6, 32, 1024)], ids=str)
+def test_an_expert_that_is_read_whole_is_read_once(shape: tuple[int, ...]):
+    """A block of rows would cost the whole of it: of a published model up to 224 times."""
+    spec = ParamSpec("experts.up", shape, "float32", (None,) * len(shape), stacked=True, quant="int8")
+    source = Experts()
+    (loaded,) = load_params([spec], source, one_device)
+    assert source.reads <= shape[0]
+    wanted = quantized(np.random.default_rng(0).standard_normal(shape, np.float32), "int8")
+    for part, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(part, other)
+
+
+def test_which_experts_are_read_whole():
+    """Those that lie in one tensor; rows of others, and of what is fused of several, are read alone."""
+    experts = ParamSpec("layers.0.experts.up.weight", (4, 8, 8), "float32", (None,) * 3)
+    one = replace(experts, path="layers.0.experts.down.weight")
+    fused = replace(experts, path="layers.0.qkv.weight", shape=(2, 3, 4, 8))
+    table = {
+        "layers.{i}.experts.up.weight": plain("{i}.up.{e}"),
+        "layers.{i}.experts.down.weight": plain("{i}.down"),
+        "layers.{i}.qkv.weight": qkv("{i}.q", "{i}.k", "{i}.v"),
+    }
+    weights = Weights(SafetensorsSource([]), table)
+    assert [weights.by_entry(spec) for spec in (experts, one, fused)] == [False, True, False]
 
 
 def test_a_failure_stops_the_loading():

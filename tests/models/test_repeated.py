@@ -24,6 +24,9 @@ class Known:
     def check(self, specs) -> None:
         self.checked = [spec.shape for spec in specs]
 
+    def by_entry(self, spec: ParamSpec) -> bool:
+        return False
+
     def read(self, spec: ParamSpec, index) -> np.ndarray:
         return self.array(spec.shape)[tuple(index)]
 

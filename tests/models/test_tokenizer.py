@@ -50,7 +50,7 @@ def streamed(
 
 
 def test_what_the_demo_says_about_itself(demo: TextTokenizer):
-    assert (demo.bos_token, demo.eos_token, demo.eos_ids) == ("<|im_start|>", "<|im_end|>", (2,))
+    assert (demo.bos_token, demo.eos_token, demo.eos_ids) == ("<|im_start|>", "<|im_end|>", (2, 0))
     assert (demo.vocab_size, demo.max_context) == (49152, 8192)
     assert demo.is_special(2)
     assert not demo.is_special(100)
