@@ -31,6 +31,12 @@ class TagRules:
         self._close = f"{literal(chr(10)) if tags.lines else ''} {piece(tags.value_close)}"
         self.lines: list[str] = []
         self.parts: dict[str, Part] = {}
+        self._kinds: dict[int, frozenset[str]] = {}
+        """Types of what `$ref`s lead to, by id."""
+        self._referred: dict[int, str] = {}
+        """The rule of what they lead to, by id; none while it is made."""
+        self._texts: set[str] = set()
+        """Rules of texts."""
         arguments = " ".join(self._arguments())
         opening = literal(tool.name + (f"{tags.name_close}\n" if tags.lines else "\n"))
         end = piece(tags.end) if tags.own_end else ""
@@ -40,7 +46,7 @@ class TagRules:
         schema = self._tool.parameters
         properties = schema.get("properties")
         if not isinstance(properties, Mapping):
-            argument = self._argument(r"/[^<>\n]+/", self._text("any"))
+            argument = self._argument(r"/[^<>\n]+/", self._text())
             yield f"({argument}){{0,{MAX_FREE_ARGUMENTS}}}"
             return
         required = [key for key in schema.get("required") or () if isinstance(key, str)]
@@ -52,7 +58,7 @@ class TagRules:
                     param=self._tool.param,
                 )
             rule = f"{self._name}_{j}"
-            values = one_of([*self._values(value, str(j), 0)])
+            values = self._one_of(value, str(j), 0)
             self.lines.append(f"{rule}: {self._argument(literal(key), values)}")
             yield rule if key in required else f"{rule}?"
 
@@ -64,15 +70,29 @@ class TagRules:
             f"{opening} {value} {newline}"
         )
 
+    def _one_of(self, schema: Any, place: str, depth: int) -> str:
+        """What a value may be, its closing tag included."""
+        return one_of([*dict.fromkeys(self._values(schema, place, depth))])
+
+    def _behind(self, schema: Any, depth: int) -> str:
+        """The rule of what a `$ref` leads to. Many may lead to one, so each is written once; one that leads back to itself may be
+        any text."""
+        if id(schema) not in self._referred:
+            self._referred[id(schema)] = ""
+            place = f"ref_{len(self._referred)}"
+            self.lines.append(f"{self._name}_{place}: {self._one_of(schema, place, depth)}")
+            self._referred[id(schema)] = f"{self._name}_{place}"
+        return self._referred[id(schema)] or self._text()
+
     def _values(self, schema: Any, place: str, depth: int) -> Iterator[str]:
-        """What a value may be, its closing tag included, one alternative each."""
+        """The same, one alternative each."""
         root = self._tool.parameters
         if isinstance(schema, Mapping) and "$ref" in schema and depth < _MOST_BRANCHES:
-            yield from self._values(target(schema["$ref"], root), place, depth + 1)
+            yield self._behind(target(schema["$ref"], root), depth + 1)
             return
-        kinds = kinds_of(schema, root)
+        kinds = kinds_of(schema, root, self._kinds)
         if not isinstance(schema, Mapping) or depth >= _MOST_BRANCHES:
-            yield self._text(place)
+            yield self._text()
         elif "string" not in kinds:
             shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
             name = f"args_{self._name}_{place}"
@@ -85,18 +105,21 @@ class TagRules:
         elif kinds == TEXT:
             yield self._text(place, *_bounds(schema))
         elif isinstance(kind := schema.get("type"), list):
-            for k, one in enumerate(kind):
+            for k, one in enumerate(("string", [other for other in kind if other != "string"])):
                 yield from self._values({**schema, "type": one}, f"{place}_{k}", depth + 1)
         elif isinstance(schemas := schema.get("anyOf", schema.get("oneOf")), list):
             for k, inner in enumerate(schemas):
                 yield from self._values(inner, f"{place}_{k}", depth + 1)
         else:
-            yield self._text(place)
+            yield self._text()
 
-    def _text(self, place: str, *bounds: str) -> str:
-        """A rule of any text within these bounds, and the tag behind it."""
-        closing = re.escape(self._tags.value_close).replace("/", r"\/")
-        terminal, rule = f"TEXT_{self._name}_{place}".upper(), f"{self._name}_text_{place}"
+    def _text(self, place: str = "", *bounds: str) -> str:
+        """A rule of any text within the bounds that it has at a place, and the tag behind it."""
+        rule = f"{self._name}_text_{place if bounds else 'any'}"
+        if rule in self._texts:
+            return rule
+        self._texts.add(rule)
+        terminal, closing = rule.upper(), re.escape(self._tags.value_close).replace("/", r"\/")
         # It ends where the tag does, which a lazy rule sees to; a control token is no text, and ends it anyway.
         lazy = "" if self._piece(self._tags.value_close).startswith("<[") else "[lazy]"
         within = " & ".join([r"/(.|\n)*/", rf"~/(.|\n)*{closing}(.|\n)*/", *bounds])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -43,6 +44,7 @@ WORD = {"$defs": {"word": {"type": "string", "minLength": 2}}}
         ({"type": "string", "pattern": "b"}, ["abc", "b"], ["ac"]),
         ({"$ref": "#/$defs/word"}, ["ab"], ["a"]),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["5", "null"], ["a"]),
+        ({"anyOf": [*[{"$ref": "#/$defs/word"}] * 2, {"type": "null"}]}, ["ab", "null"], ["a"]),
         ({"type": ["string", "null"]}, ["null", "a"], []),
         ({}, ["a", "5"], []),
     ],
@@ -103,6 +105,21 @@ def test_tags_that_are_control_tokens_are_written_as_such(parallel: bool):
     matcher = LLMatcher(TOKENIZER, grammar)
     assert matcher.try_consume_tokens([*ids, *b"\n</tool_call>"]) == len(ids) + len(b"\n</tool_call>")
     assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    "definitions",
+    [
+        {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 100}},
+        {a: {"anyOf": [{"$ref": f"#/$defs/{b}"}] * 100} for a, b in pairwise("abcdefgh")} | {"h": {"type": "string"}},
+    ],
+)  # fmt: skip
+def test_references_that_are_many_take_linear_time(definitions: dict[str, Any]):
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": definitions}
+    for form, written in ((QWEN_CODER, coder), (GLM, glm)):
+        text = written("f", x="word")
+        assert allows(grammar_of(form, schema), text)
+        assert arguments_of(form, text, schema) == {"x": "word"}
 
 
 def test_a_tool_that_names_no_arguments_takes_any():
