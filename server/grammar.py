@@ -13,6 +13,7 @@ from typing import Any
 import llguidance
 import orjson
 
+from ..engine import MAX_GRAMMAR_BYTES
 from .errors import Invalid
 from .forms import Form
 
@@ -48,6 +49,27 @@ class Grammar:
         """As llguidance reads it."""
         named = [{"name": name, **part} for name, part in self.parts.items()]
         return orjson.dumps({"grammars": [{"name": "answer", "lark_grammar": self.rules}, *named]}).decode()
+
+
+class Parts(dict[str, Part]):
+    """Grammars of the arguments of tools, by the name that `@name` refers to.
+
+    Each argument takes along all that its tool defines, so that a small tool can make a large grammar: their size is watched while
+    they are made.
+    """
+
+    _bytes = 0
+
+    def add(self, name: str, schema: Any, param: str) -> None:
+        """The grammar of a schema. Raises Invalid."""
+        self[name] = schema_part(schema, param)
+        self._bytes += len(orjson.dumps(self[name]["json_schema"]))
+        if self._bytes > MAX_GRAMMAR_BYTES:
+            raise Invalid(
+                f"`{param}` makes a grammar of more than {MAX_GRAMMAR_BYTES} bytes, the most there can be; "
+                "it needs fewer properties, or less in `$defs`",
+                param=param,
+            )
 
 
 def part_of(form: Form) -> Part:

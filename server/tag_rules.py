@@ -11,7 +11,7 @@ from typing import Any
 
 from .argument_text import TEXT, kinds_of, target
 from .errors import Invalid
-from .grammar import Part, literal, one_of, schema_part
+from .grammar import Parts, literal, one_of
 from .tool_formats import Tags
 from .tools import Tool
 
@@ -24,13 +24,12 @@ _MOST_BRANCHES = 8
 class TagRules:
     """The rules of `call_{i}`."""
 
-    def __init__(self, tags: Tags, i: int, tool: Tool, piece: Callable[[str], str]) -> None:
-        """Raises Invalid for a schema that cannot be used. `piece`: writes a tag in Lark."""
-        self._tags, self._tool, self._piece = tags, tool, piece
+    def __init__(self, tags: Tags, i: int, tool: Tool, piece: Callable[[str], str], parts: Parts) -> None:
+        """Raises Invalid for a schema that cannot be used. `piece`: writes a tag in Lark. `parts`: gets what rules refer to."""
+        self._tags, self._tool, self._piece, self._parts = tags, tool, piece, parts
         self._name = f"call_{i}"
         self._close = f"{literal(chr(10)) if tags.lines else ''} {piece(tags.value_close)}"
         self.lines: list[str] = []
-        self.parts: dict[str, Part] = {}
         self._kinds: dict[int, frozenset[str]] = {}
         """Types of what `$ref`s lead to, by id."""
         self._referred: dict[int, str] = {}
@@ -96,7 +95,7 @@ class TagRules:
         elif "string" not in kinds:
             shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
             name = f"args_{self._name}_{place}"
-            self.parts[name] = schema_part({**shared, **schema}, self._tool.param)
+            self._parts.add(name, {**shared, **schema}, self._tool.param)
             yield f"@{name} {self._close}"
         elif "const" in schema or isinstance(schema.get("enum"), list):
             for value in [schema["const"]] if "const" in schema else schema["enum"]:

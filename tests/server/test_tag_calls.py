@@ -12,7 +12,7 @@ from llguidance import LLMatcher
 from xlane.server.call_rules import CallRules
 from xlane.server.errors import Invalid
 from xlane.server.grammar import Grammar
-from xlane.server.tool_formats import GLM, QWEN_CODER, ToolFormat
+from xlane.server.tool_formats import GLM, PYTHON, QWEN_CODER, ToolFormat
 from xlane.server.tool_parser import CallArguments, ToolParser
 from xlane.server.tools import Tool, ToolUse
 
@@ -120,6 +120,14 @@ def test_references_that_are_many_take_linear_time(definitions: dict[str, Any]):
         text = written("f", x="word")
         assert allows(grammar_of(form, schema), text)
         assert arguments_of(form, text, schema) == {"x": "word"}
+
+
+@pytest.mark.parametrize("form", [QWEN_CODER, PYTHON])
+def test_definitions_that_every_argument_takes_along_are_refused_before_they_are_much(form: ToolFormat):
+    definitions = {"d": {"type": "integer", "description": "x" * 10_000}}
+    properties = {f"p{i}": {"type": "array", "items": {"$ref": "#/$defs/d"}} for i in range(200)}
+    with pytest.raises(Invalid, match="more than 1048576 bytes"):
+        grammar_of(form, {"type": "object", "properties": properties, "$defs": definitions})
 
 
 def test_a_tool_that_names_no_arguments_takes_any():
