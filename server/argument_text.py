@@ -76,12 +76,22 @@ def argument_json(text: str, kinds: frozenset[str]) -> str:
     kind, written = found
     fits = kind in kinds or (kind == "integer" and "number" in kinds)
     # A text in quotes was meant to have them, where a text may stand.
-    return written if (fits and kind != "string") or "string" not in kinds else quoted(text)
+    return sound(written) if (fits and kind != "string") or "string" not in kinds else quoted(text)
 
 
 def quoted(text: str) -> str:
     """A text as JSON."""
-    return json.dumps(text, ensure_ascii=False)
+    return as_json(text)
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON. Raises ValueError for a number that JSON cannot say."""
+    return sound(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def sound(text: str) -> str:
+    """JSON as UTF-8 can carry it: a half of a character, which an escape can make, is written as that escape again."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def plain(node: ast.expr) -> Any:

@@ -93,6 +93,7 @@ ARGUMENTS = '{"a": [1, "}"]}'
         ("hermes", f"<tool_call>[{CALL}, {CALL}]</tool_call>", [("f", ARGUMENTS)] * 2),
         ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', [("f", '{"a": 1}')]),
         ("hermes", '<tool_call>{"id": 7, "name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', [("f", '{"a": 1}')]),
+        ("hermes", r'<tool_call>{"name": "f", "arguments": "{\"a\": \"\ud83d\"}"}</tool_call>', [("f", r'{"a": "\ud83d"}')]),
         ("hermes", '<tool_call>{"name": "f"}</tool_call>', [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "arguments": {}, "x": [{}]}</tool_call>', [("f", "{}")]),
@@ -159,7 +160,8 @@ def test_by_hand_whole_and_character_by_character(form: str, text: str, expected
         ("s", "5", "5"), ("s", "null", "null"), ("s", "", ""), ("n", "5", 5), ("n", " 5\n", 5), ("n", "five", "five"),
         ("x", "5", 5), ("x", "-2.5", -2.5), ("x", "NaN", "NaN"), ("b", "true", True), ("b", "False", False),
         ("b", "null", None), ("o", '{"a": [1]}', {"a": [1]}), ("o", "{'a': None, 'b': 'it'}", {"a": None, "b": "it"}),
-        ("l", "[1, 2]", [1, 2]), ("l", "(1, 2)", [1, 2]), ("l", "open('x')", "open('x')"), ("m", "null", None),
+        ("l", "[1, 2]", [1, 2]), ("l", "(1, 2)", [1, 2]), ("l", "open('x')", "open('x')"),
+        ("l", r"['\ud83d\ude00 \xe9']", ["😀 é"]), ("l", r"['\ud83d']", ["\ud83d"]), ("s", r"'\ud83d'", r"'\ud83d'"), ("m", "null", None),
         ("m", "None", None), ("m", "5", "5"), ("m", "no", "no"), ("u", "5", 5), ("u", "5.5", "5.5"), ("u", "a", "a"),
         ("e", "1", "1"), ("other", "5", 5), ("other", "a b", "a b"), ("other", '"a"', '"a"'),
     ],
@@ -167,7 +169,7 @@ def test_by_hand_whole_and_character_by_character(form: str, text: str, expected
 def test_a_value_in_tags_is_what_its_schema_says(key: str, written: str, expected: Any):
     for form, text in ((QWEN_CODER, coder("t", **{key: written})), (GLM, glm("t", **{key: written}))):
         [(_, arguments)] = parse(form, [text])
-        assert json.loads(arguments) == {key: expected}
+        assert json.loads(arguments.encode()) == {key: expected}
         assert type(json.loads(arguments)[key]) is type(expected)
 
 
