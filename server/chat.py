@@ -185,9 +185,17 @@ def _tool_call(place: str, call: dict[str, Any]) -> dict[str, Any]:
     # TGI has two names for them.
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            pass  # what a model wrote wrongly is told as it wrote it
+        arguments = _read(arguments)
     named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
     return {**call, "type": "function", "function": named}
+
+
+def _read(arguments: str) -> Any:
+    """The value of arguments in JSON; what a model wrote wrongly is told as it wrote it."""
+    try:
+        value = json.loads(arguments or "{}")
+        # An escape can make half a character, which no prompt can have.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return arguments
+    return value

@@ -144,6 +144,14 @@ def test_results_of_tools_are_told_in_words_too(rig: Rig):
     )
 
 
+@pytest.mark.parametrize("arguments", ['{"city": ', r'{"city": "\ud83d"}'])
+def test_arguments_that_a_model_wrote_wrongly_are_told_as_it_wrote_them(rig: Rig, arguments: str):
+    function = {"name": "weather", "arguments": arguments}
+    call = {"id": "call_1", "type": "function", "function": function}
+    ask(rig, "ok", messages=[HISTORY[0], {"role": "assistant", "tool_calls": [call]}])
+    assert f'"arguments": {json.dumps(arguments)}' in prompt_of(rig)
+
+
 class TestHermes:
     @pytest.fixture
     def tokenizer(self) -> ByteTokenizer:
