@@ -68,6 +68,14 @@ def conversation_of(body: ChatBody) -> Conversation:
 
 async def render(front: Front, serving: Serving, conversation: Conversation) -> Rendered:
     """The prompt of a conversation. Raises Invalid, TemplateFailed."""
+    try:
+        return await _render(front, serving, conversation)
+    except RecursionError:
+        place = conversation.place
+        raise Invalid(f"`{place}` is nested too deeply for a chat template", param=place) from None
+
+
+async def _render(front: Front, serving: Serving, conversation: Conversation) -> Rendered:
     place = conversation.place
     messages = [_message(f"{place}[{i}]", message) for i, message in enumerate(conversation.messages)]
     if not messages:
