@@ -6,7 +6,7 @@ Knows tags, schemas and Lark. What a schema says of a text is kept where a gramm
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .argument_text import TEXT, kinds_of, target
@@ -48,7 +48,7 @@ class TagRules:
             argument = self._argument(r"/[^<>\n]+/", self._text())
             yield f"({argument}){{0,{MAX_FREE_ARGUMENTS}}}"
             return
-        required = [key for key in schema.get("required") or () if isinstance(key, str)]
+        required: Sequence[str] = schema.get("required") or ()
         named = {**properties, **{key: True for key in required if key not in properties}}
         for j, (key, value) in enumerate(named.items()):
             if any(char in key for char in "<>\n"):

@@ -209,6 +209,14 @@ def _tool(function: Mapping[str, Any], parameters: Any, schema_place: str, place
             f"`{schema_place}` is nested {levels} levels deep; at most {MAX_LEVELS} are taken",
             param=schema_place,
         )
+    required = parameters.get("required")
+    if required is not None and not (
+        isinstance(required, list) and all(isinstance(k, str) for k in required)
+    ):
+        raise Invalid(
+            f"`{schema_place}.required` must be a list of the names of properties. Given: {str(required)[:50]}",
+            param=f"{schema_place}.required",
+        )
     return replace(tool, parameters={"type": "object", **parameters})
 
 

@@ -356,6 +356,8 @@ def test_each_format_is_written_as_it_is_read(config: ServerConfig, template: st
         ({"tools": [{"type": "function", "function": {"name": "a\nb"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools[0].function.parameters"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools[0].function.parameters"),
+        *(({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": names}}}]}, "tools[0].function.parameters.required")
+          for names in (True, "city", [1])),
         ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
         ({"tool_choice": "absent"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "absent"}}}, "tool_choice"),
