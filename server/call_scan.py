@@ -52,6 +52,11 @@ class CallScan:
         """What this character brings."""
         raise NotImplementedError
 
+    def rest(self) -> str:
+        """What the arguments that were told lack, where a model ended its answer within a call. What it writes as JSON itself stays
+        as it is."""
+        return ""
+
 
 class ValueScan:
     """Finds the end of a JSON value, or of brackets of any kind that hold one."""

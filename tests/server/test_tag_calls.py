@@ -18,7 +18,11 @@ from xlane.server.tools import Tool, ToolUse
 
 from ..support.byte_tokenizer import END_OF_TURN, SPECIAL, ByteTokenizer
 from ..support.obedient import TOKENIZER, allows, obedient_ids
+from .conftest import Rig
 from .test_tool_parser import coder, glm
+from .test_tools import PARAMETERS, Templated, ask, events, rig
+
+__all__ = ["rig"]
 
 
 def grammar_of(form: ToolFormat, schema: dict[str, Any]) -> str:
@@ -139,3 +143,29 @@ def test_a_tool_that_names_no_arguments_takes_any():
 def test_a_name_that_cannot_be_written_is_refused():
     with pytest.raises(Invalid, match="cannot write"):
         grammar_of(GLM, {"type": "object", "properties": {"a<b": {"type": "string"}}})
+
+
+class TestAnswers:
+    @pytest.fixture
+    def tokenizer(self) -> ByteTokenizer:
+        return Templated("{{ tools }}<tool_call><function=")
+
+    @pytest.mark.parametrize(
+        "tags", ["</function>\n", "</function>\n</tool_call>", "</parameter>\n</function>\n</tool_call>"]
+    )
+    def test_a_call_whose_end_is_forgotten_has_arguments_in_json(self, rig: Rig, tags: str):
+        reply = coder("weather", city="Oslo").replace(tags, "")
+        [choice] = ask(rig, reply).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(ask(rig, reply, stream=True).text)]
+        calls = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls") or ()]
+        assert "".join(calls) == '{"city": "Oslo"}'
+        tool = {"name": "weather", "input_schema": PARAMETERS}
+        body = {"max_tokens": 500, "messages": [{"role": "user", "content": "a"}], "tools": [tool]}
+        assert rig.post("/v1/messages", **body).json()["content"][0]["input"] == {"city": "Oslo"}
+
+    def test_a_call_that_is_cut_off_is_left_open(self, rig: Rig):
+        [choice] = ask(rig, coder("weather", city="Oslo"), max_tokens=50).json()["choices"]
+        assert choice["finish_reason"] == "length"
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Os'

@@ -38,13 +38,13 @@ FORMATS = {
 }  # fmt: skip
 
 
-def parse(form: ToolFormat, pieces: list[str]) -> list[Any]:
+def parse(form: ToolFormat, pieces: list[str], *, cut: bool = True) -> list[Any]:
     """Texts, and (name, arguments) for calls, in order; ids and indexes are checked on the way."""
     parser = ToolParser(form, TOOLS)
     found: list[Any] = []
     ids: set[str] = set()
     for i, piece in enumerate(pieces):
-        for part in parser.push(piece, end=i == len(pieces) - 1):
+        for part in parser.push(piece, end=i == len(pieces) - 1, cut=cut):
             match part:
                 case str():
                     assert part
@@ -138,7 +138,11 @@ ARGUMENTS = '{"a": [1, "}"]}'
         ("coder", coder("g", a="1"), [coder("g", a="1")]),
         ("coder", "call <function=f> or <tool_call>", ["call <function=f> or <tool_call>"]),
         ("coder", "<function=f>\n<b>", ["<function=f>\n<b>"]),
-        ("coder", "<function=f>\n<parameter=a>1</parameter>\n<b>x", [("f", '{"a": 1'), "<b>x"]),
+        ("coder", "<function=f>\n<parameter=a>1</parameter>\n<b>x", [("f", '{"a": 1}'), "<b>x"]),
+        ("coder", coder("f", a="1").replace("</function>\n", ""), [("f", '{"a": 1}')]),
+        ("coder", f"{coder('f').replace('</function>', '')} so", [("f", "{}"), "so"]),
+        ("coder", "<function=f><parameter=a>1</parameter><function=t></function>", [("f", '{"a": 1}'), ("t", "{}")]),
+        ("glm", "<tool_call>t<arg_key>s</arg_key>a<arg_key>", [("t", '{"s": ""}'), "a<arg_key>"]),
         ("seed", coder("f", a="1").replace("tool_call", "seed:tool_call"), [("f", '{"a": 1}')]),
         ("glm", f"See.\n{glm('f', a='1')}\n{glm('t', s='2')}\nso", ["See.", ("f", '{"a": 1}'), ("t", '{"s": "2"}'), "so"]),
         ("glm", "<tool_call>f</tool_call> ok", [("f", "{}"), "ok"]),
@@ -171,6 +175,21 @@ def test_a_value_in_tags_is_what_its_schema_says(key: str, written: str, expecte
         [(_, arguments)] = parse(form, [text])
         assert json.loads(arguments.encode()) == {key: expected}
         assert type(json.loads(arguments)[key]) is type(expected)
+
+
+@pytest.mark.parametrize("form", ["coder", "seed", "glm"])
+def test_a_call_in_tags_that_breaks_off_anywhere_has_arguments_in_json(form: str):
+    values = {"s": 'a"\n', "l": "['x']"}
+    written = glm("t", **values) if form == "glm" else coder("t", **values)
+    text, close = written.replace("tool_call", FORMATS[form].close[2:-1]), FORMATS[form].close
+    [(_, arguments)] = parse(FORMATS[form], [text])
+    for at in range(len(text)):
+        for more in ("", close, "\nso", "<b>", text):
+            for part in parse(FORMATS[form], [*text[:at], *more, ""], cut=False):
+                assert isinstance(part, str) or isinstance(json.loads(part[1]), dict), text[:at] + more
+        # Cut off, they end where they end.
+        for part in parse(FORMATS[form], [*text[:at], ""]):
+            assert isinstance(part, str) or arguments.startswith(part[1])
 
 
 def test_a_text_in_tags_is_told_as_it_comes():
