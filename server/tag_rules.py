@@ -133,6 +133,8 @@ def _bounds(schema: Mapping[str, Any]) -> Iterator[str]:
         yield rf"/(.|\n){{{least},{most}}}/"
     if isinstance(pattern := schema.get("pattern"), str):
         anchored = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
-        inner = pattern[anchored[0] : len(pattern) - anchored[1]].replace("/", r"\/")
+        inner = pattern[anchored[0] : len(pattern) - anchored[1]]
+        # A slash would end it in Lark, but for a backslash before it, which JavaScript has written already.
+        inner = re.sub(r"(?s)\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], inner)
         before, after = ("" if anchor else r"(.|\n)*" for anchor in anchored)
         yield f"/{before}({inner}){after}/"
