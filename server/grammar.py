@@ -130,8 +130,8 @@ def _lark_of(form: Form) -> str:
 def _closed(schema: Any) -> Any:
     """The schema with its objects closed that list their properties and say nothing of others.
 
-    What matches it matches the schema. Where keywords have to hold together, a closed one could leave nothing to match;
-    such an object stays as it is, and schemas that compose (`allOf` …) are not brought here.
+    What matches it matches the schema. Where keywords have to hold together, or a property is required that is not listed, a closed
+    one could leave nothing to match; such an object stays as it is, and schemas that compose (`allOf` …) are not brought here.
     """
     if not isinstance(schema, Mapping):
         return schema
@@ -146,6 +146,14 @@ def _closed(schema: Any) -> Any:
             found[key] = value if mixed else [_closed(inner) for inner in value]
         else:
             found[key] = value
-    if "properties" in schema and not any(key in schema for key in _OPENS):
+    if _lists_all(schema) and not any(key in schema for key in _OPENS):
         found["additionalProperties"] = False
     return found
+
+
+def _lists_all(schema: Mapping[str, Any]) -> bool:
+    """Whether an object lists its properties, those that it requires among them."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return all(isinstance(key, str) and key in properties for key in required)
