@@ -17,7 +17,7 @@ from .errors import (
     PlanError,
     RequestFailed,
 )
-from .grammar_bounds import check_grammar, compilers, grammar_limits
+from .grammar_bounds import MAX_GRAMMAR_BYTES, check_grammar, compilers, grammar_limits
 from .request import (
     DURATION_EDGES_S,
     MAX_LOGIT_BIAS,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DURATION_EDGES_S",
+    "MAX_GRAMMAR_BYTES",
     "MAX_LOGIT_BIAS",
     "MAX_TOP_LOGPROBS",
     "ROWS_EDGES",

@@ -17,13 +17,32 @@ _MOST_REFERENCES = 8
 _WORDS = {"true": True, "false": False, "null": None}
 
 
-def kinds_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
-    """Types that a schema allows. `root`: where its `$ref`s lead."""
+def kinds_of(
+    schema: Any, root: Mapping[str, Any], known: dict[int, frozenset[str]] | None = None
+) -> frozenset[str]:
+    """Types that a schema allows. Takes time that grows with its size.
+
+    Args:
+        schema: of one value.
+        root: where its `$ref`s lead.
+        known: what was found where they lead to, by id; for whoever asks about several schemas within one root.
+    """
+    return _kinds(schema, root, {} if known is None else known, 0)
+
+
+def _kinds(
+    schema: Any, root: Mapping[str, Any], known: dict[int, frozenset[str]], depth: int
+) -> frozenset[str]:
     if not isinstance(schema, Mapping) or depth > _MOST_REFERENCES:
         return KINDS
     found = KINDS
     if "$ref" in schema:
-        found &= kinds_of(target(schema["$ref"], root), root, depth + 1)
+        behind = target(schema["$ref"], root)
+        # Many may lead to one, so each is followed once; one that leads back to itself says nothing.
+        if id(behind) not in known:
+            known[id(behind)] = KINDS
+            known[id(behind)] = _kinds(behind, root, known, depth + 1)
+        found &= known[id(behind)]
     if "type" in schema:
         found &= frozenset(kind for name in _several(schema["type"]) for kind in _with_integers(name))
     if "const" in schema:
@@ -32,10 +51,10 @@ def kinds_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[
         found &= frozenset(kind for value in values for kind in _with_integers(kind_of(value)))
     for word in ("anyOf", "oneOf"):
         if isinstance(schemas := schema.get(word), list):
-            found &= frozenset().union(*(kinds_of(inner, root, depth + 1) for inner in schemas))
+            found &= frozenset().union(*(_kinds(inner, root, known, depth + 1) for inner in schemas))
     if isinstance(schemas := schema.get("allOf"), list):
         for inner in schemas:
-            found &= kinds_of(inner, root, depth + 1)
+            found &= _kinds(inner, root, known, depth + 1)
     return found
 
 
@@ -57,12 +76,22 @@ def argument_json(text: str, kinds: frozenset[str]) -> str:
     kind, written = found
     fits = kind in kinds or (kind == "integer" and "number" in kinds)
     # A text in quotes was meant to have them, where a text may stand.
-    return written if (fits and kind != "string") or "string" not in kinds else quoted(text)
+    return sound(written) if (fits and kind != "string") or "string" not in kinds else quoted(text)
 
 
 def quoted(text: str) -> str:
     """A text as JSON."""
-    return json.dumps(text, ensure_ascii=False)
+    return as_json(text)
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON. Raises ValueError for a number that JSON cannot say."""
+    return sound(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def sound(text: str) -> str:
+    """JSON as UTF-8 can carry it: a half of a character, which an escape can make, is written as that escape again."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def plain(node: ast.expr) -> Any:

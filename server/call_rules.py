@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import Unsupported
-from .grammar import Part, literal, one_of, schema_part
+from .grammar import Parts, literal, one_of
 from .tag_rules import TagRules
 from .text import TextTokenizer
 from .tool_formats import ToolFormat
@@ -30,7 +30,7 @@ class CallRules:
         self._form = form
         self._tokenizer = tokenizer
         self._lines: list[str] = []
-        self.parts: dict[str, Part] = {}
+        self.parts = Parts()
         names = [self._call(i, tool) for i, tool in enumerate(use.allowed)]
         self._lines.append(f"call: {one_of(names)}")
         more = self._more(MAX_CALLS - 1) if use.parallel else ""
@@ -73,14 +73,13 @@ class CallRules:
     def _call(self, i: int, tool: Tool) -> str:
         name, key = f"call_{i}", self._form.arguments
         if self._form.tags is not None:
-            rules = TagRules(self._form.tags, i, tool, self._piece)
+            rules = TagRules(self._form.tags, i, tool, self._piece, self.parts)
             self._lines += rules.lines
-            self.parts |= rules.parts
             return name
         if self._form.syntax == "python":
             self._lines += self._python(name, i, tool)
             return name
-        self.parts[f"args_{i}"] = schema_part(tool.parameters, tool.param)
+        self.parts.add(f"args_{i}", tool.parameters, tool.param)
         if self._form.syntax == "named":
             self._lines.append(f"{name}: {literal(tool.name)} {self._piece(self._form.name_close)} @args_{i}")
         else:
@@ -93,15 +92,14 @@ class CallRules:
         schema = tool.parameters
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or not all(_IDENTIFIER.fullmatch(key) for key in properties):
-            self.parts[f"args_{i}"] = schema_part(schema, tool.param)
+            self.parts.add(f"args_{i}", schema, tool.param)
             return [f"{name}: {literal(f'{tool.name}(**')} @args_{i} {literal(')')}"]
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         required: Sequence[Any] = schema.get("required") or ()
         lines = [f"{name}: {literal(tool.name + '(')} {name}_first_0 {literal(')')}"]
         for j, (key, value) in enumerate(properties.items()):
-            self.parts[f"args_{i}_{j}"] = schema_part(
-                {**shared, **value} if isinstance(value, Mapping) else value, tool.param
-            )
+            whole = {**shared, **value} if isinstance(value, Mapping) else value
+            self.parts.add(f"args_{i}_{j}", whole, tool.param)
             for state, comma in (("first", ""), ("next", ", ")):
                 given = f"{literal(f'{comma}{key}=')} @args_{i}_{j} {name}_next_{j + 1}"
                 left = "" if key in required else f" | {name}_{state}_{j + 1}"

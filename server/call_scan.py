@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .argument_text import plain
+from .argument_text import plain, sound
 from .tool_formats import ARGUMENTS_MARK, ID_MARK
 
 ARGUMENTS = ("arguments", "parameters")
@@ -51,6 +51,11 @@ class CallScan:
     def feed(self, char: str) -> Scanned:
         """What this character brings."""
         raise NotImplementedError
+
+    def rest(self) -> str:
+        """What the arguments that were told lack, where a model ended its answer within a call. What it writes as JSON itself stays
+        as it is."""
+        return ""
 
 
 class ValueScan:
@@ -267,7 +272,7 @@ def object_text(raw: str | None) -> str | None:
     value = _json(raw)
     if isinstance(value, str):
         raw, value = value or NO_ARGUMENTS, _json(value or NO_ARGUMENTS)
-    return raw if isinstance(value, Mapping) else None
+    return sound(raw) if isinstance(value, Mapping) else None
 
 
 def _python_arguments(text: str) -> str | None:

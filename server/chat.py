@@ -68,6 +68,14 @@ def conversation_of(body: ChatBody) -> Conversation:
 
 async def render(front: Front, serving: Serving, conversation: Conversation) -> Rendered:
     """The prompt of a conversation. Raises Invalid, TemplateFailed."""
+    try:
+        return await _render(front, serving, conversation)
+    except RecursionError:
+        place = conversation.place
+        raise Invalid(f"`{place}` is nested too deeply for a chat template", param=place) from None
+
+
+async def _render(front: Front, serving: Serving, conversation: Conversation) -> Rendered:
     place = conversation.place
     messages = [_message(f"{place}[{i}]", message) for i, message in enumerate(conversation.messages)]
     if not messages:
@@ -185,9 +193,17 @@ def _tool_call(place: str, call: dict[str, Any]) -> dict[str, Any]:
     # TGI has two names for them.
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            pass  # what a model wrote wrongly is told as it wrote it
+        arguments = _read(arguments)
     named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
     return {**call, "type": "function", "function": named}
+
+
+def _read(arguments: str) -> Any:
+    """The value of arguments in JSON; what a model wrote wrongly is told as it wrote it."""
+    try:
+        value = json.loads(arguments or "{}")
+        # An escape can make half a character, which no prompt can have.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return arguments
+    return value

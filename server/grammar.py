@@ -13,6 +13,7 @@ from typing import Any
 import llguidance
 import orjson
 
+from ..engine import MAX_GRAMMAR_BYTES
 from .errors import Invalid
 from .forms import Form
 
@@ -48,6 +49,27 @@ class Grammar:
         """As llguidance reads it."""
         named = [{"name": name, **part} for name, part in self.parts.items()]
         return orjson.dumps({"grammars": [{"name": "answer", "lark_grammar": self.rules}, *named]}).decode()
+
+
+class Parts(dict[str, Part]):
+    """Grammars of the arguments of tools, by the name that `@name` refers to.
+
+    Each argument takes along all that its tool defines, so that a small tool can make a large grammar: their size is watched while
+    they are made.
+    """
+
+    _bytes = 0
+
+    def add(self, name: str, schema: Any, param: str) -> None:
+        """The grammar of a schema. Raises Invalid."""
+        self[name] = schema_part(schema, param)
+        self._bytes += len(orjson.dumps(self[name]["json_schema"]))
+        if self._bytes > MAX_GRAMMAR_BYTES:
+            raise Invalid(
+                f"`{param}` makes a grammar of more than {MAX_GRAMMAR_BYTES} bytes, the most there can be; "
+                "it needs fewer properties, or less in `$defs`",
+                param=param,
+            )
 
 
 def part_of(form: Form) -> Part:
@@ -108,8 +130,8 @@ def _lark_of(form: Form) -> str:
 def _closed(schema: Any) -> Any:
     """The schema with its objects closed that list their properties and say nothing of others.
 
-    What matches it matches the schema. Where keywords have to hold together, a closed one could leave nothing to match;
-    such an object stays as it is, and schemas that compose (`allOf` …) are not brought here.
+    What matches it matches the schema. Where keywords have to hold together, or a property is required that is not listed, a closed
+    one could leave nothing to match; such an object stays as it is, and schemas that compose (`allOf` …) are not brought here.
     """
     if not isinstance(schema, Mapping):
         return schema
@@ -124,6 +146,14 @@ def _closed(schema: Any) -> Any:
             found[key] = value if mixed else [_closed(inner) for inner in value]
         else:
             found[key] = value
-    if "properties" in schema and not any(key in schema for key in _OPENS):
+    if _lists_all(schema) and not any(key in schema for key in _OPENS):
         found["additionalProperties"] = False
     return found
+
+
+def _lists_all(schema: Mapping[str, Any]) -> bool:
+    """Whether an object lists its properties, those that it requires among them."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return all(isinstance(key, str) and key in properties for key in required)

@@ -62,7 +62,9 @@ class MarkReader:
         reasoning, text = self._splitter.of(progress)
         if self._parser is None:
             return Told(reasoning, (text,) if text else ())
-        return Told(reasoning, self._parser.push(text, end=progress.done is not None))
+        done = progress.done
+        cut = done is None or done.ending is Ending.LENGTH
+        return Told(reasoning, self._parser.push(text, end=done is not None, cut=cut))
 
     @property
     def span(self) -> tuple[int, int]:

@@ -18,9 +18,11 @@ _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 class TagScan(CallScan):
     """Scans one call."""
 
-    def __init__(self, tags: Tags, tools: Mapping[str, Mapping[str, Any]]) -> None:
-        """`tools`: the schema of the arguments of each tool that may be called."""
+    def __init__(self, tags: Tags, tools: Mapping[str, Mapping[str, Any]], close: str) -> None:
+        """`tools`: the schema of the arguments of each tool that may be called. `close`: the format's closing mark, which ends a call
+        whose own end was forgotten."""
         self._tags = tags
+        self._ends = (tags.end, close)
         self._tools = tools
         self._step = self._in_name
         self._name = ""
@@ -40,6 +42,13 @@ class TagScan(CallScan):
         """What this character brings."""
         return self._step(char)
 
+    def rest(self) -> str:
+        """What the arguments that were told lack to be JSON: the end of the value that is being read, and their own."""
+        if not self._arguments:
+            return ""
+        within = self._step in (self._before_value, self._in_value)
+        return f"{self._value_end() if within else ''}}}"
+
     def _in_name(self, char: str) -> Scanned:
         if char in _NAME and len(self._name) < MAX_HEAD_CHARS:
             self._name += char
@@ -57,19 +66,19 @@ class TagScan(CallScan):
         self._held += char
         if self._held == self._tags.key_open:
             self._held, self._step = "", self._in_key
-        elif self._held == self._tags.end:
-            # Where it is the format's closing mark as well, that is for the parser to see.
-            unread = "" if self._tags.own_end else self._held
+        elif self._held in self._ends:
+            # The format's closing mark, be it the end or not, is for the parser to see.
+            unread = "" if self._tags.own_end and self._held == self._tags.end else self._held
             name = None if self._arguments else self._name
             return Scanned(name, "}" if self._arguments else NO_ARGUMENTS, done=True, unread=unread)
-        elif not (self._tags.key_open.startswith(self._held) or self._tags.end.startswith(self._held)):
-            return Scanned(failed=True, unread=self._held)
+        elif not any(mark.startswith(self._held) for mark in (self._tags.key_open, *self._ends)):
+            return self._broken_off()
         return NOTHING
 
     def _in_key(self, char: str) -> Scanned:
         self._held += char
         if len(self._held) > MAX_HEAD_CHARS:
-            return Scanned(failed=True, unread=self._held)
+            return self._broken_off()
         if not self._held.endswith(self._tags.key_close):
             return NOTHING
         key, self._held = self._held.removesuffix(self._tags.key_close).strip(), ""
@@ -91,7 +100,7 @@ class TagScan(CallScan):
         if self._held == self._tags.value_open:
             self._held, self._step = "", self._in_value
         elif not self._tags.value_open.startswith(self._held):
-            return Scanned(failed=True, unread=self._held)
+            return self._broken_off()
         return NOTHING
 
     def _in_value(self, char: str) -> Scanned:
@@ -101,8 +110,7 @@ class TagScan(CallScan):
         self._held += char
         if self._held in self._closings:
             self._held, self._step = "", self._between
-            value = "".join(self._read)
-            return Scanned(arguments='"' if self._kinds == TEXT else argument_json(value, self._kinds))
+            return Scanned(arguments=self._value_end())
         said = 0
         while not any(closing.startswith(self._held[said:]) for closing in self._closings):
             said += 1
@@ -111,3 +119,11 @@ class TagScan(CallScan):
             return Scanned(arguments=quoted(text)[1:-1]) if text else NOTHING
         self._read.append(text)
         return NOTHING
+
+    def _value_end(self) -> str:
+        """What is not told yet of the JSON of a value that ends here."""
+        return '"' if self._kinds == TEXT else argument_json("".join(self._read), self._kinds)
+
+    def _broken_off(self) -> Scanned:
+        """What has come is a call all the same, if it was told; what comes is none of it."""
+        return Scanned(arguments=self.rest(), failed=True, unread=self._held)

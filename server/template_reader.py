@@ -5,12 +5,11 @@ tool, another shape, an end too early) is text as it stands. A field of another 
 text as well. Nothing is lost but spaces round a field, and what the template has no field for.
 """
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .argument_text import argument_json, kinds_of
+from .argument_text import argument_json, as_json, kinds_of, quoted
 from .call_scan import object_text
 from .generate import Progress
 from .reader import Told
@@ -182,8 +181,7 @@ class TemplateReader:
             properties = schema.get("properties")
             known = properties if isinstance(properties, Mapping) else {}
             fields = [
-                f"{json.dumps(k, ensure_ascii=False)}: {_json(v, known.get(k), schema)}"
-                for k, v in arguments.items()
+                f"{quoted(k)}: {_json(v, kinds_of(known.get(k), schema))}" for k, v in arguments.items()
             ]
             return name, f"{{{', '.join(fields)}}}"
         text = object_text(arguments)
@@ -192,11 +190,10 @@ class TemplateReader:
         return name, text
 
 
-def _json(value: Any, schema: Any, root: Mapping[str, Any]) -> str:
-    """The JSON of an argument. A text that cannot be one by its schema was written without a type."""
-    kinds = kinds_of(schema, root)
+def _json(value: Any, kinds: frozenset[str]) -> str:
+    """The JSON of an argument of these types. A text that cannot be one was written without a type."""
     if isinstance(value, str) and "string" not in kinds:
         return argument_json(value, kinds)
     if isinstance(value, list) and "array" not in kinds:
-        return f"[{', '.join(_json(one, schema, root) for one in value)}]"
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return f"[{', '.join(_json(one, kinds) for one in value)}]"
+    return as_json(value)

@@ -76,12 +76,12 @@ class ToolParser:
         self.calls = 0
         """Calls told so far."""
 
-    def push(self, text: str, *, end: bool = False) -> list[Piece]:
-        """What became certain with this text. `end`: nothing follows."""
+    def push(self, text: str, *, end: bool = False, cut: bool = True) -> list[Piece]:
+        """What became certain with this text. `end`: nothing follows. `cut`: then because the model was cut off, not by its will."""
         found: list[Piece] = []
         self._read(text, found)
         if end:
-            self._end(found)
+            self._end(found, cut=cut)
         return list(joined(found))
 
     def _read(self, text: str, found: list[Piece]) -> None:
@@ -178,7 +178,9 @@ class ToolParser:
                 return PythonScan(self._names)
             case "tags":
                 assert self._form.tags is not None, "the format has tags"
-                return ObjectScan(self._names) if char == "{" else TagScan(self._form.tags, self._tools)
+                if char == "{":
+                    return ObjectScan(self._names)
+                return TagScan(self._form.tags, self._tools, self._form.close)
             case "other":
                 return None
 
@@ -215,11 +217,13 @@ class ToolParser:
             self._after_call = False
             found.append(text)
 
-    def _end(self, found: list[Piece]) -> None:
+    def _end(self, found: list[Piece], *, cut: bool) -> None:
         if self._state in (_State.TEXT, _State.START):
             self._say(self._held, found)
         elif not (self._told if self._state is _State.CALL else self._after_call):
             self._not_a_call(found)
+        elif self._scan is not None and not cut and (rest := self._scan.rest()):
+            found.append(CallArguments(self.calls - 1, rest))
         self._held = ""
 
 

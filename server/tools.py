@@ -1,7 +1,7 @@
 """Tools a model may call, in the words of each API → one `ToolUse`. Knows their fields and limits; no template, no grammar."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ Words = tuple[str, str]
 
 MAX_TOOLS = 128
 """Most tools of a request (OpenAI's limit)."""
+MAX_LEVELS = 200
+"""Deepest schema of a tool, levels of its JSON: what templates, grammars and answers that repeat it can follow."""
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 """OpenAI's alphabet, and what servers of the Model Context Protocol join names with."""
@@ -202,7 +204,33 @@ def _tool(function: Mapping[str, Any], parameters: Any, schema_place: str, place
     parameters = _object(parameters, schema_place)
     if parameters.get("type", "object") != "object":
         raise Invalid(f"`{schema_place}` must be the schema of an object", param=schema_place)
+    if (levels := _levels(parameters)) > MAX_LEVELS:
+        raise Invalid(
+            f"`{schema_place}` is nested {levels} levels deep; at most {MAX_LEVELS} are taken",
+            param=schema_place,
+        )
+    required = parameters.get("required")
+    if required is not None and not (
+        isinstance(required, list) and all(isinstance(k, str) for k in required)
+    ):
+        raise Invalid(
+            f"`{schema_place}.required` must be a list of the names of properties. Given: {str(required)[:50]}",
+            param=f"{schema_place}.required",
+        )
     return replace(tool, parameters={"type": "object", **parameters})
+
+
+def _levels(value: Any) -> int:
+    """How many levels JSON has."""
+    found, level = 0, [value]
+    while level:
+        found += 1
+        level = [inner for outer in level for inner in _inside(outer)]
+    return found
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 def _name_in(holder: Mapping[str, Any], place: str, *, nested: bool) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 PUBLIC = {
     "xlane.engine": {
-        "DURATION_EDGES_S", "MAX_LOGIT_BIAS", "MAX_TOP_LOGPROBS", "ROWS_EDGES", "DeadlineExceeded", "Engine",
+        "DURATION_EDGES_S", "MAX_GRAMMAR_BYTES", "MAX_LOGIT_BIAS", "MAX_TOP_LOGPROBS", "ROWS_EDGES", "DeadlineExceeded", "Engine",
         "EngineClient", "EngineConfig", "EngineError", "EngineInfo", "EngineLost", "EngineStats", "EngineStopped",
         "FinishReason", "Histogram", "InvalidRequest", "LaneStats", "LaunchStats", "LogprobsMode", "Overloaded", "PlanError", "ProgramInfo", "Request", "RequestFailed", "SamplingParams",
         "StepOutput", "Timing", "TokenOutput", "check_grammar", "check_prompt_scores", "compilers", "grammar_limits",

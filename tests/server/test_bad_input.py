@@ -11,9 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer as Words
+from tokenizers.models import BPE
 
 from xlane.models.chat import ChatTemplates
 from xlane.models.template_processes import USUAL, TemplateLimits
+from xlane.models.typed import TypedText
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
@@ -45,15 +48,21 @@ TAKES = {
 
 
 class Tokenizer(ByteTokenizer):
-    """Of a model whose template takes all there is of something, if it is told to."""
+    """Of a model whose template takes tools, and all there is of something, if it is told to."""
+
+    tool_template = "{{ tools }}<tool_call>"
 
     def __init__(self) -> None:
         self._hostile = ChatTemplates({"default": HOSTILE}, {})
+        self._typed = TypedText(Words(BPE()))
 
-    def apply_chat(self, messages: Any, *args: Any, limits: TemplateLimits = USUAL, **kwargs: Any) -> str:
+    def apply_chat(
+        self, messages: Any, tools: Any = None, *args: Any, limits: TemplateLimits = USUAL, **kwargs: Any
+    ) -> str:
         if "thinking" in kwargs:
             return self._hostile.render(messages, limits=limits, **kwargs)
-        return super().apply_chat(messages, *args, limits=limits, **kwargs)
+        messages, tools = self._typed.broken(messages), self._typed.broken(tools)
+        return super().apply_chat(messages, tools, *args, limits=limits, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +102,11 @@ def deep(levels: int) -> dict[str, Any]:
 
 def tool(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, **fields}}
+
+
+def called(arguments: str) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return chat(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}])
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -173,6 +187,9 @@ ROWS: list[Row] = [
     (28, CHAT, chat(tools=[tool(name="a\nb")]), 400, "tools[0].function.name"),
     (28, CHAT, chat(tools=[tool(name="😀")]), 400, "tools[0].function.name"),
     (28, CHAT, chat(tools=[tool(parameters=5)]), 400, "tools[0].function.parameters"),
+    (28, CHAT, chat(tools=[tool(parameters=deep(300))]), 400, "tools[0].function.parameters"),
+    (28, RESPONSES, {"input": "a", "tools": [tool() | {"name": "f", "parameters": deep(127)}]}, 400, None),
+    (28, CHAT, called('{"a":' * 900 + "1" + "}" * 900), 400, "messages"),
     (28, CHAT, chat(tools=[tool()], tool_choice={"type": "function", "function": {"name": "g"}}), 400, "tool_choice"),
     (29, CHAT, user(PARTS), 400, "messages[0].content"),
     (29, CHAT, user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), 400, "messages[0].content"),

@@ -104,6 +104,7 @@ COMPOSED = [
     ({"allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {}}, "required": ["b"]}]}, '{"a":1,"b":2}'),
     ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}, "required": ["b"]}]}, '{"a":1,"b":2}'),
     ({"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "integer"}}, '{"a":1,"b":2}'),
+    ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}, '{"a":1,"b":"x"}'),
     ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, "3"),
     ({"$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}, '{"n":{"n":{}}}'),
 ]  # fmt: skip
@@ -121,6 +122,7 @@ def test_schemas_that_compose_keep_what_matches(rig: Rig, schema: Any, text: str
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"not": {}}, "not"),
         ({"type": "strin"}, "strin"),
+        ({"properties": {"a": {}}, "required": [["a"]]}, "required"),
         ({"type": "string", "pattern": "(?=a)"}, "look-around"),
         ({"$ref": "http://example.com/x"}, "http://example.com/x"),
         ({"enum": [f"value {i}" for i in range(100)] * 200}, "--limit max_grammar_bytes"),

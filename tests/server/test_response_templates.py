@@ -65,7 +65,7 @@ def read(template: dict[str, Any], answer: str, prompt: str = "", piece: int = 0
     return {
         "reasoning": "".join(one.reasoning for one in told),
         "content": "".join(part for part in parts if isinstance(part, str)),
-        "calls": [[call.name, json.loads(call.arguments)] for call in calls],
+        "calls": [[call.name, json.loads(call.arguments.encode())] for call in calls],
     }
 
 
@@ -100,6 +100,19 @@ def test_text_comes_before_its_field_ends():
 def test_what_is_no_call_is_told_as_it_stands(call: str):
     found = read(MARKED, f"So: <call>{call}</call> And", piece=3)
     assert found == {"reasoning": "", "content": f"So: <call>{call}</call>\nAnd", "calls": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (r'{"city": "\ud83d\ude00 \ud83d", "\ud83d": 1}', {"city": "😀 \ud83d", "\ud83d": 1}),
+        (r'{"days": "[\"\ud83d\"]"}', {"days": ["\ud83d"]}),
+        (r'"{\"city\": \"\ud83d\"}"', {"city": "\ud83d"}),
+    ],
+)
+def test_halves_of_characters_are_told_as_escapes(arguments: str, expected: dict[str, Any]):
+    found = read(MARKED, f'<call>{{"name": "weather", "arguments": {arguments}}}</call>')
+    assert found["calls"] == [["weather", expected]]
 
 
 def test_a_call_that_is_cut_off_is_told_as_far_as_it_came():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -11,13 +12,17 @@ from llguidance import LLMatcher
 from xlane.server.call_rules import CallRules
 from xlane.server.errors import Invalid
 from xlane.server.grammar import Grammar
-from xlane.server.tool_formats import GLM, QWEN_CODER, ToolFormat
+from xlane.server.tool_formats import GLM, PYTHON, QWEN_CODER, ToolFormat
 from xlane.server.tool_parser import CallArguments, ToolParser
 from xlane.server.tools import Tool, ToolUse
 
 from ..support.byte_tokenizer import END_OF_TURN, SPECIAL, ByteTokenizer
 from ..support.obedient import TOKENIZER, allows, obedient_ids
+from .conftest import Rig
 from .test_tool_parser import coder, glm
+from .test_tools import PARAMETERS, Templated, ask, events, rig
+
+__all__ = ["rig"]
 
 
 def grammar_of(form: ToolFormat, schema: dict[str, Any]) -> str:
@@ -41,8 +46,12 @@ WORD = {"$defs": {"word": {"type": "string", "minLength": 2}}}
         ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "a\nb"], ["a", "abcd"]),
         ({"type": "string", "pattern": "^a+$"}, ["a", "aaa"], ["", "ab"]),
         ({"type": "string", "pattern": "b"}, ["abc", "b"], ["ac"]),
+        ({"type": "string", "pattern": "^a://b$"}, ["a://b"], ["a:b", "b"]),
+        ({"type": "string", "pattern": r"^a:\/\/b$"}, ["a://b"], ["a:b", r"a:\/\/b"]),
+        ({"type": "string", "pattern": r"^\\/$"}, [r"\/"], ["/"]),
         ({"$ref": "#/$defs/word"}, ["ab"], ["a"]),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["5", "null"], ["a"]),
+        ({"anyOf": [*[{"$ref": "#/$defs/word"}] * 2, {"type": "null"}]}, ["ab", "null"], ["a"]),
         ({"type": ["string", "null"]}, ["null", "a"], []),
         ({}, ["a", "5"], []),
     ],
@@ -105,6 +114,29 @@ def test_tags_that_are_control_tokens_are_written_as_such(parallel: bool):
     assert matcher.is_accepting()
 
 
+@pytest.mark.parametrize(
+    "definitions",
+    [
+        {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 100}},
+        {a: {"anyOf": [{"$ref": f"#/$defs/{b}"}] * 100} for a, b in pairwise("abcdefgh")} | {"h": {"type": "string"}},
+    ],
+)  # fmt: skip
+def test_references_that_are_many_take_linear_time(definitions: dict[str, Any]):
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": definitions}
+    for form, written in ((QWEN_CODER, coder), (GLM, glm)):
+        text = written("f", x="word")
+        assert allows(grammar_of(form, schema), text)
+        assert arguments_of(form, text, schema) == {"x": "word"}
+
+
+@pytest.mark.parametrize("form", [QWEN_CODER, PYTHON])
+def test_definitions_that_every_argument_takes_along_are_refused_before_they_are_much(form: ToolFormat):
+    definitions = {"d": {"type": "integer", "description": "x" * 10_000}}
+    properties = {f"p{i}": {"type": "array", "items": {"$ref": "#/$defs/d"}} for i in range(200)}
+    with pytest.raises(Invalid, match="more than 1048576 bytes"):
+        grammar_of(form, {"type": "object", "properties": properties, "$defs": definitions})
+
+
 def test_a_tool_that_names_no_arguments_takes_any():
     grammar = grammar_of(QWEN_CODER, {"type": "object"})
     for text in (coder("f"), coder("f", a="1", other="x")):
@@ -114,3 +146,29 @@ def test_a_tool_that_names_no_arguments_takes_any():
 def test_a_name_that_cannot_be_written_is_refused():
     with pytest.raises(Invalid, match="cannot write"):
         grammar_of(GLM, {"type": "object", "properties": {"a<b": {"type": "string"}}})
+
+
+class TestAnswers:
+    @pytest.fixture
+    def tokenizer(self) -> ByteTokenizer:
+        return Templated("{{ tools }}<tool_call><function=")
+
+    @pytest.mark.parametrize(
+        "tags", ["</function>\n", "</function>\n</tool_call>", "</parameter>\n</function>\n</tool_call>"]
+    )
+    def test_a_call_whose_end_is_forgotten_has_arguments_in_json(self, rig: Rig, tags: str):
+        reply = coder("weather", city="Oslo").replace(tags, "")
+        [choice] = ask(rig, reply).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(ask(rig, reply, stream=True).text)]
+        calls = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls") or ()]
+        assert "".join(calls) == '{"city": "Oslo"}'
+        tool = {"name": "weather", "input_schema": PARAMETERS}
+        body = {"max_tokens": 500, "messages": [{"role": "user", "content": "a"}], "tools": [tool]}
+        assert rig.post("/v1/messages", **body).json()["content"][0]["input"] == {"city": "Oslo"}
+
+    def test_a_call_that_is_cut_off_is_left_open(self, rig: Rig):
+        [choice] = ask(rig, coder("weather", city="Oslo"), max_tokens=50).json()["choices"]
+        assert choice["finish_reason"] == "length"
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Os'

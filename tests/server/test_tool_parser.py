@@ -38,13 +38,13 @@ FORMATS = {
 }  # fmt: skip
 
 
-def parse(form: ToolFormat, pieces: list[str]) -> list[Any]:
+def parse(form: ToolFormat, pieces: list[str], *, cut: bool = True) -> list[Any]:
     """Texts, and (name, arguments) for calls, in order; ids and indexes are checked on the way."""
     parser = ToolParser(form, TOOLS)
     found: list[Any] = []
     ids: set[str] = set()
     for i, piece in enumerate(pieces):
-        for part in parser.push(piece, end=i == len(pieces) - 1):
+        for part in parser.push(piece, end=i == len(pieces) - 1, cut=cut):
             match part:
                 case str():
                     assert part
@@ -93,6 +93,7 @@ ARGUMENTS = '{"a": [1, "}"]}'
         ("hermes", f"<tool_call>[{CALL}, {CALL}]</tool_call>", [("f", ARGUMENTS)] * 2),
         ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', [("f", '{"a": 1}')]),
         ("hermes", '<tool_call>{"id": 7, "name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', [("f", '{"a": 1}')]),
+        ("hermes", r'<tool_call>{"name": "f", "arguments": "{\"a\": \"\ud83d\"}"}</tool_call>', [("f", r'{"a": "\ud83d"}')]),
         ("hermes", '<tool_call>{"name": "f"}</tool_call>', [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "arguments": {}, "x": [{}]}</tool_call>', [("f", "{}")]),
@@ -137,7 +138,11 @@ ARGUMENTS = '{"a": [1, "}"]}'
         ("coder", coder("g", a="1"), [coder("g", a="1")]),
         ("coder", "call <function=f> or <tool_call>", ["call <function=f> or <tool_call>"]),
         ("coder", "<function=f>\n<b>", ["<function=f>\n<b>"]),
-        ("coder", "<function=f>\n<parameter=a>1</parameter>\n<b>x", [("f", '{"a": 1'), "<b>x"]),
+        ("coder", "<function=f>\n<parameter=a>1</parameter>\n<b>x", [("f", '{"a": 1}'), "<b>x"]),
+        ("coder", coder("f", a="1").replace("</function>\n", ""), [("f", '{"a": 1}')]),
+        ("coder", f"{coder('f').replace('</function>', '')} so", [("f", "{}"), "so"]),
+        ("coder", "<function=f><parameter=a>1</parameter><function=t></function>", [("f", '{"a": 1}'), ("t", "{}")]),
+        ("glm", "<tool_call>t<arg_key>s</arg_key>a<arg_key>", [("t", '{"s": ""}'), "a<arg_key>"]),
         ("seed", coder("f", a="1").replace("tool_call", "seed:tool_call"), [("f", '{"a": 1}')]),
         ("glm", f"See.\n{glm('f', a='1')}\n{glm('t', s='2')}\nso", ["See.", ("f", '{"a": 1}'), ("t", '{"s": "2"}'), "so"]),
         ("glm", "<tool_call>f</tool_call> ok", [("f", "{}"), "ok"]),
@@ -159,7 +164,8 @@ def test_by_hand_whole_and_character_by_character(form: str, text: str, expected
         ("s", "5", "5"), ("s", "null", "null"), ("s", "", ""), ("n", "5", 5), ("n", " 5\n", 5), ("n", "five", "five"),
         ("x", "5", 5), ("x", "-2.5", -2.5), ("x", "NaN", "NaN"), ("b", "true", True), ("b", "False", False),
         ("b", "null", None), ("o", '{"a": [1]}', {"a": [1]}), ("o", "{'a': None, 'b': 'it'}", {"a": None, "b": "it"}),
-        ("l", "[1, 2]", [1, 2]), ("l", "(1, 2)", [1, 2]), ("l", "open('x')", "open('x')"), ("m", "null", None),
+        ("l", "[1, 2]", [1, 2]), ("l", "(1, 2)", [1, 2]), ("l", "open('x')", "open('x')"),
+        ("l", r"['\ud83d\ude00 \xe9']", ["😀 é"]), ("l", r"['\ud83d']", ["\ud83d"]), ("s", r"'\ud83d'", r"'\ud83d'"), ("m", "null", None),
         ("m", "None", None), ("m", "5", "5"), ("m", "no", "no"), ("u", "5", 5), ("u", "5.5", "5.5"), ("u", "a", "a"),
         ("e", "1", "1"), ("other", "5", 5), ("other", "a b", "a b"), ("other", '"a"', '"a"'),
     ],
@@ -167,8 +173,23 @@ def test_by_hand_whole_and_character_by_character(form: str, text: str, expected
 def test_a_value_in_tags_is_what_its_schema_says(key: str, written: str, expected: Any):
     for form, text in ((QWEN_CODER, coder("t", **{key: written})), (GLM, glm("t", **{key: written}))):
         [(_, arguments)] = parse(form, [text])
-        assert json.loads(arguments) == {key: expected}
+        assert json.loads(arguments.encode()) == {key: expected}
         assert type(json.loads(arguments)[key]) is type(expected)
+
+
+@pytest.mark.parametrize("form", ["coder", "seed", "glm"])
+def test_a_call_in_tags_that_breaks_off_anywhere_has_arguments_in_json(form: str):
+    values = {"s": 'a"\n', "l": "['x']"}
+    written = glm("t", **values) if form == "glm" else coder("t", **values)
+    text, close = written.replace("tool_call", FORMATS[form].close[2:-1]), FORMATS[form].close
+    [(_, arguments)] = parse(FORMATS[form], [text])
+    for at in range(len(text)):
+        for more in ("", close, "\nso", "<b>", text):
+            for part in parse(FORMATS[form], [*text[:at], *more, ""], cut=False):
+                assert isinstance(part, str) or isinstance(json.loads(part[1]), dict), text[:at] + more
+        # Cut off, they end where they end.
+        for part in parse(FORMATS[form], [*text[:at], ""]):
+            assert isinstance(part, str) or arguments.startswith(part[1])
 
 
 def test_a_text_in_tags_is_told_as_it_comes():

@@ -144,6 +144,14 @@ def test_results_of_tools_are_told_in_words_too(rig: Rig):
     )
 
 
+@pytest.mark.parametrize("arguments", ['{"city": ', r'{"city": "\ud83d"}'])
+def test_arguments_that_a_model_wrote_wrongly_are_told_as_it_wrote_them(rig: Rig, arguments: str):
+    function = {"name": "weather", "arguments": arguments}
+    call = {"id": "call_1", "type": "function", "function": function}
+    ask(rig, "ok", messages=[HISTORY[0], {"role": "assistant", "tool_calls": [call]}])
+    assert f'"arguments": {json.dumps(arguments)}' in prompt_of(rig)
+
+
 class TestHermes:
     @pytest.fixture
     def tokenizer(self) -> ByteTokenizer:
@@ -348,6 +356,8 @@ def test_each_format_is_written_as_it_is_read(config: ServerConfig, template: st
         ({"tools": [{"type": "function", "function": {"name": "a\nb"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools[0].function.parameters"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools[0].function.parameters"),
+        *(({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": names}}}]}, "tools[0].function.parameters.required")
+          for names in (True, "city", [1])),
         ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
         ({"tool_choice": "absent"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "absent"}}}, "tool_choice"),
