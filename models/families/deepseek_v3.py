@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1, and (with a tokenizer.json, which theirs lack) Kimi-K2 and Moonlight: V2 with experts chosen by sigmoids and a learned bias.
+"""DeepSeek-V3, R1, and (with a tokenizer.json, which theirs lack) Kimi-K2 and Moonlight: V2, experts chosen by sigmoids and a bias.
 
 Knows config.json's keys and transformers' defaults for them.
 """
