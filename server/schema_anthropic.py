@@ -58,6 +58,7 @@ class CountBody(Sampling, frozen=True, kw_only=True):
     tool_choice: Any = None
     mcp_servers: Any = None
     container: Any = None
+    thread: Any = None
 
 
 class MessagesBody(CountBody, frozen=True, kw_only=True):
