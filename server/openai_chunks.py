@@ -105,7 +105,7 @@ class Chunks(Emitter):
                 chunks.append(self._call(choice, progress.choice, piece))
         if progress.done is not None:
             reason = openai_finish(progress.done, choice.reader.calls, legacy=self._job.legacy)
-            chunks.append(self._last(progress.choice, reason))
+            chunks.append(self._last(progress.choice, choice, reason))
         return b"".join(chunks)
 
     def end(self) -> bytes:
@@ -154,14 +154,20 @@ class Chunks(Emitter):
         if self._logprobs is None:
             return b"null"
         span = choice.reader.span
-        ready = visible(choice.pending, span)
+        ready = (
+            visible(choice.pending, span) if self._chat else [t for t in choice.pending if t.start < span[1]]
+        )
         choice.pending = [token for token in choice.pending if token.start >= span[1]]
         return orjson.dumps(self._logprobs(moved(ready, choice.behind)))
 
-    def _last(self, index: int, reason: str) -> bytes:
+    def _last(self, index: int, ended: _Choice, reason: str) -> bytes:
         # TGI's own client needs the role and the (absent) calls in every delta.
         text = {"delta": {"role": "assistant", "tool_calls": None}} if self._chat else {"text": ""}
-        choice = {"index": index, **text, "logprobs": None, "finish_reason": reason}
+        logprobs = None
+        if self._logprobs is not None and ended.pending and not self._chat:
+            # What ended a completion has no text; it counts as a token, so it is scored like one.
+            logprobs = self._logprobs(moved(ended.pending, ended.behind))
+        choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": reason}
         return event({**self._frame, "choices": [choice], "usage": self._used() if self._usages else None})
 
     def _prepared(self, index: int, reader: Reader) -> _Choice:

@@ -139,7 +139,8 @@ def _choice(body: CompletionBody, job: Job, answer: Answer, index: int) -> dict[
     tokenizer, prompt = job.serving.tokenizer, job.prompts[index // job.checked.keep]
     logprobs = None
     if body.logprobs is not None:
-        tokens = answer.tokens
+        # Scorers count on one entry for each; an end of sequence is one.
+        tokens = answer.generated
         if prompt.echo is not None:
             echoed = prompt_tokens(tokenizer, prompt.ids, answer.done.prompt)
             tokens = [*echoed, *moved(tokens, len(prompt.echo))]
