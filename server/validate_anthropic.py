@@ -24,8 +24,13 @@ def check_count(body: CountBody) -> Form | None:
         )
     if body.thinking is not None and body.thinking.type not in THINKING:
         raise Invalid(f"`thinking.type` must be one of {', '.join(THINKING)}", param="thinking.type")
-    config = body.output_config
-    return text_format(config.format if config else None, "output_config.format")
+    given = body.output_config.format if body.output_config else None
+    former = body.output_format
+    if given is None:
+        return text_format(former, "output_format")
+    if former not in (None, given):
+        raise Invalid("`output_format` and `output_config.format` exclude each other", param="output_format")
+    return text_format(given, "output_config.format")
 
 
 def check_messages(

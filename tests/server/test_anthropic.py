@@ -183,6 +183,8 @@ def test_count_tokens(rig: Rig):
         ({"thinking": {"type": "loudly"}}, 400),
         ({"output_config": {"format": {"type": "xml"}}}, 400),
         ({"output_config": {"format": {"type": "json_schema"}}}, 400),
+        ({"output_format": {"type": "json_schema"}}, 400),
+        ({"output_format": {"type": "json_object"}, "output_config": {"format": {"type": "text"}}}, 400),
         ({"mcp_servers": [{"type": "url"}]}, 400),
     ],
 )

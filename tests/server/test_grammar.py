@@ -31,6 +31,7 @@ JSON_FORMS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
     ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}}),
     ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+    ("/v1/messages", {"output_format": {"type": "json_schema", "schema": SCHEMA}}),
 ]  # fmt: skip
 OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
     ("/generate", {"grammar": {"type": "regex", "value": r"[a-c]/\d"}}, "b/7", "d/7"),
