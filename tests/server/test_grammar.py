@@ -116,6 +116,20 @@ def test_schemas_that_compose_keep_what_matches(rig: Rig, schema: Any, text: str
     assert allows(rig.engine.submitted[-1].grammar, text)
 
 
+def test_what_lists_properties_is_an_object(rig: Rig):
+    """As TGI's documentation writes its schemas."""
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    assert rig.generate(grammar={"type": "json", "value": schema}).status_code == 200
+    grammar = rig.engine.submitted[-1].grammar
+    assert allows(grammar, '{"a": 1}')
+    assert not any(allows(grammar, text) for text in ('"a"', "1", "[]", "null", "{}"))
+    assert (
+        rig.generate(grammar={"type": "json", "value": {**schema, "type": ["object", "null"]}}).status_code
+        == 200
+    )
+    assert allows(rig.engine.submitted[-1].grammar, "null")
+
+
 @pytest.mark.parametrize(
     ("schema", "word"),
     [
