@@ -291,7 +291,7 @@ def test_names_of_the_served_model(rig: Rig, model: str | None):
         ({"seed": 2**64}, 400, "seed"),
         ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
-        ({"stop": list("abcde")}, 400, "stop"),
+        ({"stop": ["z"] * 65}, 400, "stop"),
         ({"stop": ""}, 400, "stop"),
         ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
