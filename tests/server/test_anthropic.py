@@ -204,7 +204,7 @@ def test_refusals(rig: Rig, path: str, fields: dict[str, Any], status: int):
         {"max_tokens": 0},
         {"temperature": 3},
         {"top_k": -2},
-        {"stop_sequences": list("abcde")},
+        {"stop_sequences": ["z"] * 65},
         {"stop_sequences": [""]},
         {"messages": [{"role": "user", "content": "a" * 450}]},
     ],
@@ -217,6 +217,14 @@ def test_refusals_of_a_generation(rig: Rig, fields: dict[str, Any], stream: bool
 def test_tools_that_may_not_be_called_are_ignored(rig: Rig):
     tools = [{"name": "f", "input_schema": {}}]
     assert ask(rig, tools=tools, tool_choice={"type": "none"}).status_code == 200
+
+
+def test_more_tools_and_stops_than_openai_takes(rig: Rig):
+    tools = [{"name": f"t{i}", "input_schema": {}} for i in range(129)]
+    body = {"messages": [USER], "tools": tools, "stop_sequences": list("VWXYZ"), "max_tokens": 4}
+    rig.engine.info_value = fake_info(20_000, 16_000)
+    rig.backend.ready(rig.engine, ByteTokenizer(), rig.engine.info_value)
+    assert rig.post("/v1/messages", **body).status_code == 200
 
 
 def assert_error(response: Any, status: int) -> None:
