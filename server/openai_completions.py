@@ -89,7 +89,8 @@ async def _prompt(
     echo: str | None = None
     if isinstance(prompt, str):
         text = echo = prompt
-        ids = await openai_ids(front, serving, prompt)
+        special = body.add_special_tokens is not False
+        ids = await openai_ids(front, serving, prompt, add_special_tokens=special)
     else:
         text, ids = "", given_ids(serving, prompt)
     granted = check_length(len(ids), max_tokens, serving.info, "prompt")

@@ -46,6 +46,13 @@ def test_ids_are_taken_as_they_are_and_texts_begin_a_sequence(rig: Rig):
     assert [request.prompt_ids for request in rig.engine.submitted] == [(97,), (BOS, 97)]
 
 
+@pytest.mark.parametrize(("asked", "ids"), [(None, [BOS, 97]), (True, [BOS, 97]), (False, [97])])
+def test_special_tokens_are_added_unless_they_are_in_the_text(rig: Rig, asked: bool | None, ids: list[int]):
+    assert rig.complete("a", add_special_tokens=asked).status_code == 200
+    assert list(rig.engine.submitted[-1].prompt_ids) == ids
+    assert rig.complete("", add_special_tokens=False).status_code == 400
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
