@@ -69,11 +69,18 @@ class MessageDelta(_Answer, kw_only=True):
     stop_sequence: str | UnsetType | None = UNSET
 
 
+class ErrorDetails(_Answer, kw_only=True):
+    """What a program can go by."""
+
+    error_code: str
+
+
 class AnthropicError(_Answer, kw_only=True):
     """What went wrong."""
 
     type: str
     message: str
+    details: ErrorDetails | UnsetType = UNSET
 
 
 class MessageEvent(_Answer, kw_only=True):

@@ -213,7 +213,10 @@ class Problem:
         kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
         # Clients look for this wording, to shorten the conversation and try again.
         opening = "prompt is too long: " if self.row.code == "context_length_exceeded" else ""
-        return {"type": "error", "error": {"type": kind, "message": f"{opening}{self.message}"}}
+        error: dict[str, Any] = {"type": kind, "message": f"{opening}{self.message}"}
+        if self.code is not None:
+            error["details"] = {"error_code": self.code}
+        return {"type": "error", "error": error}
 
 
 def problem_of(error: Exception) -> Problem:

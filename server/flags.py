@@ -468,8 +468,11 @@ TGI_DEFAULTS: Mapping[str, Any] = {
     "hostname": "0.0.0.0",
     "cors-allow-origin": ("*",),
     "otlp-service-name": "text-generation-inference.router",
+    "max-stop-sequences": 4,
+    "max-client-batch-size": 4,
 }
-"""Where `text-generation-launcher` differs from `xlane serve`, which opens nothing to strangers unless told to."""
+"""Where `text-generation-launcher` differs from `xlane serve`, which opens nothing to strangers unless told to, and takes
+what OpenAI's clients send."""
 
 
 def engine_arguments(config: EngineConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """What an answer has to look like, in the words of each API → one `Form`. Knows their fields; no grammar, no template.
 
-TGI's `grammar` and `response_format`, OpenAI's `response_format` and `text.format`, Anthropic's `output_config.format`, vLLM's
-`structured_outputs` and the `guided_…` before it.
+TGI's `grammar` and `response_format`, OpenAI's `response_format` and `text.format`, Anthropic's `output_config.format` and the
+`output_format` before it, vLLM's `structured_outputs` and the `guided_…` before it.
 """
 
 from collections.abc import Callable, Mapping

@@ -29,6 +29,7 @@ _COMPOSED = (
     "$dynamicRef",
 )
 _ALTERNATIVES = ("anyOf", "oneOf", "$ref")
+_SAYS_WHAT = ("type", "enum", "const", "allOf", *_ALTERNATIVES)
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _OPENS = ("additionalProperties", "patternProperties", *_ALTERNATIVES)
 
@@ -93,6 +94,9 @@ def schema_part(schema: Any, param: str) -> Part:
         raise Invalid(f"`{param}` is not valid: {error}", param=param) from None
     if not isinstance(schema, Mapping):
         return {"json_schema": schema}
+    if "properties" in schema and not any(word in schema for word in _SAYS_WHAT):
+        # By the letter it would allow all that is no object too, which nobody means who lists properties.
+        schema = {"type": "object", **schema}
     composed = any(b'"%s"' % word.encode() in text for word in _COMPOSED)
     closed = schema if composed else _closed(schema)
     return {

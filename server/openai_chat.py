@@ -23,6 +23,9 @@ from .stream import unless_gone
 from .validate import with_adapter
 from .validate_openai import check_chat, check_model
 
+STAINLESS = "x-stainless-lang"
+"""The header by which OpenAI's own clients are known: they join the roles of all chunks, as if those were pieces of text."""
+
 
 async def chat_completions(request: HttpRequest) -> Response:
     """`POST /v1/chat/completions`."""
@@ -41,7 +44,7 @@ async def chat_completions(request: HttpRequest) -> Response:
         entry,
         sequences,
         lambda front: prepare(front, body, Clock()),
-        lambda job: _chunks(body, job),
+        lambda job: _chunks(body, job, role_once=STAINLESS in request.headers),
         failure,
     )
 
@@ -59,7 +62,7 @@ async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:
     return await converse(front, serving, conversation_of(body), checked, clock)
 
 
-def _chunks(body: ChatBody, job: Job) -> Chunks:
+def _chunks(body: ChatBody, job: Job, *, role_once: bool) -> Chunks:
     tokenizer = job.serving.tokenizer
     return Chunks(
         job,
@@ -67,6 +70,7 @@ def _chunks(body: ChatBody, job: Job) -> Chunks:
         logprobs=(lambda tokens: chat_logprobs(tokenizer, tokens)) if body.logprobs else None,
         stream_options=body.stream_options,
         reasoning=body.include_reasoning is not False,
+        role_once=role_once,
     )
 
 

@@ -40,6 +40,8 @@ class _Choice:
     head: bytes
     middle: bytes
     tail: bytes
+    opening: bytes = b""
+    """A chunk with the role alone, until it is sent; empty if every chunk tells it."""
     said: bool = False
     """Whether a text or a call was sent."""
     pending: list[TextToken] = field(default_factory=list)
@@ -61,14 +63,16 @@ class Chunks(Emitter):
         logprobs: Logprobs | None,
         stream_options: StreamOptions | None,
         reasoning: bool = False,
+        role_once: bool = False,
     ) -> None:
-        """`reasoning`: whether to tell it."""
+        """`reasoning`: whether to tell it. `role_once`: whether a chat's role is told at first only."""
         self._job = job
         self._chat = chat
         self._logprobs = logprobs
         self._usage = bool(stream_options and stream_options.include_usage)
         self._usages = bool(stream_options and stream_options.continuous_usage_stats)
         self._reasoning = reasoning
+        self._role = {} if role_once else {"role": "assistant"}
         self._frame = {
             "id": ID,
             "object": "chat.completion.chunk" if chat else "text_completion",
@@ -105,7 +109,10 @@ class Chunks(Emitter):
                 chunks.append(self._call(choice, progress.choice, piece))
         if progress.done is not None:
             reason = openai_finish(progress.done, choice.reader.calls, legacy=self._job.legacy)
-            chunks.append(self._last(progress.choice, reason))
+            chunks.append(self._last(progress.choice, choice, reason))
+        if chunks and choice.opening:
+            chunks = [choice.opening, self._so_far(), _CLOSE, *chunks]
+            choice.opening = b""
         return b"".join(chunks)
 
     def end(self) -> bytes:
@@ -132,7 +139,7 @@ class Chunks(Emitter):
         else:
             call = {"index": piece.index, "function": {"arguments": piece.text}}
         said = {"function_call": call["function"]} if self._job.legacy else {"tool_calls": [call]}
-        delta = {"delta": {"role": "assistant", **said}}
+        delta = {"delta": {**self._role, **said}}
         head, tail = self._chunk(index, delta, _LOGPROBS).split(orjson.dumps(_LOGPROBS))
         return b"".join([head, self._scores(choice), tail, self._so_far(), _CLOSE])
 
@@ -154,29 +161,36 @@ class Chunks(Emitter):
         if self._logprobs is None:
             return b"null"
         span = choice.reader.span
-        ready = visible(choice.pending, span)
+        ready = (
+            visible(choice.pending, span) if self._chat else [t for t in choice.pending if t.start < span[1]]
+        )
         choice.pending = [token for token in choice.pending if token.start >= span[1]]
         return orjson.dumps(self._logprobs(moved(ready, choice.behind)))
 
-    def _last(self, index: int, reason: str) -> bytes:
+    def _last(self, index: int, ended: _Choice, reason: str) -> bytes:
         # TGI's own client needs the role and the (absent) calls in every delta.
-        text = {"delta": {"role": "assistant", "tool_calls": None}} if self._chat else {"text": ""}
-        choice = {"index": index, **text, "logprobs": None, "finish_reason": reason}
+        text = {"delta": {**self._role, "tool_calls": None}} if self._chat else {"text": ""}
+        logprobs = None
+        if self._logprobs is not None and ended.pending and not self._chat:
+            # What ended a completion has no text; it counts as a token, so it is scored like one.
+            logprobs = self._logprobs(moved(ended.pending, ended.behind))
+        choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": reason}
         return event({**self._frame, "choices": [choice], "usage": self._used() if self._usages else None})
 
     def _prepared(self, index: int, reader: Reader) -> _Choice:
         """A chunk's JSON with the values that change cut out of it; the usage, which comes last, at the end."""
         text: dict[str, Any] = {"text": _TEXT}
         if self._chat:
-            text = {"delta": {"role": "assistant", "content": _TEXT, "tool_calls": None}}
+            text = {"delta": {**self._role, "content": _TEXT, "tool_calls": None}}
         head, rest = self._chunk(index, text, _LOGPROBS).split(orjson.dumps(_TEXT))
         middle, tail = rest.split(orjson.dumps(_LOGPROBS))
         # Clients look for it under one name or the other.
         thought = {"reasoning": _TEXT, "reasoning_content": _TEXT}
-        delta = {"delta": {"role": "assistant", **thought, "tool_calls": None}}
+        delta = {"delta": {**self._role, **thought, "tool_calls": None}}
         thinking = self._chunk(index, delta, None).split(orjson.dumps(_TEXT))
+        opening = b"" if self._role else self._chunk(index, {"delta": {"role": "assistant"}}, None)
         echo = self._job.prompt_of(index).echo
-        return _Choice(reader, thinking, head, middle, tail, echo=echo, behind=len(echo or ""))
+        return _Choice(reader, thinking, head, middle, tail, opening, echo=echo, behind=len(echo or ""))
 
     def _chunk(self, index: int, text: dict[str, Any], logprobs: str | None) -> bytes:
         choice = {"index": index, **text, "logprobs": logprobs, "finish_reason": None}

@@ -89,7 +89,8 @@ async def _prompt(
     echo: str | None = None
     if isinstance(prompt, str):
         text = echo = prompt
-        ids = await openai_ids(front, serving, prompt)
+        special = body.add_special_tokens is not False
+        ids = await openai_ids(front, serving, prompt, add_special_tokens=special)
     else:
         text, ids = "", given_ids(serving, prompt)
     granted = check_length(len(ids), max_tokens, serving.info, "prompt")
@@ -139,7 +140,8 @@ def _choice(body: CompletionBody, job: Job, answer: Answer, index: int) -> dict[
     tokenizer, prompt = job.serving.tokenizer, job.prompts[index // job.checked.keep]
     logprobs = None
     if body.logprobs is not None:
-        tokens = answer.tokens
+        # Scorers count on one entry for each; an end of sequence is one.
+        tokens = answer.generated
         if prompt.echo is not None:
             echoed = prompt_tokens(tokenizer, prompt.ids, answer.done.prompt)
             tokens = [*echoed, *moved(tokens, len(prompt.echo))]

@@ -83,6 +83,8 @@ class Answer:
     """The answer in order."""
     tokens: list[TextToken]
     """Those that make it up."""
+    generated: Sequence[TextToken]
+    """All of them: also what ended it, and what is not shown."""
     done: Done
     reasoning_tokens: int
 
@@ -170,7 +172,9 @@ async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine
 def answer_of(reader: Reader, tokens: Sequence[TextToken], done: Done) -> Answer:
     """A sequence that has ended, with its thinking and its calls parted."""
     reasoning, pieces = reader.of(Progress(0, tuple(tokens), done.text, done))
-    return Answer(reasoning, whole(pieces), visible(tokens, reader.span), done, reader.reasoning_tokens)
+    return Answer(
+        reasoning, whole(pieces), visible(tokens, reader.span), tokens, done, reader.reasoning_tokens
+    )
 
 
 def stream(

@@ -26,9 +26,13 @@ async def native_ids(front: Front, serving: Serving, inputs: str, truncate: int 
     return ids[len(ids) - truncate :]
 
 
-async def openai_ids(front: Front, serving: Serving, text: str) -> list[int]:
+async def openai_ids(front: Front, serving: Serving, text: str, *, add_special_tokens: bool) -> list[int]:
     """The ids of a prompt text. Raises Invalid, TooLong."""
-    return await _ids(front, serving, text, "prompt", serving.tokenizer.encode)
+
+    def encode(text: str) -> list[int]:
+        return serving.tokenizer.encode(text, add_special_tokens)
+
+    return await _ids(front, serving, text, "prompt", encode)
 
 
 async def chat_ids(front: Front, serving: Serving, rendered: str, place: str) -> list[int]:

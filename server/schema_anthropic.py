@@ -54,10 +54,13 @@ class CountBody(Sampling, frozen=True, kw_only=True):
     system: str | list[Block] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: Any = None
+    """Where the form stood at first."""
     tools: Any = None
     tool_choice: Any = None
     mcp_servers: Any = None
     container: Any = None
+    thread: Any = None
 
 
 class MessagesBody(CountBody, frozen=True, kw_only=True):

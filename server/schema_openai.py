@@ -122,6 +122,8 @@ class CompletionBody(_Completing, frozen=True, kw_only=True):
     """`POST /v1/completions`. `prompt` is a text, a list of texts, token ids, or a list of lists of token ids."""
 
     prompt: str | list[str | int | list[int]]
+    add_special_tokens: bool | None = None
+    """Whether a text begins as the model's sequences do; yes, unless it is said."""
     best_of: int | None = None
     logprobs: int | None = None
     suffix: Any = None

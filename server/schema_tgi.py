@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 
+from .schema_openai import Message
+
 
 class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     """`parameters` of a generation; what each does and its range: validate_tgi.py. `priority` and `timeout` are not TGI's."""
@@ -40,10 +42,17 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /tokenize`: `inputs` is answered as TGI does, `prompt` as vLLM does."""
+    """`POST /tokenize`: `inputs` is answered as TGI does, `prompt` as vLLM does, and `messages`, a chat."""
 
+    model: str | None = None
     inputs: str | None = None
     prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

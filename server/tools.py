@@ -11,7 +11,7 @@ Words = tuple[str, str]
 """What an API calls the tools and the choice among them."""
 
 MAX_TOOLS = 128
-"""Most tools of a request (OpenAI's limit)."""
+"""Most tools of a request to OpenAI's and TGI's routes (OpenAI's limit; Anthropic has none)."""
 MAX_LEVELS = 200
 """Deepest schema of a tool, levels of its JSON: what templates, grammars and answers that repeat it can follow."""
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -59,14 +59,14 @@ class ToolUse:
 
 def chat_tools(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None:
     """Of a chat. Raises Invalid, Unsupported."""
-    found = [_function(tool, f"tools[{i}]", nested=True) for i, tool in enumerate(_list(tools))]
+    found = [_function(tool, f"tools[{i}]", nested=True) for i, tool in enumerate(_few(tools))]
     return _use(found, _chat_choice(choice, nested=True), parallel is not False)
 
 
 def legacy_tools(functions: Any, choice: Any) -> ToolUse | None:
     """Of a chat that names them as OpenAI did at first: `functions` and `function_call`. Raises Invalid."""
     words = ("functions", "function_call")
-    listed = _list(functions, words[0])
+    listed = _few(functions, words[0])
     found = [
         _function(_object(f, f"functions[{i}]"), f"functions[{i}]", nested=False)
         for i, f in enumerate(listed)
@@ -81,7 +81,7 @@ def legacy_tools(functions: Any, choice: Any) -> ToolUse | None:
 
 def response_tools(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None:
     """Of a response, where a function's fields stand in the tool itself. Raises Invalid, Unsupported."""
-    found = [_function(tool, f"tools[{i}]", nested=False) for i, tool in enumerate(_list(tools))]
+    found = [_function(tool, f"tools[{i}]", nested=False) for i, tool in enumerate(_few(tools))]
     return _use(found, _chat_choice(choice, nested=False), parallel is not False)
 
 
@@ -111,8 +111,6 @@ def _use(
 ) -> ToolUse | None:
     """None where no tool may be called: then none is told of either, as TGI does."""
     name, choice_name = words
-    if len(tools) > MAX_TOOLS:
-        raise Invalid(f"`{name}` takes at most {MAX_TOOLS} tools. Given: {len(tools)}", param=name)
     by_name = {tool.name: tool for tool in tools}
     if len(by_name) < len(tools):
         twice = next(tool for tool in tools if by_name[tool.name] is not tool)
@@ -243,6 +241,13 @@ def _list(value: Any, place: str = "tools") -> Sequence[Any]:
     if value is not None and not isinstance(value, list):
         raise Invalid(f"`{place}` must be a list", param=place)
     return value or []
+
+
+def _few(tools: Any, place: str = "tools") -> Sequence[Any]:
+    listed = _list(tools, place)
+    if len(listed) > MAX_TOOLS:
+        raise Invalid(f"`{place}` takes at most {MAX_TOOLS} tools. Given: {len(listed)}", param=place)
+    return listed
 
 
 def _object(value: Any, place: str) -> Mapping[str, Any]:

@@ -111,9 +111,17 @@ class TestOpenAI:
         assert "".join(p.choices[0].text for p in stream) == answer.choices[0].text
 
     def test_the_streaming_helper(self, client: Any, model: str):
-        with client.chat.completions.stream(model=model, messages=MESSAGES, max_tokens=4) as stream:
-            kinds = [event.type for event in stream]
-        assert "chunk" in kinds
+        fields: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_tokens": 200, "temperature": 0}
+        form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+        for choices in (1, 3):
+            with client.chat.completions.stream(**fields, response_format=form, n=choices) as stream:
+                kinds = [event.type for event in stream]
+                final = stream.get_final_completion()
+            assert "chunk" in kinds
+            assert [choice.message.role for choice in final.choices] == ["assistant"] * choices
+        # What was answered can be sent back.
+        messages = [*MESSAGES, final.choices[0].message, MESSAGES[-1]]
+        assert client.chat.completions.create(model=model, messages=messages, max_tokens=4).choices
 
     def test_errors_are_the_clients_own(self, client: Any, model: str):
         import openai
@@ -184,6 +192,7 @@ class TestOpenAI:
         assert check_weather(json.loads(done.arguments))
         [call] = final.choices[0].message.tool_calls
         assert call.function.arguments == done.arguments
+        assert final.choices[0].message.role == "assistant"
         assert final.choices[0].finish_reason == "tool_calls"
 
     def test_what_cannot_be_a_schema_is_the_clients_own_error(self, client: Any, model: str):

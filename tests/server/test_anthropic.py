@@ -12,7 +12,7 @@ from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
 from ..support.byte_tokenizer import ByteTokenizer, ThinkingTokenizer
-from ..support.fake_engine import FakeEngine
+from ..support.fake_engine import FakeEngine, fake_info
 from ..support.live_server import live_server
 from .conftest import Rig
 
@@ -183,6 +183,8 @@ def test_count_tokens(rig: Rig):
         ({"thinking": {"type": "loudly"}}, 400),
         ({"output_config": {"format": {"type": "xml"}}}, 400),
         ({"output_config": {"format": {"type": "json_schema"}}}, 400),
+        ({"output_format": {"type": "json_schema"}}, 400),
+        ({"output_format": {"type": "json_object"}, "output_config": {"format": {"type": "text"}}}, 400),
         ({"mcp_servers": [{"type": "url"}]}, 400),
     ],
 )
@@ -202,7 +204,7 @@ def test_refusals(rig: Rig, path: str, fields: dict[str, Any], status: int):
         {"max_tokens": 0},
         {"temperature": 3},
         {"top_k": -2},
-        {"stop_sequences": list("abcde")},
+        {"stop_sequences": ["z"] * 65},
         {"stop_sequences": [""]},
         {"messages": [{"role": "user", "content": "a" * 450}]},
     ],
@@ -215,6 +217,14 @@ def test_refusals_of_a_generation(rig: Rig, fields: dict[str, Any], stream: bool
 def test_tools_that_may_not_be_called_are_ignored(rig: Rig):
     tools = [{"name": "f", "input_schema": {}}]
     assert ask(rig, tools=tools, tool_choice={"type": "none"}).status_code == 200
+
+
+def test_more_tools_and_stops_than_openai_takes(rig: Rig):
+    tools = [{"name": f"t{i}", "input_schema": {}} for i in range(129)]
+    body = {"messages": [USER], "tools": tools, "stop_sequences": list("VWXYZ"), "max_tokens": 4}
+    rig.engine.info_value = fake_info(20_000, 16_000)
+    rig.backend.ready(rig.engine, ByteTokenizer(), rig.engine.info_value)
+    assert rig.post("/v1/messages", **body).status_code == 200
 
 
 def assert_error(response: Any, status: int) -> None:
@@ -321,11 +331,11 @@ class TestThinking:
 class TestClient:
     """Anthropic's client, on a model that thinks; the other one is in tests/e2e."""
 
-    FIELDS: Any = {"model": "fake/alphabet", "messages": [USER], "max_tokens": 50}  # noqa: RUF012
+    FIELDS: Any = {"model": "fake/alphabet", "messages": [USER], "max_tokens": 200}  # noqa: RUF012
 
     @pytest.fixture
     def engine(self) -> FakeEngine:
-        return FakeEngine(reply="why</think>so")
+        return FakeEngine(fake_info(2000, 1500), reply="why</think>so")
 
     @pytest.fixture
     def url(self, engine: FakeEngine) -> Iterator[str]:
@@ -359,6 +369,36 @@ class TestClient:
             client.messages.stream(**self.FIELDS) as stream,
         ):
             assert stream.get_final_text() == "so"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_the_tool_runner_sends_whole_conversations(self, engine: FakeEngine, url: str, stream: bool):
+        import anthropic
+
+        @anthropic.beta_tool
+        def weather(city: str) -> str:
+            """Tells the weather."""
+            return f"Rain in {city}."
+
+        call = {"name": "weather", "arguments": {"city": "Oslo"}}
+        engine.reply = f"why</think><tool_call>{json.dumps(call)}</tool_call>"
+        with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as client:
+            runner: Any = client.beta.messages.tool_runner(**self.FIELDS, tools=[weather], stream=stream)
+            for turn in runner:
+                told = turn.get_final_message() if stream else turn
+                engine.reply = "why</think>so"
+        assert told.content[-1].text == "so"
+        prompt = bytes(engine.submitted[-1].prompt_ids).decode()
+        assert "[user]a|[assistant]" in prompt
+        assert prompt.index("[user]a|") < prompt.index("Rain in Oslo.")
+
+    def test_a_thread_that_is_asked_for_is_refused(self, url: str):
+        import anthropic
+
+        with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as client:
+            body = {"thread": {"type": "create"}}
+            with pytest.raises(anthropic.BadRequestError, match="`thread`") as refused:
+                client.messages.create(**self.FIELDS, extra_body=body)
+        assert refused.value.body["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
     def test_errors_are_the_clients_own(self, engine: FakeEngine, url: str):
         import anthropic

@@ -123,9 +123,16 @@ def test_own_variables_have_a_prefix():
     assert read("serve --drain-delay 7.5").server.drain_delay_s == 7.5
 
 
-def test_the_launcher_listens_to_all_as_tgi_does():
+def test_the_launcher_differs_where_tgi_does():
     server = read("serve", defaults=flags.TGI_DEFAULTS).server
     assert (server.host, server.port, server.cors_allow_origins) == ("0.0.0.0", 3000, ("*",))
+    # Its clients count on these; OpenAI's send more.
+    assert (server.max_stop_sequences, server.max_client_batch_size) == (4, 4)
+    assert (
+        read("serve --limit max_stop_sequences=9", defaults=flags.TGI_DEFAULTS).server.max_stop_sequences == 9
+    )
+    server = read("serve").server
+    assert (server.max_stop_sequences, server.max_client_batch_size) == (64, 128)
     assert read("serve --hostname 127.0.0.1", defaults=flags.TGI_DEFAULTS).server.host == "127.0.0.1"
 
 

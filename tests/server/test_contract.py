@@ -22,6 +22,8 @@ from .test_tools import rig as wide
 __all__ = ["wide"]
 
 USER = {"role": "user", "content": "a"}
+TGIS = ServerConfig(max_stop_sequences=4, max_client_batch_size=4)
+"""As the launcher has it."""
 IN_ORDER: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3}, "`best_of` must be > 0"),
     ({"temperature": -1.0}, "`temperature`"),
@@ -39,6 +41,7 @@ IN_ORDER: list[tuple[dict[str, Any], str]] = [
 """What is wrong, in the order in which TGI looks; a grammar that is no JSON is told of sooner than there."""
 
 
+@pytest.mark.parametrize("config", [TGIS])
 @pytest.mark.parametrize("pair", itertools.pairwise(IN_ORDER), ids=lambda pair: pair[1][1][:20])
 def test_the_first_thing_that_is_wrong_is_told(rig: Rig, pair: tuple[tuple[dict[str, Any], str], ...]):
     (first, words), (second, _) = pair
@@ -157,6 +160,7 @@ def test_tokenize_looks_at_the_whole_text(rig: Rig):
     assert [token["id"] for token in rig.post("/tokenize", **body).json()] == [BOS, 97, 98, 99]
 
 
+@pytest.mark.parametrize("config", [TGIS])
 def test_more_prompts_than_a_client_may_send(rig: Rig):
     error = rig.complete(["a"] * 5).json()["error"]
     assert error["message"] == "Number of prompts exceeds the maximum allowed batch size of 4. Given: 5"

@@ -31,6 +31,7 @@ JSON_FORMS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
     ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}}),
     ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+    ("/v1/messages", {"output_format": {"type": "json_schema", "schema": SCHEMA}}),
 ]  # fmt: skip
 OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
     ("/generate", {"grammar": {"type": "regex", "value": r"[a-c]/\d"}}, "b/7", "d/7"),
@@ -114,6 +115,20 @@ COMPOSED = [
 def test_schemas_that_compose_keep_what_matches(rig: Rig, schema: Any, text: str):
     assert ask(rig, "/v1/chat/completions", {"guided_json": schema}).status_code == 200
     assert allows(rig.engine.submitted[-1].grammar, text)
+
+
+def test_what_lists_properties_is_an_object(rig: Rig):
+    """As TGI's documentation writes its schemas."""
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    assert rig.generate(grammar={"type": "json", "value": schema}).status_code == 200
+    grammar = rig.engine.submitted[-1].grammar
+    assert allows(grammar, '{"a": 1}')
+    assert not any(allows(grammar, text) for text in ('"a"', "1", "[]", "null", "{}"))
+    assert (
+        rig.generate(grammar={"type": "json", "value": {**schema, "type": ["object", "null"]}}).status_code
+        == 200
+    )
+    assert allows(rig.engine.submitted[-1].grammar, "null")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,17 @@ def test_stream(rig: Rig):
     assert all(piece["usage"] is None for piece in pieces)
 
 
+def test_openais_own_clients_are_told_the_role_once(rig: Rig):
+    body = {"messages": [USER], "max_tokens": 2, "n": 2, "stream": True}
+    told = rig.client.post("/v1/chat/completions", json=body, headers={"x-stainless-lang": "python"}).text
+    chunks = [json.loads(line.removeprefix("data: ")) for line in told.split("\n\n")[:-2]]
+    deltas = [[c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == i] for i in (0, 1)]
+    for first, *others in deltas:
+        assert first == {"role": "assistant"}
+        assert others
+        assert not any("role" in delta for delta in others)
+
+
 def test_stream_with_usage(rig: Rig):
     *rest, last = chunks(rig, stream_options={"include_usage": True})
     assert last["choices"] == []
@@ -280,7 +291,7 @@ def test_names_of_the_served_model(rig: Rig, model: str | None):
         ({"seed": 2**64}, 400, "seed"),
         ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
-        ({"stop": list("abcde")}, 400, "stop"),
+        ({"stop": ["z"] * 65}, 400, "stop"),
         ({"stop": ""}, 400, "stop"),
         ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),

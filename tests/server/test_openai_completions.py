@@ -34,17 +34,30 @@ def test_prompts_of_every_kind(rig: Rig, prompt: Any, expected: list[str]):
     assert texts(rig.complete(prompt, max_tokens=2).json()) == expected
 
 
+def test_as_many_prompts_and_stops_as_clients_send_at_a_time(rig: Rig):
+    """LangChain sends 20 prompts in a body, Continue no fewer than five stop strings."""
+    answer = rig.complete([chr(ord("a") + i) for i in range(20)], max_tokens=1, stop=list("VWXYZ"))
+    assert len(texts(answer.json())) == 20
+
+
 def test_ids_are_taken_as_they_are_and_texts_begin_a_sequence(rig: Rig):
     rig.complete([97])
     rig.complete("a")
     assert [request.prompt_ids for request in rig.engine.submitted] == [(97,), (BOS, 97)]
 
 
+@pytest.mark.parametrize(("asked", "ids"), [(None, [BOS, 97]), (True, [BOS, 97]), (False, [97])])
+def test_special_tokens_are_added_unless_they_are_in_the_text(rig: Rig, asked: bool | None, ids: list[int]):
+    assert rig.complete("a", add_special_tokens=asked).status_code == 200
+    assert list(rig.engine.submitted[-1].prompt_ids) == ids
+    assert rig.complete("", add_special_tokens=False).status_code == 400
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
         ("", "prompt"), ([], "prompt"), ([[]], "prompt"), ([""], "prompt"), (["a", 1], "prompt"),
-        ([-1], "prompt"), ([259], "prompt"), ([2**31], "prompt"), ([[97], "a"], "prompt"), (["a"] * 5, "prompt"),
+        ([-1], "prompt"), ([259], "prompt"), ([2**31], "prompt"), ([[97], "a"], "prompt"), (["a"] * 129, "prompt"),
         ([0.5], "prompt[0]"), (None, "prompt"),
     ],
 )  # fmt: skip

@@ -91,6 +91,37 @@ def test_scoring_generates_nothing(rig: Rig, stream: bool):
     assert [piece["finish_reason"] for piece in (first[-1], second[-1])] == ["length", "length"]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 1},
+        {"max_tokens": 9, "stop": ["é!"]},
+        {"max_tokens": 9, "ignore_eos": True, "stop_token_ids": [97]},
+    ],
+)
+def test_every_generated_token_has_its_entry(rig: Rig, echo: bool, fields: dict[str, Any]):
+    """Harnesses leave out as many entries as tokens they asked for, whatever those are."""
+    for reply in ("", "x", "aé!"):
+        rig.engine.reply = reply
+        asked = {"prompt": [97, 98], "logprobs": 1, "echo": echo, **fields}
+        answer = rig.complete(**asked).json()
+        whole = answer["choices"][0]["logprobs"]
+        counted = answer["usage"]["completion_tokens"] + 2 * echo
+        assert {name: len(values) for name, values in whole.items()} == dict.fromkeys(ECHOED, counted)
+        assert whole["text_offset"] == sorted(whole["text_offset"])
+        assert joined(streamed(rig.complete(**asked, stream=True))) == whole
+
+
+def test_an_end_of_sequence_is_told_by_name(rig: Rig):
+    rig.engine.reply = ""
+    (choice,) = choices(rig.complete([97, 98], echo=True, logprobs=1, max_tokens=1))
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "stop")
+    assert choice["logprobs"]["tokens"] == ["a", "b", "<eos>"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.125, -0.125]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+
+
 def test_scoring_counts_no_token(rig: Rig):
     usage = rig.complete("ab", echo=True, max_tokens=0).json()["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 0)

@@ -7,6 +7,8 @@ import pytest
 from ..support.byte_tokenizer import BOS
 from .conftest import Rig
 
+USER = {"role": "user", "content": "a"}
+
 
 def test_tokenize(rig: Rig):
     assert rig.post("/tokenize", inputs="aé").json() == [
@@ -37,6 +39,22 @@ def test_a_prompt_is_answered_with_ids(rig: Rig, path: str):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
+def test_a_chat_is_answered_with_ids(rig: Rig, path: str):
+    said = {"role": "assistant", "content": "b"}
+    chats: list[tuple[dict[str, Any], str]] = [
+        ({}, "[user]a|[assistant]"),
+        ({"add_generation_prompt": False}, "[user]a|"),
+        ({"chat_template_kwargs": {"thinking": True}}, "{thinking=True}[user]a|[assistant]"),
+        ({"messages": [USER, said], "continue_final_message": True, "add_generation_prompt": False}, "[user]a|[assistant]b"),
+    ]  # fmt: skip
+    for fields, text in chats:
+        answer = rig.post(path, **{"model": "x", "messages": [USER], **fields}).json()
+        assert (answer["count"], bytes(answer["tokens"]).decode()) == (len(text), text)
+    answer = rig.post(path, messages=[USER], return_token_strs=True).json()
+    assert "".join(answer["token_strs"]) == "[user]a|[assistant]"
+
+
 @pytest.mark.parametrize("path", ["/detokenize", "/v1/detokenize"])
 @pytest.mark.parametrize("name", ["tokens", "ids"])
 def test_detokenize(rig: Rig, path: str, name: str):
@@ -51,6 +69,9 @@ def test_detokenize(rig: Rig, path: str, name: str):
     [
         ("tokenize", {}),
         ("tokenize", {"inputs": 5}),
+        ("tokenize", {"messages": []}),
+        ("tokenize", {"messages": [USER], "chat_template": "x"}),
+        ("tokenize", {"messages": [USER], "add_special_tokens": True}),
         ("detokenize", {}),
         ("detokenize", {"tokens": ["a"]}),
         ("detokenize", {"tokens": [-1]}),
