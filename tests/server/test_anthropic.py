@@ -12,7 +12,7 @@ from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 
 from ..support.byte_tokenizer import ByteTokenizer, ThinkingTokenizer
-from ..support.fake_engine import FakeEngine
+from ..support.fake_engine import FakeEngine, fake_info
 from ..support.live_server import live_server
 from .conftest import Rig
 
@@ -215,6 +215,19 @@ def test_refusals_of_a_generation(rig: Rig, fields: dict[str, Any], stream: bool
 def test_tools_that_may_not_be_called_are_ignored(rig: Rig):
     tools = [{"name": "f", "input_schema": {}}]
     assert ask(rig, tools=tools, tool_choice={"type": "none"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "arguments", [f'{{"n": {30**20}}}', '{"n": "\\ud83d"}', f'{{"n": {"[" * 300}{"]" * 300}}}', '{"n": NaN}']
+)
+def test_whatever_a_model_writes_as_arguments_is_told(rig: Rig, arguments: str):
+    rig.backend.ready(rig.engine, ByteTokenizer(), fake_info(9000, 8000))
+    rig.engine.reply = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    fields: Any = {"max_tokens": 900, "tools": [{"name": "f", "input_schema": {}}]}
+    [call] = ask(rig, **fields).json()["content"]
+    assert call["input"] == json.loads(arguments.replace("NaN", "null"))
+    deltas = [event["delta"] for event in events(rig, **fields) if event["type"] == "content_block_delta"]
+    assert "".join(delta["partial_json"] for delta in deltas) == arguments
 
 
 def assert_error(response: Any, status: int) -> None:
