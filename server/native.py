@@ -118,18 +118,19 @@ def answer_of(job: Job, tokens: Sequence[list[TextToken]], ends: Sequence[Done])
 async def _answer(
     front: Front, body: GenerateBody, clock: Clock, *, full_text: bool = False, listed: bool = False
 ) -> Response:
-    with front.metrics.request(), front.permits.take(sequences_of(body, front)):
-        job = await prepare(front, body, clock, streaming=False, full_text=full_text)
-        tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
-    if job.checked.prompt_logprobs is None:
-        answer = answer_of(job, tokens, ends)
-    else:
-        # The scores of a long prompt take so long to write that no stream should wait for it.
-        answer = await front.workers.run(answer_of, job, tokens, ends)
-    generated = ends[best_of(ends)].tokens
-    timings = [done.timing for done in ends]
-    headers = full_headers(job.serving, len(job.inputs), clock, timings, len(job.prompt_ids), generated)
-    return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
+    with front.metrics.request():
+        with front.permits.take(sequences_of(body, front)):
+            job = await prepare(front, body, clock, streaming=False, full_text=full_text)
+            tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
+        if job.checked.prompt_logprobs is None:
+            answer = answer_of(job, tokens, ends)
+        else:
+            # The scores of a long prompt take so long to write that no stream should wait for it.
+            answer = await front.workers.run(answer_of, job, tokens, ends)
+        generated = ends[best_of(ends)].tokens
+        timings = [done.timing for done in ends]
+        headers = full_headers(job.serving, len(job.inputs), clock, timings, len(job.prompt_ids), generated)
+        return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
 
 
 def _stream(entry: Entry, body: GenerateBody, *, full_text: bool = False) -> EventStream:

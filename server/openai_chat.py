@@ -31,12 +31,13 @@ async def chat_completions(request: HttpRequest) -> Response:
     sequences = sequences_of(body, entry.config)
     if not body.stream:
         front, clock = await entry.front(), Clock()
-        work = complete(front, sequences, lambda: prepare(front, body, clock))
-        finished = await unless_gone(request, work)
-        if finished.job.checked.prompt_logprobs is None:
-            return _answer(body, finished, clock)
-        # The scores of a long prompt take so long to write that no stream should wait for it.
-        return await front.workers.run(_answer, body, finished, clock)
+        work = complete(
+            front,
+            sequences,
+            lambda: prepare(front, body, clock),
+            lambda finished: _answer(body, finished, clock),
+        )
+        return await unless_gone(request, work)
     return stream(
         entry,
         sequences,

@@ -37,12 +37,13 @@ async def completions(request: HttpRequest) -> Response:
     sequences = len(prompts) * max(1, min(choices, entry.config.max_choices))
     if not body.stream:
         front, clock = await entry.front(), Clock()
-        work = complete(front, sequences, lambda: prepare(front, body, prompts, clock))
-        finished = await unless_gone(request, work)
-        if finished.job.checked.prompt_logprobs is None:
-            return _answer(body, finished, clock)
-        # The scores of a long prompt take so long to write that no stream should wait for it.
-        return await front.workers.run(_answer, body, finished, clock)
+        work = complete(
+            front,
+            sequences,
+            lambda: prepare(front, body, prompts, clock),
+            lambda finished: _answer(body, finished, clock),
+        )
+        return await unless_gone(request, work)
     return stream(
         entry,
         sequences,

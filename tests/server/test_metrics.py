@@ -126,6 +126,30 @@ def test_what_is_counted(rig: Rig):
     assert found["xlane_requests_in_flight"] == 0
 
 
+ANSWERED = (
+    ("/generate", "native", {"inputs": "a", "parameters": {"max_new_tokens": 2}}),
+    ("/v1/chat/completions", "openai_chat", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/completions", "openai_completions", {"prompt": "a"}),
+    ("/v1/responses", "responses", {"input": "a"}),
+    ("/v1/messages", "anthropic", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/vertex", "instances", {"instances": [{"inputs": "a", "parameters": {"max_new_tokens": 2}}]}),
+)
+"""Routes, and who makes their answers."""
+
+
+@pytest.mark.parametrize(("path", "module", "body"), ANSWERED)
+def test_what_could_not_be_answered_was_no_success(
+    rig: Rig, path: str, module: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise ValueError("not to be written")
+
+    monkeypatch.setattr(f"xlane.server.{module}.{'answer_of' if module == 'native' else '_answer'}", fail)
+    assert rig.post(path, **{"max_tokens": 2, **body}).status_code == 500
+    found = values(rig.client.get("/metrics").text)
+    assert (found["tgi_request_success"], found['tgi_request_failure{err="internal"}']) == (0, 1)
+
+
 def test_what_the_engine_counted(rig: Rig):
     found = values(used(rig))
     for name in ("count", "success"):
