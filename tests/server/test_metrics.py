@@ -126,6 +126,21 @@ def test_what_is_counted(rig: Rig):
     assert found["xlane_requests_in_flight"] == 0
 
 
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 4])
+def test_times_are_told_of_what_a_stop_string_ended(rig: Rig, tokens_per_step: int):
+    rig.engine.delay_s, rig.engine.tokens_per_step = 0.01, tokens_per_step
+    answer = rig.chat(max_tokens=9, temperature=0, stop=["d"])
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    steps = 4 // tokens_per_step - 1
+    told = {name: int(answer.headers[f"x-{name}-time"]) for name in ("queue", "inference", "total")}
+    assert told["queue"] == 1
+    assert 9 * steps <= told["inference"] + told["queue"] <= told["total"] + 2
+    found = values(rig.client.get("/metrics").text)
+    for name in ("queue_duration", "inference_duration", "mean_time_per_token_duration"):
+        assert found[f"tgi_request_{name}_count"] == 1
+    assert found["tgi_request_inference_duration_sum"] >= 0.009 * steps
+
+
 ANSWERED = (
     ("/generate", "native", {"inputs": "a", "parameters": {"max_new_tokens": 2}}),
     ("/v1/chat/completions", "openai_chat", {"messages": [{"role": "user", "content": "a"}]}),
