@@ -238,19 +238,36 @@ class TestCors:
         response = rig.client.get("/health", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in response.headers
 
-    def test_on(self):
-        config = ServerConfig(cors_allow_origins=("https://chat.example",), api_key="k")
+    @pytest.mark.parametrize("allowed", ["https://chat.example", "*"])
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            "authorization,content-type",
+            "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-retry-count,x-stainless-timeout",
+            "anthropic-beta,anthropic-dangerous-direct-browser-access,anthropic-version,content-type,x-api-key",
+        ],
+        ids=["fetch", "openai-node", "anthropic-sdk-typescript"],
+    )
+    def test_on(self, allowed: str, sent: str):
+        config = ServerConfig(cors_allow_origins=(allowed,), api_key="k")
+        origin = {"origin": "https://chat.example"}
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": sent}
         with TestClient(create_app(Backend(), config)) as client:
-            asked = {
-                "origin": "https://chat.example",
-                "access-control-request-method": "POST",
-                "access-control-request-headers": "authorization,content-type",
-            }
-            response = client.options("/v1/chat/completions", headers=asked)
-            assert response.status_code == 200
-            assert response.headers["access-control-allow-origin"] == "https://chat.example"
-            refused = client.post("/generate", headers={"origin": "https://chat.example"})
-            assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+            response = client.options("/v1/chat/completions", headers={**origin, **asks})
+            assert (response.status_code, response.headers["access-control-allow-headers"]) == (200, sent)
+            refused = client.post("/generate", headers=origin)
+            assert refused.status_code == 401
+            for answer in (response, refused):
+                assert answer.headers["access-control-allow-origin"] == allowed
+                assert "access-control-allow-credentials" not in answer.headers
+            assert refused.headers["access-control-expose-headers"] == "*"
+
+    def test_strangers_are_refused(self):
+        config = ServerConfig(cors_allow_origins=("https://chat.example",))
+        asks = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+        with TestClient(create_app(Backend(), config)) as client:
+            for answer in (client.options("/generate", headers=asks), client.post("/generate", headers=asks)):
+                assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize(("path", "body"), GENERATIONS[:8])
