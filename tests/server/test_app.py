@@ -14,7 +14,7 @@ from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.errors import Busy
-from xlane.server.middleware import BodyLimit
+from xlane.server.middleware import AnswerFailures, BodyLimit
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
@@ -231,6 +231,49 @@ def test_request_ids(rig: Rig):
         assert given != bad
         assert len(given) == 24
     assert len(rig.client.post("/generate").headers["x-request-id"]) == 24
+
+
+class TestFailures:
+    """Of a route, by an error that nobody foresaw."""
+
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(cors_allow_origins=("*",))
+
+    @pytest.fixture(autouse=True)
+    def failing(self, rig: Rig) -> None:
+        rig.engine.fail_with, rig.engine.fail_after = ValueError("secret"), 0
+
+    @pytest.mark.parametrize(("path", "body"), GENERATIONS[:8])
+    def test_are_answered_as_all_is_and_logged(
+        self, rig: Rig, path: str, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ):
+        headers = {"x-request-id": "abc-1", "origin": "https://chat.example"}
+        answer = rig.client.post(path, json=body, headers=headers)
+        assert (answer.status_code, message_of(answer)) == (500, "Internal server error")
+        assert answer.headers["x-request-id"] == "abc-1"
+        assert answer.headers["access-control-allow-origin"] == "*"
+        [logged] = caplog.records
+        assert logged.getMessage() == f"POST {path!r} failed, request abc-1"
+        assert "ValueError: secret" in caplog.text
+
+    def test_behind_the_first_byte_break_off(self):
+        sent: list[Message] = []
+        start = {"type": "http.response.start", "status": 200, "headers": []}
+
+        async def half(scope: Scope, receive: Receive, send: Send) -> None:
+            await send(start)
+            raise ValueError("secret")
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        with pytest.raises(ValueError, match="secret"):
+            asyncio.run(AnswerFailures(half)({"type": "http", "path": "/"}, receive, send))
+        assert sent == [start]
 
 
 class TestCors:
