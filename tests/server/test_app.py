@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from xlane.engine import RequestFailed
 from xlane.server import front
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
@@ -256,6 +257,18 @@ class TestFailures:
         [logged] = caplog.records
         assert logged.getMessage() == f"POST {path!r} failed, request abc-1"
         assert "ValueError: secret" in caplog.text
+
+    @pytest.mark.parametrize(("error", "times"), [(ValueError("secret"), 1), (RequestFailed("NaN"), 0)])
+    def test_of_a_stream_are_logged_too(
+        self, rig: Rig, error: Exception, times: int, caplog: pytest.LogCaptureFixture
+    ):
+        rig.engine.fail_with, rig.engine.fail_after = error, 2
+        path, body = GENERATIONS[4]
+        answer = rig.client.post(path, json=body, headers={"x-request-id": "abc-1"})
+        assert '"error":{' in answer.text
+        assert [log.getMessage() for log in caplog.records] == [
+            f"POST {path!r} failed, request abc-1"
+        ] * times
 
     def test_behind_the_first_byte_break_off(self):
         sent: list[Message] = []
