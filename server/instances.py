@@ -34,10 +34,6 @@ async def generate_all(
     Raises what their own routes raise.
     """
     permits = sum(_sequences(front, instance) for instance in instances)
-    if permits > front.config.max_concurrent_requests:
-        raise Invalid(
-            f"{permits} sequences in one request, and at most {front.config.max_concurrent_requests} can be in flight"
-        )
     with front.metrics.request():
         with front.permits.take(permits):
             jobs = [await _prepared(front, i, instance, clock) for i, instance in enumerate(instances)]

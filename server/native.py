@@ -14,7 +14,7 @@ from .body import read_body
 from .detokenize import Detokenizer
 from .entry import Entry
 from .errors import problem_of
-from .front import Front
+from .front import Front, permits_for
 from .generate import Done, Progress, Run, TextToken, collect, run_one
 from .guide import grammar_of
 from .headers import Clock, full_headers, stream_headers
@@ -67,10 +67,9 @@ class Job:
 
 
 def sequences_of(body: GenerateBody, front: Front) -> int:
-    """Permits to take before the checks. Whether it is a sane number is for them to say; a permit comes first, as in
-    TGI."""
+    """Permits to take before the checks; a permit comes first, as in TGI."""
     best_of = body.parameters.best_of if body.parameters else None
-    return max(1, min(best_of or 1, front.config.max_best_of))
+    return permits_for(best_of, front.config.max_best_of)
 
 
 async def prepare(front: Front, body: GenerateBody, clock: Clock, *, streaming: bool, full_text: bool) -> Job:

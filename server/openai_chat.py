@@ -12,7 +12,7 @@ from .chat import conversation_of
 from .config import ServerConfig
 from .converse import converse
 from .entry import Entry
-from .front import Front
+from .front import Front, permits_for
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, complete, stream
@@ -48,8 +48,8 @@ async def chat_completions(request: HttpRequest) -> Response:
 
 
 def sequences_of(body: ChatBody, config: ServerConfig) -> int:
-    """Permits to take before the checks, which then refuse a number out of range."""
-    return max(1, min(body.n or 1, config.max_choices))
+    """Permits to take before the checks."""
+    return permits_for(body.n, config.max_choices)
 
 
 async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:

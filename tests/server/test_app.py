@@ -368,11 +368,33 @@ def test_the_advice_when_to_come_again_is_how_long_permits_were_held(monkeypatch
     assert permits.taken == 0
 
 
-def test_a_request_of_more_sequences_than_there_are_permits(rig: Rig):
-    assert rig.chat(n=2).status_code == 200
-    rig.client.app.state.front.permits._total = 1  # type: ignore[attr-defined]
-    assert rig.chat(n=2).status_code == 429
-    assert rig.chat(n=1).status_code == 200
+class TestFewPermits:
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(max_concurrent_requests=4, max_best_of=9)
+
+    @pytest.mark.parametrize(
+        ("path", "fields"),
+        [
+            ("/generate", {"inputs": "a", "parameters": {"best_of": 5, "do_sample": True}}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 5}),
+            ("/v1/completions", {"prompt": "a", "best_of": 5}),
+            ("/v1/completions", {"prompt": "a", "n": 5, "stream": True}),
+            ("/v1/completions", {"prompt": ["a"] * 3, "n": 2}),
+            ("/vertex", {"instances": [{"inputs": "a"}] * 5}),
+        ],
+    )
+    def test_a_request_that_needs_more_will_never_be_served(self, rig: Rig, path: str, fields: Any):
+        answer = rig.post(path, **fields)
+        assert answer.status_code == (400 if path.startswith("/v1") else 422)
+        assert "at most 4 can be in flight (--max-concurrent-requests)" in message_of(answer)
+        assert "retry-after" not in answer.headers
+        assert rig.chat(n=4, temperature=1).status_code == 200
+
+    @pytest.mark.parametrize("n", [-1, 0, 17])
+    def test_a_number_that_is_none_is_told_as_such(self, rig: Rig, n: int):
+        answer = rig.chat(n=n)
+        assert message_of(answer) == f"`n` must be between 1 and 16. Given: {n}"
 
 
 def test_info(rig: Rig):
