@@ -181,7 +181,8 @@ def _joined(first: StepOutput, behind: deque[Delivery]) -> StepOutput:
         behind.popleft()
     last = outputs[-1]
     tokens = tuple(token for output in outputs for token in output.tokens)
-    return replace(first, tokens=tokens, finish_reason=last.finish_reason, timing=last.timing)
+    timing = last.timing or first.timing
+    return replace(first, tokens=tokens, finish_reason=last.finish_reason, timing=timing)
 
 
 class _LoopSink:

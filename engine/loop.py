@@ -296,7 +296,7 @@ class Loop:
             if output is not None and isinstance(made, tuple):
                 self._counters.accepted.observe(len(made) - 1)
                 self._counters.decode_tokens += len(output.tokens)
-                if output.timing is not None:
+                if output.timing is not None and output.finish_reason is not None:
                     self._counters.served(output.timing.total_s - output.timing.queue_s)
                 outputs.append((sequence, output))
         self._emit(outputs)

@@ -44,7 +44,8 @@ class _Progress:
     started: float = field(default_factory=time.monotonic)
     ids: list[int] = field(default_factory=list)
     """Tokens handed on, after the request's own `resume_ids`."""
-    first_token_s: float | None = None
+    first: Timing | None = None
+    """When its first token came, told from the start: whatever becomes of that engine."""
     losses: int = 0
     losses_in_place: int = 0
     """Losses since the last token."""
@@ -62,11 +63,12 @@ class _Progress:
     def take(self, output: StepOutput, asked_s: float) -> StepOutput:
         """Note an output of the engine that was asked `asked_s` after the start; return it as the caller must see it."""
         first = not self.ids
+        timing = None if output.timing is None else self._timing(output.timing, asked_s)
         if output.tokens:
             self.losses_in_place = self.lone_losses = 0
             self.ids += [token.id for token in output.tokens]
             if first:
-                self.first_token_s = self.elapsed_s
+                self.first = timing or self._now()
         if not self.losses:
             return output
         return replace(
@@ -74,22 +76,24 @@ class _Progress:
             request_id=self.request.id,
             # Later engines find other things in their caches; the caller was told at the first output.
             cached_tokens=output.cached_tokens if first else 0,
-            timing=self._timing(output.timing, asked_s) if output.timing else None,
+            timing=timing,
         )
 
     def _timing(self, timing: Timing, asked_s: float) -> Timing:
-        """The last engine's times, told from the caller's start.
-
-        The queue time of an engine that was lost is not known; it was not longer than the wait for the first token.
-        """
-        first_token_s = asked_s + timing.first_token_s
-        if self.first_token_s is not None:
-            first_token_s = min(first_token_s, self.first_token_s)
+        """An engine's times, told from the caller's start: only the end of what was begun before is its own."""
+        if self.first is not None:
+            return replace(self.first, total_s=asked_s + timing.total_s)
         return Timing(
-            queue_s=min(asked_s + timing.queue_s, first_token_s),
-            first_token_s=first_token_s,
+            queue_s=asked_s + timing.queue_s,
+            first_token_s=asked_s + timing.first_token_s,
             total_s=asked_s + timing.total_s,
         )
+
+    def _now(self) -> Timing:
+        """As if it ended now. Where an engine did not say how long it waited, that was no longer than for its first token."""
+        now_s = self.elapsed_s
+        first = self.first or Timing(now_s, now_s, now_s)
+        return replace(first, total_s=now_s)
 
     @property
     def left_s(self) -> float:
@@ -129,9 +133,7 @@ class _Progress:
             reason = FinishReason.LENGTH
         else:
             return None
-        now_s = self.elapsed_s
-        first_token_s = now_s if self.first_token_s is None else self.first_token_s
-        return StepOutput(self.request.id, (), reason, timing=Timing(first_token_s, first_token_s, now_s))
+        return StepOutput(self.request.id, (), reason, timing=self._now())
 
 
 class _Trials:

@@ -55,7 +55,7 @@ class Replicas:
                             held.add(len(output.tokens))
                             if output.finish_reason is FinishReason.ABORT and not self._draining:
                                 if output.tokens:
-                                    yield replace(output, finish_reason=None, timing=None)
+                                    yield replace(output, finish_reason=None)
                                 raise EngineStopped(f"the engine at {replica.address} ends")
                             yield output
                 return

@@ -150,7 +150,7 @@ class StepOutput:
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache; meaningful on the first output."""
     timing: Timing | None = None
-    """Set on the last output only."""
+    """Set on the first output, with the times so far, and on the last."""
     prompt: tuple[TokenOutput, ...] = ()
     """With `prompt_logprobs`, on the first output: the prompt's tokens but the first, which nothing comes before."""
 

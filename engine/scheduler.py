@@ -99,7 +99,8 @@ class Scheduler:
             self._prefill(turn, self._budget(len(decoding), *self._asking()))
         room = 0 if turn.segments else self.limits.decode_rows - len(decoding)
         for sequence in decoding:
-            if sequence.phase is Phase.DECODE:  # it may have given way to one that was admitted
+            # It may have given way to one that was admitted, and been admitted again behind that.
+            if sequence.phase is Phase.DECODE and sequence not in turn.prefilled:
                 guesses = self._guesses(sequence, room)
                 room -= len(guesses)
                 self._decode(turn, sequence, guesses)

@@ -202,7 +202,7 @@ class Sequence:
             reason = self._ending()
             if reason is None:
                 self._prepare(self.guide)
-        timing = None if reason is None else self.timing(now)
+        timing = self.timing(now) if first or reason is not None else None
         prompt, self.prompt = tuple(self.prompt), []
         cached = (self.cached_tokens or 0) if first else 0
         return StepOutput(self.request.id, tuple(new), reason, cached, timing, prompt)

@@ -39,9 +39,10 @@ async def messages(request: HttpRequest) -> Response:
             failure,
         )
     front, clock = await entry.front(), Clock()
-    finished = await unless_gone(request, complete(front, 1, lambda: _prepare(front, body, clock)))
-    headers = answer_headers(finished, clock)
-    return Response(orjson.dumps(_answer(body, finished)), 200, headers, "application/json")
+    work = complete(
+        front, 1, lambda: _prepare(front, body, clock), lambda finished: _answer(body, finished, clock)
+    )
+    return await unless_gone(request, work)
 
 
 async def count_tokens(request: HttpRequest) -> Response:
@@ -65,7 +66,7 @@ async def _prepare(front: Front, body: MessagesBody, clock: Clock) -> Job:
     return await converse(front, serving, conversation_of(body), checked, clock, cut=True)
 
 
-def _answer(body: MessagesBody, finished: Finished) -> dict[str, Any]:
+def _answer(body: MessagesBody, finished: Finished, clock: Clock) -> Response:
     (answer,), job = finished.answers, finished.job
     content: list[dict[str, Any]] = []
     if answer.reasoning and shows_thinking(body):
@@ -77,4 +78,5 @@ def _answer(body: MessagesBody, finished: Finished) -> dict[str, Any]:
         content.append(block("text", ""))
     done = answer.done
     usage = usage_of(job, done.cached_tokens, done.tokens, answer.reasoning_tokens)
-    return {**message(job, content, usage), **ending_of(job, body, done, len(answer.calls))}
+    whole = {**message(job, content, usage), **ending_of(job, body, done, len(answer.calls))}
+    return Response(orjson.dumps(whole), 200, answer_headers(finished, clock), "application/json")

@@ -4,6 +4,7 @@ import json
 import os
 from typing import Any, Literal
 
+from .embedded import embedded
 from .generate import Done, Ending
 from .openai_run import Job
 from .reader import Call, calls_tools
@@ -25,7 +26,7 @@ def call_block(identity: str, name: str, arguments: Any) -> dict[str, Any]:
 def whole_call(call: Call) -> dict[str, Any]:
     """A call with its arguments, which are an object here; what was cut off before its end is none."""
     try:
-        arguments = json.loads(call.arguments, strict=False)
+        arguments: Any = embedded(json.loads(call.arguments, strict=False))
     except (ValueError, RecursionError):
         arguments = {}
     return call_block(call.id, call.name, arguments)

@@ -21,7 +21,7 @@ from .entry import ReleaseModels
 from .errors import ServerError, error_response
 from .front import Front, front_beside, make_front
 from .keys import Keys
-from .middleware import BodyLimit, RequestIds, TidyPaths
+from .middleware import AnswerFailures, BodyLimit, RequestIds, TidyPaths
 from .models import Models
 from .openai_chat import chat_completions
 from .openai_completions import completions
@@ -158,8 +158,10 @@ def _middleware(
                 CORSMiddleware,
                 allow_origins=config.cors_allow_origins,
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version"],
-                expose_headers=["x-request-id"],
+                # Clients send headers of their own (x-stainless-…, anthropic-…) and read many. Nothing is sent that a page does
+                # not have, as cookies would be, so none needs to be kept from it.
+                allow_headers=["*"],
+                expose_headers=["*"],
             )
         )
     return [
@@ -167,6 +169,7 @@ def _middleware(
         *([Middleware(TraceRequests, tracing=tracing)] if tracing is not None else []),
         Middleware(RequestIds),
         *cors,
+        Middleware(AnswerFailures),
         Middleware(RequireKey, keys=keys),
         Middleware(BodyLimit, limit=config.payload_limit, together=config.bodies_limit),
         *([Middleware(ReleaseModels, models=models)] if models is not None else []),

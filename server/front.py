@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 
 from .backend import Backend, Serving
 from .config import ServerConfig
-from .errors import Busy
+from .errors import Busy, Invalid
 from .grammars import Grammars
 from .keys import Keys, own_share
 from .metrics import Metrics
@@ -40,7 +40,12 @@ class Permits:
 
     @contextmanager
     def take(self, count: int) -> Iterator[None]:
-        """Hold `count` permits for a block. Raises Busy."""
+        """Hold `count` permits for a block. Raises Busy, and Invalid for more than there are: it would be busy for ever."""
+        if count > self._total:
+            raise Invalid(
+                f"{count} sequences in one request, and at most {self._total} can be in flight "
+                "(--max-concurrent-requests): ask for fewer"
+            )
         if self._taken + count > self._total:
             raise Busy("Model is overloaded", self.turnover_s)
         owner, _ = own_share()
@@ -74,6 +79,11 @@ class Permits:
     def taken(self) -> int:
         """Permits held now."""
         return self._taken
+
+
+def permits_for(asked: int | None, most: int) -> int:
+    """Permits to take before the checks: for as many sequences as are asked for, but for a number that they will refuse."""
+    return asked if asked is not None and 1 <= asked <= most else 1
 
 
 @dataclass(frozen=True, slots=True)

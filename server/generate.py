@@ -7,7 +7,7 @@ lanes.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from time import perf_counter
 from typing import cast
@@ -185,7 +185,9 @@ class _Running:
         self._prompt: tuple[TokenOutput, ...] = ()
         self._account = ACCOUNT.get()
         self._prompt_tokens = len(sequence.request.prompt_ids)
-        self._last = perf_counter()
+        self._first: Timing | None = None
+        """The engine's times up to the first token."""
+        self._began = self._last = perf_counter()
 
     def advance(self, step: StepOutput) -> Progress:
         """Progress of one engine step. Raises Incomplete if the engine gave the sequence up."""
@@ -226,13 +228,17 @@ class _Running:
             text=self._text.text,
             tokens=self._count,
             cached_tokens=self._cached,
-            timing=step.timing,
+            timing=step.timing or self._timing(),
             mean_logprob=mean,
             stop=self._text.stop,
             prompt=self._prompt,
         )
         self._metrics.finished(done.tokens, done.timing)
         return Progress(self._choice, tokens, text, done, self._cached, prompt)
+
+    def _timing(self) -> Timing | None:
+        """Of a sequence that a stop string ended: the engine, which knows of none, was not at its end."""
+        return None if self._first is None else replace(self._first, total_s=self._last - self._began)
 
     def _ending(self, reason: FinishReason | None) -> Ending | None:
         # A stop string wins over the engine's reason: it was complete before, or with, the engine's last token.
@@ -256,6 +262,6 @@ class _Running:
             self._metrics.inter_token.observe((now - self._last) / len(step.tokens), len(step.tokens))
         else:
             self._metrics.first_token.observe(now - self._last)
-            self._cached = step.cached_tokens
+            self._cached, self._first = step.cached_tokens, step.timing
             self._metrics.cached_tokens += step.cached_tokens
         self._last = now

@@ -34,20 +34,17 @@ async def generate_all(
     Raises what their own routes raise.
     """
     permits = sum(_sequences(front, instance) for instance in instances)
-    if permits > front.config.max_concurrent_requests:
-        raise Invalid(
-            f"{permits} sequences in one request, and at most {front.config.max_concurrent_requests} can be in flight"
-        )
-    with front.metrics.request(), front.permits.take(permits):
-        jobs = [await _prepared(front, i, instance, clock) for i, instance in enumerate(instances)]
-        runs = [run for job in jobs for run in job.runs]
-        tokens, ends = await collect(jobs[0].serving.engine, runs, front.metrics)
-    answers: list[str | dict[str, Any]] = []
-    for job in jobs:
-        count = len(job.runs)
-        answers.append(_answer(job, _Result(tokens[:count], ends[:count])))
-        tokens, ends = tokens[count:], ends[count:]
-    return answers
+    with front.metrics.request():
+        with front.permits.take(permits):
+            jobs = [await _prepared(front, i, instance, clock) for i, instance in enumerate(instances)]
+            runs = [run for job in jobs for run in job.runs]
+            tokens, ends = await collect(jobs[0].serving.engine, runs, front.metrics)
+        answers: list[str | dict[str, Any]] = []
+        for job in jobs:
+            count = len(job.runs)
+            answers.append(_answer(job, _Result(tokens[:count], ends[:count])))
+            tokens, ends = tokens[count:], ends[count:]
+        return answers
 
 
 def _sequences(front: Front, instance: Instance) -> int:

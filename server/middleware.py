@@ -1,5 +1,7 @@
-"""What happens to every HTTP request before a route sees it: tidy path, request id, bounded body. Pure ASGI."""
+"""What happens to every HTTP request before a route sees it: tidy path, request id, bounded body; and to what no route has an
+answer for. Pure ASGI."""
 
+import logging
 import os
 import re
 
@@ -10,6 +12,9 @@ from .errors import BodyTooLarge, Busy, error_response, speaks_anthropic
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SLASHES = re.compile(r"/{2,}")
+_ID = "xlane.request_id"
+"""Where a request's scope keeps its id."""
+logger = logging.getLogger(__name__)
 
 
 class TidyPaths:
@@ -41,6 +46,8 @@ class RequestIds:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(12).hex()
 
+        scope[_ID] = request_id
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -50,6 +57,37 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class AnswerFailures:
+    """An error that nobody foresaw is logged and answered here, with the headers that every answer gets further out. Once an
+    answer has begun it goes on up, and the connection breaks off.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            if scope["type"] != "http" or begun:
+                raise
+            log_failure(scope, error)
+            await error_response(error, scope["path"])(scope, receive, send)
+
+
+def log_failure(scope: Scope, error: Exception) -> None:
+    """Write down an error that its client is told nothing of but the request's id."""
+    told = (scope["method"], scope["path"], scope.get(_ID))
+    logger.error("%s %r failed, request %s", *told, exc_info=error)
 
 
 class BodyLimit:

@@ -14,7 +14,7 @@ from .body import read_body
 from .detokenize import Detokenizer
 from .entry import Entry
 from .errors import problem_of
-from .front import Front
+from .front import Front, permits_for
 from .generate import Done, Progress, Run, TextToken, collect, run_one
 from .guide import grammar_of
 from .headers import Clock, full_headers, stream_headers
@@ -67,10 +67,9 @@ class Job:
 
 
 def sequences_of(body: GenerateBody, front: Front) -> int:
-    """Permits to take before the checks. Whether it is a sane number is for them to say; a permit comes first, as in
-    TGI."""
+    """Permits to take before the checks; a permit comes first, as in TGI."""
     best_of = body.parameters.best_of if body.parameters else None
-    return max(1, min(best_of or 1, front.config.max_best_of))
+    return permits_for(best_of, front.config.max_best_of)
 
 
 async def prepare(front: Front, body: GenerateBody, clock: Clock, *, streaming: bool, full_text: bool) -> Job:
@@ -118,18 +117,19 @@ def answer_of(job: Job, tokens: Sequence[list[TextToken]], ends: Sequence[Done])
 async def _answer(
     front: Front, body: GenerateBody, clock: Clock, *, full_text: bool = False, listed: bool = False
 ) -> Response:
-    with front.metrics.request(), front.permits.take(sequences_of(body, front)):
-        job = await prepare(front, body, clock, streaming=False, full_text=full_text)
-        tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
-    if job.checked.prompt_logprobs is None:
-        answer = answer_of(job, tokens, ends)
-    else:
-        # The scores of a long prompt take so long to write that no stream should wait for it.
-        answer = await front.workers.run(answer_of, job, tokens, ends)
-    generated = ends[best_of(ends)].tokens
-    timings = [done.timing for done in ends]
-    headers = full_headers(job.serving, len(job.inputs), clock, timings, len(job.prompt_ids), generated)
-    return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
+    with front.metrics.request():
+        with front.permits.take(sequences_of(body, front)):
+            job = await prepare(front, body, clock, streaming=False, full_text=full_text)
+            tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
+        if job.checked.prompt_logprobs is None:
+            answer = answer_of(job, tokens, ends)
+        else:
+            # The scores of a long prompt take so long to write that no stream should wait for it.
+            answer = await front.workers.run(answer_of, job, tokens, ends)
+        generated = ends[best_of(ends)].tokens
+        timings = [done.timing for done in ends]
+        headers = full_headers(job.serving, len(job.inputs), clock, timings, len(job.prompt_ids), generated)
+        return Response(orjson.dumps([answer] if listed else answer), 200, headers, "application/json")
 
 
 def _stream(entry: Entry, body: GenerateBody, *, full_text: bool = False) -> EventStream:

@@ -12,7 +12,7 @@ from .chat import conversation_of
 from .config import ServerConfig
 from .converse import converse
 from .entry import Entry
-from .front import Front
+from .front import Front, permits_for
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
 from .openai_run import Answer, Finished, Job, complete, stream
@@ -34,12 +34,13 @@ async def chat_completions(request: HttpRequest) -> Response:
     sequences = sequences_of(body, entry.config)
     if not body.stream:
         front, clock = await entry.front(), Clock()
-        work = complete(front, sequences, lambda: prepare(front, body, clock))
-        finished = await unless_gone(request, work)
-        if finished.job.checked.prompt_logprobs is None:
-            return _answer(body, finished, clock)
-        # The scores of a long prompt take so long to write that no stream should wait for it.
-        return await front.workers.run(_answer, body, finished, clock)
+        work = complete(
+            front,
+            sequences,
+            lambda: prepare(front, body, clock),
+            lambda finished: _answer(body, finished, clock),
+        )
+        return await unless_gone(request, work)
     return stream(
         entry,
         sequences,
@@ -50,8 +51,8 @@ async def chat_completions(request: HttpRequest) -> Response:
 
 
 def sequences_of(body: ChatBody, config: ServerConfig) -> int:
-    """Permits to take before the checks, which then refuse a number out of range."""
-    return max(1, min(body.n or 1, config.max_choices))
+    """Permits to take before the checks."""
+    return permits_for(body.n, config.max_choices)
 
 
 async def prepare(front: Front, body: ChatBody, clock: Clock) -> Job:

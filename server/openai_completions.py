@@ -13,7 +13,7 @@ from .body import read_body
 from .config import ServerConfig
 from .entry import Entry
 from .errors import Invalid
-from .front import Front
+from .front import Front, permits_for
 from .guide import grammar_of
 from .headers import Clock
 from .openai_chunks import ID, Chunks, failure
@@ -34,15 +34,16 @@ async def completions(request: HttpRequest) -> Response:
     entry = Entry(request, body.model)
     prompts = prompts_of(body.prompt, entry.config)
     choices = max(body.n or 1, body.best_of or 1)
-    sequences = len(prompts) * max(1, min(choices, entry.config.max_choices))
+    sequences = len(prompts) * permits_for(choices, entry.config.max_choices)
     if not body.stream:
         front, clock = await entry.front(), Clock()
-        work = complete(front, sequences, lambda: prepare(front, body, prompts, clock))
-        finished = await unless_gone(request, work)
-        if finished.job.checked.prompt_logprobs is None:
-            return _answer(body, finished, clock)
-        # The scores of a long prompt take so long to write that no stream should wait for it.
-        return await front.workers.run(_answer, body, finished, clock)
+        work = complete(
+            front,
+            sequences,
+            lambda: prepare(front, body, prompts, clock),
+            lambda finished: _answer(body, finished, clock),
+        )
+        return await unless_gone(request, work)
     return stream(
         entry,
         sequences,

@@ -5,6 +5,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import Response
+
 from ..models.tokenizer import unmarked
 from .backend import Serving
 from .detokenize import Detokenizer
@@ -161,12 +163,23 @@ def plan(
     return Job(serving, model, prompts, checked, runs, parting)
 
 
-async def complete(front: Front, sequences: int, prepare: Callable[[], Coroutine[Any, Any, Job]]) -> Finished:
-    """Prepare a job and run it to its end, holding a permit per sequence."""
-    with front.metrics.request(), front.permits.take(sequences):
-        job = await prepare()
-        tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
-        return Finished(job, [answer_of(*parts) for parts in zip(job.readers(), tokens, ends, strict=True)])
+async def complete(
+    front: Front,
+    sequences: int,
+    prepare: Callable[[], Coroutine[Any, Any, Job]],
+    answer: Callable[[Finished], Response],
+) -> Response:
+    """Prepare a job, run it to its end, holding a permit per sequence, and answer. What has no answer was no success."""
+    with front.metrics.request():
+        with front.permits.take(sequences):
+            job = await prepare()
+            tokens, ends = await collect(job.serving.engine, job.runs, front.metrics)
+        parts = zip(job.readers(), tokens, ends, strict=True)
+        finished = Finished(job, [answer_of(*each) for each in parts])
+        if job.checked.prompt_logprobs is None:
+            return answer(finished)
+        # The scores of a long prompt take so long to write that no stream should wait for it.
+        return await front.workers.run(answer, finished)
 
 
 def answer_of(reader: Reader, tokens: Sequence[TextToken], done: Done) -> Answer:

@@ -57,9 +57,10 @@ async def responses(request: HttpRequest) -> Response:
             failure,
         )
     front, clock = await entry.front(), Clock()
-    finished = await unless_gone(request, complete(front, 1, lambda: _prepare(front, body, clock)))
-    headers = answer_headers(finished, clock)
-    return Response(orjson.dumps(_answer(body, finished)), 200, headers, "application/json")
+    work = complete(
+        front, 1, lambda: _prepare(front, body, clock), lambda finished: _answer(body, finished, clock)
+    )
+    return await unless_gone(request, work)
 
 
 async def _prepare(front: Front, body: ResponsesBody, clock: Clock) -> Job:
@@ -69,10 +70,11 @@ async def _prepare(front: Front, body: ResponsesBody, clock: Clock) -> Job:
     return await converse(front, serving, conversation_of(body), checked, clock, wanted="max_output_tokens")
 
 
-def _answer(body: ResponsesBody, finished: Finished) -> dict[str, Any]:
+def _answer(body: ResponsesBody, finished: Finished, clock: Clock) -> Response:
     (answer,) = finished.answers
     output = _output(finished.job, answer, body)
-    return Envelope(finished.job, body).finished(answer.done, output, answer.reasoning_tokens)
+    response = Envelope(finished.job, body).finished(answer.done, output, answer.reasoning_tokens)
+    return Response(orjson.dumps(response), 200, answer_headers(finished, clock), "application/json")
 
 
 def _output(job: Job, answer: Answer, body: ResponsesBody) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from .embedded import embedded
 from .generate import Done, Ending, TextToken
 from .openai_run import Job
 from .openai_shapes import chat_logprobs
@@ -83,9 +84,9 @@ class Envelope:
             "service_tier": "default",
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": _format(body)},
-            "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
-            "tools": [{**_TOOL, **tool} for tool in body.tools or ()],
+            "text": {"format": embedded(_format(body))},
+            "tool_choice": "auto" if body.tool_choice is None else embedded(body.tool_choice),
+            "tools": embedded([{**_TOOL, **tool} for tool in body.tools or ()]),
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",

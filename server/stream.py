@@ -12,6 +12,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from ..engine import EngineError
+from .errors import ServerError
+from .middleware import log_failure
+
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
@@ -66,7 +70,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what the generator raised before its first chunk."""
-        pump = asyncio.create_task(self._pump(send))
+        pump = asyncio.create_task(self._pump(scope, send))
         watch = asyncio.create_task(self._watch(receive, send))
         try:
             await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -78,7 +82,7 @@ class EventStream(Response):
             if isinstance(error, Exception):
                 raise error
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             try:
                 async for chunk in chunks:
@@ -86,6 +90,8 @@ class EventStream(Response):
             except Exception as error:
                 if not self._started:
                     raise
+                if not isinstance(error, ServerError | EngineError):
+                    log_failure(scope, error)
                 await self._send(send, self._error_event(error))
         await self._send(send, b"", more=False)
 

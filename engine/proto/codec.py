@@ -241,7 +241,7 @@ def _encode_top(top: tuple[tuple[int, float], ...]) -> pb.TopLogprobs:
 def _decode_output(message: pb.StepOutput) -> StepOutput:
     finish = message.finish_reason
     timing = None
-    if finish and message.HasField("timing"):
+    if message.HasField("timing"):
         timing = Timing(message.timing.queue_s, message.timing.first_token_s, message.timing.total_s)
     return StepOutput(
         message.request_id,

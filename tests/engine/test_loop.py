@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -166,10 +167,13 @@ def test_times_are_in_order_and_the_queue_ends_at_the_first_launch(rig: Rig) -> 
     rig.held()
     time.sleep(0.1)
     rig.gate.set()
-    (last,) = rig.sink.wait("slow")
-    assert isinstance(last, StepOutput)
-    assert last.timing is not None
-    assert 0 < last.timing.queue_s <= last.timing.first_token_s - 0.1 < last.timing.total_s
+    rig.sink.wait("slow")
+    first, *between, last = [one.timing for one in rig.sink.got["slow"] if isinstance(one, StepOutput)]
+    assert last is not None
+    assert 0 < last.queue_s <= last.first_token_s - 0.1 < last.total_s
+    assert first == replace(last, total_s=last.first_token_s)
+    assert between == [None] * len(between)
+    assert len(rig.counters._served_s) == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -122,6 +122,21 @@ async def test_the_rest_is_asked_of_the_next_engine():
     assert last.total_s > 1.0
 
 
+async def test_how_long_it_waited_is_what_the_engine_of_its_first_token_said():
+    """Also to who ends it before an engine does, and has the times of its first output only."""
+    first, later = Timing(0.01, 0.02, 0.02), Timing(1.0, 2.0, 3.0)
+    inner = Scripted(
+        [out(7, timing=first), out(8), LOST],
+        [out(9, timing=later), out(10, finish=FinishReason.LENGTH, timing=later)],
+    )
+    times = [output.timing for output in await collect(ReplayingClient(inner), make_request())]
+    assert times[:2] == [first, None]
+    for told in times[2:]:
+        assert told is not None
+        assert (told.queue_s, told.first_token_s) == (0.01, 0.02)
+        assert told.total_s > 3.0
+
+
 async def test_a_prompts_log_probabilities_are_asked_for_until_they_came():
     inner = Scripted([LOST], [out(7), LOST], [out(8, finish=FinishReason.LENGTH)])
     await collect(ReplayingClient(inner), make_request(prompt_logprobs=2))

@@ -1,5 +1,6 @@
 """Who goes first, who gives way, and that nobody waits for ever."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,21 @@ def test_of_lesser_priority_the_youngest_gives_its_lane_and_goes_on_later() -> N
     read(plans, urgent)  # r3 ends
     # Its token that was under way is kept, and what it had computed is computed again.
     assert segments(plans.plan()) == [("r2", 0, 4, True)]
+
+
+@pytest.mark.parametrize("prompt", [2, 3])
+def test_who_gave_way_and_is_admitted_again_at_once_takes_one_part_in_a_turn(prompt: int) -> None:
+    """It gives back a page that it had taken for guesses, too: without that there is room for both."""
+    plans = scheduler(pages=4, chunk_tokens=16)
+    one = sequence(0, prompt)
+    plans.add(one)
+    read(plans, plans.plan())
+    one.pages += plans.pages.take(1) or []
+    plans.add(sequence(1, 1, priority=-1))
+    turn = plans.plan()
+    assert plans.preemptions == 1
+    assert segments(turn) == [("r1", 0, 1, True), ("r0", 0, prompt + 1, True)]
+    assert decoded(turn) == []
 
 
 def test_among_equals_nobody_gives_way_to_one_that_waits() -> None:

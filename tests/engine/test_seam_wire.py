@@ -115,7 +115,7 @@ def test_numbers_that_do_not_fit_are_the_requests_fault(bad: Request):
 
 BATCH: list[Delivery] = [
     StepOutput("a", (TokenOutput(0),)),
-    StepOutput("b", (TOKEN, replace(TOKEN, top=())), None, 12),
+    StepOutput("b", (TOKEN, replace(TOKEN, top=())), None, 12, Timing(0.5, 1.0, 1.0)),
     StepOutput("c", (TokenOutput(5, 0.0),), FinishReason.STOP, 0, Timing(0.0, 0.0, 0.0)),
     StepOutput("d", (), FinishReason.ABORT, 0, Timing(0.5, 1.5, 2.5)),
     StepOutput("a", (TokenOutput(1), TokenOutput(2)), FinishReason.LENGTH),
@@ -272,7 +272,9 @@ def test_what_is_made_sooner_than_the_pace_goes_together(monkeypatch: pytest.Mon
 
 def test_who_reads_late_gets_what_waits_as_one_output():
     async def scenario() -> None:
-        first = StepOutput("a", (TokenOutput(1, -0.5),), cached_tokens=3, prompt=(TokenOutput(9, -1.0),))
+        first = StepOutput(
+            "a", (TokenOutput(1, -0.5),), None, 3, Timing(1.0, 2.0, 2.0), prompt=(TokenOutput(9, -1.0),)
+        )
         last = StepOutput("a", (TokenOutput(3),), FinishReason.STOP, timing=Timing(1.0, 2.0, 3.0))
         streams = Streams()
         streams.open("a")

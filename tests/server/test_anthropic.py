@@ -227,6 +227,19 @@ def test_more_tools_and_stops_than_openai_takes(rig: Rig):
     assert rig.post("/v1/messages", **body).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "arguments", [f'{{"n": {30**20}}}', '{"n": "\\ud83d"}', f'{{"n": {"[" * 300}{"]" * 300}}}', '{"n": NaN}']
+)
+def test_whatever_a_model_writes_as_arguments_is_told(rig: Rig, arguments: str):
+    rig.backend.ready(rig.engine, ByteTokenizer(), fake_info(9000, 8000))
+    rig.engine.reply = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    fields: Any = {"max_tokens": 900, "tools": [{"name": "f", "input_schema": {}}]}
+    [call] = ask(rig, **fields).json()["content"]
+    assert call["input"] == json.loads(arguments.replace("NaN", "null"))
+    deltas = [event["delta"] for event in events(rig, **fields) if event["type"] == "content_block_delta"]
+    assert "".join(delta["partial_json"] for delta in deltas) == arguments
+
+
 def assert_error(response: Any, status: int) -> None:
     kinds = {
         400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",

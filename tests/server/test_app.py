@@ -9,12 +9,13 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from xlane.engine import RequestFailed
 from xlane.server import front
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
 from xlane.server.errors import Busy
-from xlane.server.middleware import BodyLimit
+from xlane.server.middleware import AnswerFailures, BodyLimit
 
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
@@ -233,24 +234,96 @@ def test_request_ids(rig: Rig):
     assert len(rig.client.post("/generate").headers["x-request-id"]) == 24
 
 
+class TestFailures:
+    """Of a route, by an error that nobody foresaw."""
+
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(cors_allow_origins=("*",))
+
+    @pytest.fixture(autouse=True)
+    def failing(self, rig: Rig) -> None:
+        rig.engine.fail_with, rig.engine.fail_after = ValueError("secret"), 0
+
+    @pytest.mark.parametrize(("path", "body"), GENERATIONS[:8])
+    def test_are_answered_as_all_is_and_logged(
+        self, rig: Rig, path: str, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ):
+        headers = {"x-request-id": "abc-1", "origin": "https://chat.example"}
+        answer = rig.client.post(path, json=body, headers=headers)
+        assert (answer.status_code, message_of(answer)) == (500, "Internal server error")
+        assert answer.headers["x-request-id"] == "abc-1"
+        assert answer.headers["access-control-allow-origin"] == "*"
+        [logged] = caplog.records
+        assert logged.getMessage() == f"POST {path!r} failed, request abc-1"
+        assert "ValueError: secret" in caplog.text
+
+    @pytest.mark.parametrize(("error", "times"), [(ValueError("secret"), 1), (RequestFailed("NaN"), 0)])
+    def test_of_a_stream_are_logged_too(
+        self, rig: Rig, error: Exception, times: int, caplog: pytest.LogCaptureFixture
+    ):
+        rig.engine.fail_with, rig.engine.fail_after = error, 2
+        path, body = GENERATIONS[4]
+        answer = rig.client.post(path, json=body, headers={"x-request-id": "abc-1"})
+        assert '"error":{' in answer.text
+        assert [log.getMessage() for log in caplog.records] == [
+            f"POST {path!r} failed, request abc-1"
+        ] * times
+
+    def test_behind_the_first_byte_break_off(self):
+        sent: list[Message] = []
+        start = {"type": "http.response.start", "status": 200, "headers": []}
+
+        async def half(scope: Scope, receive: Receive, send: Send) -> None:
+            await send(start)
+            raise ValueError("secret")
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        with pytest.raises(ValueError, match="secret"):
+            asyncio.run(AnswerFailures(half)({"type": "http", "path": "/"}, receive, send))
+        assert sent == [start]
+
+
 class TestCors:
     def test_off_by_default(self, rig: Rig):
         response = rig.client.get("/health", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in response.headers
 
-    def test_on(self):
-        config = ServerConfig(cors_allow_origins=("https://chat.example",), api_key="k")
+    @pytest.mark.parametrize("allowed", ["https://chat.example", "*"])
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            "authorization,content-type",
+            "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-retry-count,x-stainless-timeout",
+            "anthropic-beta,anthropic-dangerous-direct-browser-access,anthropic-version,content-type,x-api-key",
+        ],
+        ids=["fetch", "openai-node", "anthropic-sdk-typescript"],
+    )
+    def test_on(self, allowed: str, sent: str):
+        config = ServerConfig(cors_allow_origins=(allowed,), api_key="k")
+        origin = {"origin": "https://chat.example"}
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": sent}
         with TestClient(create_app(Backend(), config)) as client:
-            asked = {
-                "origin": "https://chat.example",
-                "access-control-request-method": "POST",
-                "access-control-request-headers": "authorization,content-type",
-            }
-            response = client.options("/v1/chat/completions", headers=asked)
-            assert response.status_code == 200
-            assert response.headers["access-control-allow-origin"] == "https://chat.example"
-            refused = client.post("/generate", headers={"origin": "https://chat.example"})
-            assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+            response = client.options("/v1/chat/completions", headers={**origin, **asks})
+            assert (response.status_code, response.headers["access-control-allow-headers"]) == (200, sent)
+            refused = client.post("/generate", headers=origin)
+            assert refused.status_code == 401
+            for answer in (response, refused):
+                assert answer.headers["access-control-allow-origin"] == allowed
+                assert "access-control-allow-credentials" not in answer.headers
+            assert refused.headers["access-control-expose-headers"] == "*"
+
+    def test_strangers_are_refused(self):
+        config = ServerConfig(cors_allow_origins=("https://chat.example",))
+        asks = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+        with TestClient(create_app(Backend(), config)) as client:
+            for answer in (client.options("/generate", headers=asks), client.post("/generate", headers=asks)):
+                assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize(("path", "body"), GENERATIONS[:8])
@@ -295,11 +368,33 @@ def test_the_advice_when_to_come_again_is_how_long_permits_were_held(monkeypatch
     assert permits.taken == 0
 
 
-def test_a_request_of_more_sequences_than_there_are_permits(rig: Rig):
-    assert rig.chat(n=2).status_code == 200
-    rig.client.app.state.front.permits._total = 1  # type: ignore[attr-defined]
-    assert rig.chat(n=2).status_code == 429
-    assert rig.chat(n=1).status_code == 200
+class TestFewPermits:
+    @pytest.fixture
+    def config(self) -> ServerConfig:
+        return ServerConfig(max_concurrent_requests=4, max_best_of=9)
+
+    @pytest.mark.parametrize(
+        ("path", "fields"),
+        [
+            ("/generate", {"inputs": "a", "parameters": {"best_of": 5, "do_sample": True}}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 5}),
+            ("/v1/completions", {"prompt": "a", "best_of": 5}),
+            ("/v1/completions", {"prompt": "a", "n": 5, "stream": True}),
+            ("/v1/completions", {"prompt": ["a"] * 3, "n": 2}),
+            ("/vertex", {"instances": [{"inputs": "a"}] * 5}),
+        ],
+    )
+    def test_a_request_that_needs_more_will_never_be_served(self, rig: Rig, path: str, fields: Any):
+        answer = rig.post(path, **fields)
+        assert answer.status_code == (400 if path.startswith("/v1") else 422)
+        assert "at most 4 can be in flight (--max-concurrent-requests)" in message_of(answer)
+        assert "retry-after" not in answer.headers
+        assert rig.chat(n=4, temperature=1).status_code == 200
+
+    @pytest.mark.parametrize("n", [-1, 0, 17])
+    def test_a_number_that_is_none_is_told_as_such(self, rig: Rig, n: int):
+        answer = rig.chat(n=n)
+        assert message_of(answer) == f"`n` must be between 1 and 16. Given: {n}"
 
 
 def test_info(rig: Rig):

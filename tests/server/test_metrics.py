@@ -126,6 +126,45 @@ def test_what_is_counted(rig: Rig):
     assert found["xlane_requests_in_flight"] == 0
 
 
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 4])
+def test_times_are_told_of_what_a_stop_string_ended(rig: Rig, tokens_per_step: int):
+    rig.engine.delay_s, rig.engine.tokens_per_step = 0.01, tokens_per_step
+    answer = rig.chat(max_tokens=9, temperature=0, stop=["d"])
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    steps = 4 // tokens_per_step - 1
+    told = {name: int(answer.headers[f"x-{name}-time"]) for name in ("queue", "inference", "total")}
+    assert told["queue"] == 1
+    assert 9 * steps <= told["inference"] + told["queue"] <= told["total"] + 2
+    found = values(rig.client.get("/metrics").text)
+    for name in ("queue_duration", "inference_duration", "mean_time_per_token_duration"):
+        assert found[f"tgi_request_{name}_count"] == 1
+    assert found["tgi_request_inference_duration_sum"] >= 0.009 * steps
+
+
+ANSWERED = (
+    ("/generate", "native", {"inputs": "a", "parameters": {"max_new_tokens": 2}}),
+    ("/v1/chat/completions", "openai_chat", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/completions", "openai_completions", {"prompt": "a"}),
+    ("/v1/responses", "responses", {"input": "a"}),
+    ("/v1/messages", "anthropic", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/vertex", "instances", {"instances": [{"inputs": "a", "parameters": {"max_new_tokens": 2}}]}),
+)
+"""Routes, and who makes their answers."""
+
+
+@pytest.mark.parametrize(("path", "module", "body"), ANSWERED)
+def test_what_could_not_be_answered_was_no_success(
+    rig: Rig, path: str, module: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise ValueError("not to be written")
+
+    monkeypatch.setattr(f"xlane.server.{module}.{'answer_of' if module == 'native' else '_answer'}", fail)
+    assert rig.post(path, **{"max_tokens": 2, **body}).status_code == 500
+    found = values(rig.client.get("/metrics").text)
+    assert (found["tgi_request_success"], found['tgi_request_failure{err="internal"}']) == (0, 1)
+
+
 def test_what_the_engine_counted(rig: Rig):
     found = values(used(rig))
     for name in ("count", "success"):

@@ -11,7 +11,7 @@ from xlane.engine import Overloaded, RequestFailed
 from xlane.server.backend import Backend
 
 from ..support.byte_tokenizer import ByteTokenizer, ThinkingTokenizer
-from ..support.fake_engine import FakeEngine
+from ..support.fake_engine import FakeEngine, fake_info
 from ..support.live_server import live_server
 from .conftest import Rig
 
@@ -181,6 +181,27 @@ def test_an_empty_answer_still_has_an_item(rig: Rig):
     found = events(rig)
     assert [event["type"].rpartition(".")[0] for event in found].count("response.output_item") == 2
     assert without_ids(found[-1]["response"]) == without_ids(ask(rig).json())
+
+
+@pytest.mark.parametrize("value", [f"{30**20}", f"{'[' * 300}{']' * 300}", f"{'[' * 900}{']' * 900}"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [{"type": "function", "name": "f", "parameters": {"x": "VALUE"}}]},
+        {"tool_choice": {"type": "function", "name": "f", "x": "VALUE"}, "tools": [{"name": "f"}]},
+        {"text": {"format": {"type": "text", "x": "VALUE"}}},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_was_asked_for_is_told_whatever_it_holds(rig: Rig, asked: dict[str, Any], value: str):
+    rig.backend.ready(rig.engine, ByteTokenizer(), fake_info(9000, 8000))
+    rig.engine.reply = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    body = {"input": "a", "max_output_tokens": 99, **asked}
+    for stream in (False, True):
+        sent = json.dumps({**body, "stream": stream}).replace('"VALUE"', value)
+        answer = rig.client.post("/v1/responses", content=sent, headers={"content-type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        assert answer.text.replace(" ", "").count(f'"x":{value}') == (3 if stream else 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

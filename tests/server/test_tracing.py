@@ -120,6 +120,14 @@ def test_a_chat_is_told_with_its_parent_and_its_numbers(collector: Collector, co
     assert resource["service.name"] == "mine"
 
 
+def test_what_a_stop_string_ended_has_its_stages(collector: Collector, config: ServerConfig):
+    run(collector, config, ("/v1/completions", {"prompt": "a", "temperature": 0, "stop": "d"}), delay_s=0.01)
+    queued, infer = collector.named("queued"), collector.named("infer")
+    assert queued.end_time_unix_nano - queued.start_time_unix_nano == 1_000_000
+    assert infer.end_time_unix_nano - infer.start_time_unix_nano > 10_000_000
+    assert attributes(collector.named("text_completion fake/alphabet"))["queue_time"] == "1ms"
+
+
 def test_every_sequence_has_a_span(collector: Collector, config: ServerConfig):
     calls = (
         ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 2, "stream": True}),

@@ -307,7 +307,7 @@ class FakeCore:
             (token,),
             finish,
             cached_tokens=len(request.prompt_ids) // 4 if first else 0,
-            timing=running.timing() if finish else None,
+            timing=running.timing() if first or finish else None,
             prompt=prompt_outputs(request, VOCAB_SIZE) if first else (),
         )
 

@@ -132,7 +132,7 @@ class FakeEngine:
                     tuple(tokens[start:end]),
                     (FinishReason.ABORT if aborts else reason) if finished else None,
                     self.cached_tokens,
-                    Timing(0.001, 0.002, 0.003) if finished else None,
+                    Timing(0.001, 0.002, 0.003 if finished else 0.002) if finished or start == 0 else None,
                     prompt_outputs(request, self.info_value.vocab_size) if start == 0 else (),
                 )
         finally:
