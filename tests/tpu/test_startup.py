@@ -29,7 +29,8 @@ STUBS = {
         mapfile -t lines <"$file"
         while [[ "$1" == --* ]]; do shift; done
         exec env -i PATH="$PATH" CALLS="$CALLS" "${lines[@]}" "$@" """,
-    "gcloud": 'case "$1" in secrets) echo "value-of-${5#--secret=}" ;; esac',
+    # A secret is printed as it was stored: most often without an end of line.
+    "gcloud": 'case "$1" in secrets) printf %s "value-of-${5#--secret=}" ;; esac',
     "python3.13": """
         [[ "$1" != -c ]] || exit 0
         mkdir -p "$3/bin"
