@@ -149,6 +149,23 @@ def test_a_plan_needs_no_weights(hub: StubHub, tmp_path: Path):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("revision", [None, "v1", SHA])
+def test_what_needs_no_weights_starts_again_without_the_hub(
+    hub: StubHub, tmp_path: Path, revision: str | None
+):
+    def asked(url: str = hub.url, **options: Any) -> Any:
+        return fetch(url, tmp_path, "org/plain", revision=revision, weights=False, **options)
+
+    hub.cuts["tokenizer.json"] = 10**6
+    assert "could not be fetched" in asked(attempts=1)["error"]
+    assert "HF_HUB_OFFLINE" in asked(offline=True)["error"], "half of what describes it is none"
+    hub.cuts.clear()
+    found = asked()
+    assert asked(offline=True) == asked("http://127.0.0.1:9") == asked(ask=False) == found
+    Path(found["path"], "config.json").unlink()
+    assert "HF_HUB_OFFLINE" in asked(offline=True)["error"]
+
+
 def test_a_cut_connection_is_resumed(hub: StubHub, tmp_path: Path):
     # Large enough that whole pieces of huggingface_hub's 10 MB have arrived when it breaks.
     content = BIG * 24
