@@ -220,7 +220,7 @@ main() {
   process="$(metadata agent-worker-number)"
   if [[ "$addresses" == *$'\n'* ]]; then
     [[ -n "$process" ]] || die "the slice has several hosts, and no agent-worker-number says which this is"
-    [[ "$process" == 0 ]] || command=engine
+    [[ "$process" == 0 ]] || command="engine --drain=95" # the leader's requests end on it
   fi
   id xlane >/dev/null 2>&1 || useradd --system --home-dir "$STATE" xlane
   mkdir -p "$STATE/cache"
