@@ -46,7 +46,17 @@ def prepare(config: EngineConfig) -> None:
         join_processes(config.coordinator, config.processes, config.process_id)
     except ProcessError as error:
         raise PlanError(str(error)) from error
-    use_compile_cache(programs_folder(config))
+    keep_programs(config)
+
+
+def keep_programs(config: EngineConfig) -> None:
+    """Have what is compiled kept where it is to be. Raises PlanError."""
+    try:
+        use_compile_cache(programs_folder(config))
+    except OSError as error:
+        raise PlanError(
+            f"--cache-dir {config.cache_dir} cannot be written, {error.filename}: {error.strerror}; choose another one, or none"
+        ) from error
 
 
 def follow(

@@ -299,6 +299,24 @@ def test_a_local_index_with_a_missing_shard(tmp_path: Path):
         resolve(str(tmp_path))
 
 
+def test_files_that_cannot_be_read_or_written_are_told_of(hub: StubHub, tmp_path: Path):
+    write(tmp_path, "config.json")
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(HubError, match=r"index\.json: Is a directory; give this user the right"):
+        resolve(str(tmp_path))
+    notes = tmp_path / "models--org--plain" / "refs"
+    notes.parent.mkdir()
+    notes.write_text("")  # no folder
+    assert f"{notes}" in fetch(hub.url, tmp_path, "org/plain")["error"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_entered_is_told_of(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(HubError, match="Permission denied; give this user the right"):
+        resolve(str(tmp_path / "closed" / "model"))
+
+
 @pytest.mark.parametrize("model_id", ["/no/such/place", "./none", "none", "a/b/c", "model.gguf", "~/none"])
 def test_what_is_neither_local_nor_a_repository(model_id: str):
     with pytest.raises(HubError, match=r"no such file or directory|neither a local path"):
