@@ -5,7 +5,9 @@ Knows processes and launches; what is launched is the leader's business.
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from importlib.metadata import version
@@ -44,14 +46,29 @@ def prepare(config: EngineConfig) -> None:
         join_processes(config.coordinator, config.processes, config.process_id)
     except ProcessError as error:
         raise PlanError(str(error)) from error
-    use_compile_cache(programs_folder(config))
+    keep_programs(config)
 
 
-def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -> None:
+def keep_programs(config: EngineConfig) -> None:
+    """Have what is compiled kept where it is to be. Raises PlanError."""
+    try:
+        use_compile_cache(programs_folder(config))
+    except OSError as error:
+        raise PlanError(
+            f"--cache-dir {config.cache_dir} cannot be written, {error.filename}: {error.strerror}; choose another one, or none"
+        ) from error
+
+
+def follow(
+    config: EngineConfig, path: Path, progress: Progress | None = None, *, drain_s: float = 25.0
+) -> None:
     """Be a process other than 0: load this process's part of the model and make the leader's launches until it ends.
 
-    Raises PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
+    After SIGTERM it goes on for `drain_s`, in which a leader that was told the same ends. Call it in the main thread. Raises
+    PlanError, ModelError, and EngineLost if there is no leader. If the group breaks later, the process exits.
     """
+    if os.getpid() == 1:  # The first process of a container ends by no signal that it does not handle.
+        _end_when_told(config.process_id, 0.0)
     prepare(config)
     opened = open_served(config, path)
     follower = Follower(group_address(config), config.process_id, end_process)
@@ -71,6 +88,7 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
         if len(under_way) > AHEAD:
             under_way.popleft().block_until_ready()
 
+    _end_when_told(config.process_id, drain_s)
     try:
         follower.run(launch)
     except Exception as error:
@@ -78,6 +96,18 @@ def follow(config: EngineConfig, path: Path, progress: Progress | None = None) -
         logger.exception("a launch failed")
         time.sleep(NEWS_S)
         end_process(f"process {config.process_id} could not make a launch: {error}")
+
+
+def _end_when_told(process_id: int, after_s: float) -> None:
+    """From now on SIGTERM ends this process after so many seconds: without it the leader's requests could not end."""
+
+    def told(number: int, frame: object) -> None:
+        message = f"process {process_id} was told to end, and the leader goes on"
+        ending = threading.Timer(after_s, end_process, (message,))
+        ending.daemon = True  # the leader may end first
+        ending.start()
+
+    signal.signal(signal.SIGTERM, told)
 
 
 def decisions(blueprint: Blueprint) -> dict[str, str]:

@@ -321,8 +321,11 @@ class ReplayingClient:
         return await self._inner.health()
 
     async def drain(self, timeout_s: float) -> None:
-        """See `EngineClient.drain`."""
-        await self._inner.drain(timeout_s)
+        """See `EngineClient.drain`. Who waits for an engine then waits no more."""
+        try:
+            await self._inner.drain(timeout_s)
+        finally:
+            self._closed.set()
 
     async def close(self) -> None:
         """See `EngineClient.close`."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..models.draft_heads import save_heads
 from ..models.opened import OpenedModel, open_model
-from ..tpu.runtime import use_compile_cache
 from .build import build, design, load_weights
-from .config import EngineConfig, programs_folder
+from .config import EngineConfig
 from .engine import Engine
+from .follow import keep_programs
 from .heads import fingerprint
 from .own_text import Dialogue, Text, write_texts
 from .step import Blueprint, Params
@@ -36,7 +36,7 @@ def teach(
 ) -> Judged:
     """Train heads for the model at `path` on the token ids of a text, or on what the model writes by itself, `tokens` of it;
     write them to `folder`. Says how they do. Raises PlanError, ModelError."""
-    use_compile_cache(programs_folder(config))
+    keep_programs(config)
     opened = open_model(path)
     if isinstance(texts, Dialogue):
         blueprint, params, learnt = _own(config, opened, texts, tokens, progress)

@@ -5,7 +5,8 @@ HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the saved login work as huggingface_hub
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,17 @@ class ResolvedModel:
     kind: Literal["safetensors", "gguf"]
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the file system refuses is a HubError too."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise HubError(f"{what}; give this user the right to use it, or choose another place") from error
+
+
+@_explained()
 def resolve(
     model_id: str,
     revision: str | None = None,
@@ -100,6 +112,7 @@ def hub_state(timeout_s: float) -> HubState:
     return HubState(constants.ENDPOINT, constants.HF_HUB_CACHE, offline, error)
 
 
+@_explained()
 def resolve_adapter(adapter: str, cache_dir: str | Path | None = None, retry_wait_s: float = 1.0) -> Path:
     """The folder of an adapter: a directory, or a Hub repository `owner/name` or `owner/name@revision`, fetched if need be.
 
@@ -127,6 +140,7 @@ def _split_gguf(model_id: str) -> tuple[str, str | None]:
     return f"{owner}/{name}", "/".join(rest)
 
 
+@_explained()
 def model_at(path: Path, sha: str | None) -> ResolvedModel:
     """A model on this machine. Raises HubError unless all files of its weights are there."""
     if path.is_file():

@@ -26,6 +26,8 @@ SMALL_FILES = (
     "*.model",
 )
 """What besides the weights is fetched: configuration, tokenizer, chat template."""
+WHOLE, DESCRIBED = "refs", "described"
+"""Folders of notes, one a revision: all of it is here, or all but its weights. The first is huggingface_hub's own."""
 
 
 def from_hub(
@@ -33,7 +35,7 @@ def from_hub(
 ) -> ResolvedModel:
     """The model of a repository, or one GGUF `file` of it, fetched unless all of it is here: of safetensors only what
     describes them, without `weights`. The Hub is asked only if it is to be. Raises HubError."""
-    cached = _cached(hub, file)
+    cached = _cached(hub, file) or (None if weights else _described(hub))
     listed = _listed(hub, kept=cached is not None, ask=ask)
     if cached is not None and listed is None:
         return cached
@@ -42,7 +44,7 @@ def from_hub(
     wanted = [_named(file, files, hub)] if file else _wanted(files, hub, sha, weights)
     hub.fetch(sha, wanted, progress)
     if not weights and not wanted[-1].name.endswith(".gguf"):
-        return ResolvedModel(hub.folder / "snapshots" / sha, sha, "safetensors")
+        return ResolvedModel(_keep(hub, sha, DESCRIBED), sha, "safetensors")
     snapshot = _keep(hub, sha)
     return model_at(snapshot / file if file else snapshot, sha)
 
@@ -78,10 +80,10 @@ def _listed(hub: Hub, *, kept: bool, ask: bool = True) -> tuple[str, list[HubFil
         return None
 
 
-def _keep(hub: Hub, sha: str) -> Path:
+def _keep(hub: Hub, sha: str, notes: str = WHOLE) -> Path:
     """Note that a revision is here -> its folder. Last of all: offline, it is found through this file, so that it must never
     name half a model."""
-    ref = hub.folder / "refs" / hub.revision
+    ref = hub.folder / notes / hub.revision
     ref.parent.mkdir(parents=True, exist_ok=True)
     ref.write_text(sha)
     return hub.folder / "snapshots" / sha
@@ -91,7 +93,7 @@ def _snapshot(hub: Hub) -> Path | None:
     """The folder of a revision, if an earlier call noted that it is here."""
     sha = hub.revision
     if not re.fullmatch("[0-9a-f]{40}", sha):
-        ref = hub.folder / "refs" / hub.revision
+        ref = hub.folder / WHOLE / hub.revision
         if not ref.is_file():
             return None
         sha = ref.read_text().strip()
@@ -107,6 +109,16 @@ def _cached(hub: Hub, file: str | None) -> ResolvedModel | None:
         return model_at(snapshot / file if file else snapshot, snapshot.name)
     except HubError:
         return None
+
+
+def _described(hub: Hub) -> ResolvedModel | None:
+    """What an earlier call left that fetched no weights, if it is complete."""
+    note = hub.folder / DESCRIBED / hub.revision
+    if not note.is_file():
+        return None
+    snapshot = hub.folder / "snapshots" / note.read_text().strip()
+    there = (snapshot / "config.json").is_file()
+    return ResolvedModel(snapshot, snapshot.name, "safetensors") if there else None
 
 
 def _wanted(files: Sequence[HubFile], hub: Hub, sha: str, weights: bool) -> list[HubFile]:

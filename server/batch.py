@@ -90,7 +90,10 @@ def batch(engine: EngineConfig, server: ServerConfig, run: RunConfig, options: O
     source, target = _paths(options)
     console = console_of(run)
     try:
-        answered, total = read_answered(target), count_lines(source)
+        total = count_lines(source)
+        if target.exists() and target.samefile(source):
+            raise UsageError(f"--output {target} is the input too: choose another one")
+        answered = read_answered(target)
         output = target.open("ab")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from error

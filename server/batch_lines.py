@@ -12,9 +12,13 @@ import orjson
 
 from .body import decode
 from .errors import ServerError
+from .options import UsageError
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 """What a line may ask."""
+_ID = "batch_req_"
+_BEGINNING = f'{{"id":"{_ID}'.encode()
+"""Of every line that is written here."""
 
 
 class BatchLine(msgspec.Struct, frozen=True):
@@ -90,17 +94,24 @@ def read_questions(path: Path, answered: Answered) -> Iterator[Question | BadLin
 
 
 def read_answered(path: Path) -> Answered:
-    """What is in the output of a run before this one. A line that was cut off is taken out. Raises OSError."""
+    """What is in the output of a run before this one. A line that was cut off is taken out. Raises OSError, and UsageError for
+    a file that is something else, which is left as it is."""
     found = Answered()
     if not path.exists():
         return found
     whole = 0
     with path.open("rb") as file:
-        for raw in file:
-            if not raw.endswith(b"\n"):
+        for number, raw in enumerate(file, 1):
+            line = _object(raw)
+            cut = not raw.endswith(b"\n")
+            ours = _begins_answer(raw) if cut else raw.isspace() or str(line.get("id")).startswith(_ID)
+            if not ours:
+                raise UsageError(
+                    f"{path} is no output of a batch, line {number} is no answer: choose another --output"
+                )
+            if cut:
                 break
             whole += len(raw)
-            line = _object(raw)
             custom_id, error = line.get("custom_id"), line.get("error")
             if isinstance(custom_id, str):
                 found.ids.add(custom_id)
@@ -143,6 +154,11 @@ def _question(number: int, raw: bytes) -> Question | BadLine:
     return BadLine(number, line.custom_id, f"line {number}: {why}")
 
 
+def _begins_answer(raw: bytes) -> bool:
+    """Whether this can be the beginning of an answer's line."""
+    return raw.startswith(_BEGINNING) or _BEGINNING.startswith(raw)
+
+
 def _object(raw: bytes) -> dict[str, Any]:
     """A JSON object; an empty one if it is something else."""
     try:
@@ -153,7 +169,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _line(custom_id: str | None, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
-    answer_id = f"batch_req_{secrets.token_hex(12)}"
+    answer_id = f"{_ID}{secrets.token_hex(12)}"
     return (
         orjson.dumps({"id": answer_id, "custom_id": custom_id, "response": response, "error": error}) + b"\n"
     )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from ..engine.config import EngineConfig
 from ..engine.errors import EngineError, EngineLost
@@ -19,7 +19,7 @@ from ..models.errors import ModelError
 from . import config_file, flags
 from .config import ServerConfig
 from .flags import CONFIGS, RunConfig
-from .options import Flag, Options, UsageError, build_parser, did_you_mean, resolve
+from .options import TRUE, Flag, Options, UsageError, build_parser, did_you_mean, resolve
 
 OK, CRASH, USAGE, CANNOT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -339,6 +339,7 @@ def choose(argv: Sequence[str]) -> tuple[Command, Sequence[str]]:
 
 def run(argv: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> int:
     """Run one command line and return its exit code. Errors end as one line on stderr."""
+    as_json = _asks_for_json(argv, environ)
     try:
         if not argv or argv[:1] in (["-h"], ["--help"]):
             print(overview())
@@ -348,22 +349,32 @@ def run(argv: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, 
             return OK
         command, rest = choose(argv)
         settings = settle(command, rest, environ, defaults or {})
+        as_json = settings.run.json_output
         for note in settings.options.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+            _tell("note", note, as_json)
         return command.run(settings)
-    except UsageError as error:
-        return _fail(USAGE, error)
-    except EngineLost as error:
-        return _fail(CRASH, error)
-    except (EngineError, ModelError) as error:
-        return _fail(CANNOT, error)
+    except (EngineError, ModelError, UsageError) as error:
+        _tell("error", str(error), as_json)
+        return USAGE if isinstance(error, UsageError) else CRASH if isinstance(error, EngineLost) else CANNOT
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _fail(code: int, error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return code
+def _asks_for_json(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether --json-output is asked for, as far as that can be said of a command line that may make no sense."""
+    typed = [word.partition("=")[2] or "true" for word in argv if word.split("=")[0] == "--json-output"]
+    return [environ.get("JSON_OUTPUT", ""), *typed][-1].lower() in TRUE
+
+
+def _tell(kind: Literal["note", "error"], text: str, as_json: bool) -> None:
+    """One line on stderr, before or after there is a console."""
+    if as_json:
+        from .logs import json_line
+
+        line = json_line("ERROR" if kind == "error" else "INFO", {"message": text}, "xlane")
+    else:
+        line = f"{kind}: {text}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -82,7 +82,7 @@ def _serve_engine(config: EngineConfig, run: RunConfig, options: Options, link: 
             link.ready()
 
     if address is None:
-        follow(config, path, progress)
+        follow(config, path, progress, drain_s=options.plain("drain_s"))
         return OK
     core = start(config, path, options.plain("model_sha"), progress)
     try:

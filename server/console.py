@@ -45,6 +45,13 @@ class Console:
             except (OSError, ValueError):
                 pass  # Nobody reads (any more), or the disk is full: serving goes on.
 
+    def pass_on(self, text: str) -> None:
+        """A line of another process; in JSON an entry's message, unless it is an entry itself."""
+        if self._json and text and not text.startswith("{"):
+            self.say(text)
+        elif text or not self._json:
+            self.line(text)
+
     def say(self, message: str, level: str = "INFO", fields: Mapping[str, object] | None = None) -> None:
         """A message with its facts: the facts are shown in JSON only, for people the message holds them."""
         if self._json:

@@ -155,7 +155,10 @@ def engines(run: RunConfig, model_id: str) -> Finding:
 
 def room(name: str, folder: Path, option: str) -> Finding:
     """Whether a folder can be written and has room."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        return Finding(name, "fail", f"{folder}: {error.strerror}", f"choose {option}")
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         return Finding(name, "fail", f"{folder} cannot be written", f"choose {option}")
     free = shutil.disk_usage(there).free
@@ -171,10 +174,10 @@ def room(name: str, folder: Path, option: str) -> Finding:
 def _model(engine: EngineConfig, run: RunConfig, hub: HubState) -> tuple[Path | None, Finding]:
     """Where the model lies. Of one on the Hub only what describes it is fetched, and nobody is waited for who is silent."""
     kept = Path(engine.cache_dir) if engine.cache_dir else default_cache_dir()
-    if engine.model_id == DEMO and kept_demo(kept) is None:
-        return None, Finding("model", "ok", "the demo, which is fetched at the first start (93 MB)")
     try:
+        if engine.model_id == DEMO and kept_demo(kept) is None:
+            return None, Finding("model", "ok", "the demo, which is fetched at the first start (93 MB)")
         model = find_model(replace(engine, load_format="dummy"), run.hub_cache, ask=not hub.error)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return None, Finding("model", "fail", f"{engine.model_id}: {error}")
     return model.path, Finding("model", "ok", f"{engine.model_id}, described in {model.path}")

@@ -73,7 +73,7 @@ class LoadedModel:
             socket=None if self._run.uds_path is None else Path(self._run.uds_path),
             on_progress=self._on_progress,
             on_event=self._on_event,
-            on_stderr=lambda line: self._console.line(line.rstrip("\n")),
+            on_stderr=lambda line: self._console.pass_on(line.rstrip("\n")),
         )
         began = time.monotonic()
         starting = asyncio.create_task(self._supervisor.start())  # first: it takes longest

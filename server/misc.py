@@ -12,6 +12,7 @@ from ..engine.replay import ReplayingClient
 from .backend import Serving
 from .front import Front, front_of
 from .metrics import CONTENT_TYPE, Now, by_model, certificate_family, text_of
+from .models import Models
 from .tls import Certificate
 
 PROBE_TIMEOUT_S = 5.0
@@ -61,10 +62,13 @@ async def health(request: HttpRequest) -> Response:
 
 async def why_unhealthy(request: HttpRequest) -> str | None:
     """Why generations are not served now, or None if they are. One of several models may be away: it is loaded when it is
-    asked for."""
+    asked for, unless that is known to fail."""
     first = front_of(request).backend
     if first.reason is not None and not first.comes_back:
         return first.reason
+    models: Models | None = request.app.state.models
+    if models is not None and models.failure:
+        return models.failure
     fronts: dict[str, Front] = request.app.state.fronts
     there = [front.backend.serving() for front in fronts.values() if front.backend.reason is None]
     return None if all([await _well(serving) for serving in there]) else "unhealthy"

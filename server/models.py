@@ -71,6 +71,11 @@ class ServedModel:
         return "leaves for another model, and returns after that" if leaving else self.backend.reason or ""
 
     @property
+    def untried_s(self) -> float:
+        """For how long it is not tried again, after it failed."""
+        return self.failed_at + FAILURE_S - time.monotonic()
+
+    @property
     def free(self) -> bool:
         """Whether it may leave without taking anything from anybody."""
         return not self.running and (self.state == "leaving" or not self.waiting)
@@ -167,6 +172,15 @@ class Models:
         """What is there of one that is loaded."""
         return next((m.backend.latest for m in self.all.values() if m.backend.latest is not None), None)
 
+    @property
+    def failure(self) -> str:
+        """Why nothing can be served: the latest failure, while no model is there or on its way and that one is not tried again;
+        empty if something can."""
+        last = max(self.all.values(), key=lambda model: model.failed_at)
+        states = {model.state for model in self.all.values()}
+        lost = last.state == "failed" and states <= {"failed", "not loaded"} and last.untried_s > 0
+        return f"no model is loaded, and {last.name} cannot be: {last.failure}" if lost else ""
+
     def leave(self) -> None:
         """From now on /health says that no requests are wanted, while they are still served."""
         for model in self.all.values():
@@ -186,8 +200,7 @@ class Models:
 
     async def _wait_for(self, model: ServedModel) -> None:
         """Have it loaded, if nobody does yet, and wait for the end of that, good or bad. Raises NotReady."""
-        left_s = model.failed_at + FAILURE_S - time.monotonic()
-        if model.state == "failed" and left_s > 0:
+        if model.state == "failed" and (left_s := model.untried_s) > 0:
             raise NotReady(f"The model {model.name!r} cannot be loaded: {model.failure}", left_s)
         if "load" not in model.tasks:
             model.asked_at = time.monotonic()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..engine.config import EngineConfig
+from ..engine.errors import EngineError
 from ..engine.request import EngineInfo
 from .attached import AttachedModel
 from .backend import Backend
@@ -107,6 +108,11 @@ class Session:
         )
         try:
             await self._first_of(http, engine)
+        except EngineError:
+            # None comes after it: who waits for one is told so now, not when the time to drain is over.
+            self._stop.set()
+            await self._model.unload()
+            raise
         finally:
             self._stop.set()
             await self._end(http)

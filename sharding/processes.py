@@ -32,6 +32,8 @@ def join_processes(coordinator: str | None, processes: int, process_id: int) -> 
     if not coordinator.rpartition(":")[2].isdecimal():
         raise ProcessError(f"--coordinator {coordinator} has no port: give HOST:PORT")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM for a notice that nobody here reads, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, processes, process_id, shutdown_timeout_seconds=SHUTDOWN_S)
     except RuntimeError as error:

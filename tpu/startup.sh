@@ -143,7 +143,7 @@ optional() { [[ -z "$2" ]] || echo "$1=$2"; }
 
 # environment MODEL ADDRESSES PROCESS: everything the commands are told, secrets too, so that none shows in `ps`.
 environment() {
-  local port token key value
+  local port token key value text
   value="$(metadata xlane-revision)"
   port="$(metadata xlane-port)"
   token="$(metadata xlane-hf-token-secret)"
@@ -161,7 +161,9 @@ environment() {
   fi
   extra_environment
   for value in "HF_TOKEN $token" "API_KEY $key"; do
-    [[ "$value" == *' ' ]] || secret "${value#* }" | sed "s/^/${value% *}=/"
+    [[ "$value" != *' ' ]] || continue
+    text="$(secret "${value#* }")" # printed as it was stored, most often without an end of line
+    echo "${value% *}=$text"
   done
   [[ -n "$key" ]] || echo "XLANE_INSECURE=true" # without a key it is the network's firewall that decides who comes in
 }
@@ -218,7 +220,7 @@ main() {
   process="$(metadata agent-worker-number)"
   if [[ "$addresses" == *$'\n'* ]]; then
     [[ -n "$process" ]] || die "the slice has several hosts, and no agent-worker-number says which this is"
-    [[ "$process" == 0 ]] || command=engine
+    [[ "$process" == 0 ]] || command="engine --drain=95" # the leader's requests end on it
   fi
   id xlane >/dev/null 2>&1 || useradd --system --home-dir "$STATE" xlane
   mkdir -p "$STATE/cache"

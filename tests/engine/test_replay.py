@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -220,12 +220,15 @@ async def test_a_new_token_ends_suspicion_but_not_for_ever():
         await collect(ReplayingClient(Scripted(*steps), max_losses=7), make_request(max_tokens=30))
 
 
-async def test_closing_ends_those_who_wait():
+@pytest.mark.parametrize(
+    "end", [ReplayingClient.close, lambda client: client.drain(0.0)], ids=["close", "drain"]
+)
+async def test_closing_and_draining_end_those_who_wait(end: Callable[[ReplayingClient], Awaitable[None]]):
     inner = Scripted([out(1), LOST], healthy=False)
     client = ReplayingClient(inner)
     running = asyncio.ensure_future(collect(client, make_request()))
     await asyncio.sleep(0.05)
-    await client.close()
+    await end(client)
     with pytest.raises(EngineLost, match="closed"):
         await asyncio.wait_for(running, 2)
 

@@ -319,6 +319,14 @@ def test_a_cache_that_cannot_be_written_serves_but_cannot_be_warmed(
         warm(config(tmp_path), model)
 
 
+def test_a_cache_that_cannot_be_made_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(
+        PlanError, match=r"--cache-dir .*/file cannot be written.*choose another one, or none"
+    ):
+        start(config(tmp_path / "file"), model)
+
+
 def test_an_engine_stops_twice_and_then_takes_nothing(model: Path, cache: Path, started) -> None:
     engine = started(config(cache), model)
     (output,) = run(engine, request([5], max_tokens=2))

@@ -149,6 +149,23 @@ def test_a_plan_needs_no_weights(hub: StubHub, tmp_path: Path):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("revision", [None, "v1", SHA])
+def test_what_needs_no_weights_starts_again_without_the_hub(
+    hub: StubHub, tmp_path: Path, revision: str | None
+):
+    def asked(url: str = hub.url, **options: Any) -> Any:
+        return fetch(url, tmp_path, "org/plain", revision=revision, weights=False, **options)
+
+    hub.cuts["tokenizer.json"] = 10**6
+    assert "could not be fetched" in asked(attempts=1)["error"]
+    assert "HF_HUB_OFFLINE" in asked(offline=True)["error"], "half of what describes it is none"
+    hub.cuts.clear()
+    found = asked()
+    assert asked(offline=True) == asked("http://127.0.0.1:9") == asked(ask=False) == found
+    Path(found["path"], "config.json").unlink()
+    assert "HF_HUB_OFFLINE" in asked(offline=True)["error"]
+
+
 def test_a_cut_connection_is_resumed(hub: StubHub, tmp_path: Path):
     # Large enough that whole pieces of huggingface_hub's 10 MB have arrived when it breaks.
     content = BIG * 24
@@ -280,6 +297,24 @@ def test_a_local_index_with_a_missing_shard(tmp_path: Path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(INDEX))
     with pytest.raises(HubError, match=r"lacks part-2\.safetensors"):
         resolve(str(tmp_path))
+
+
+def test_files_that_cannot_be_read_or_written_are_told_of(hub: StubHub, tmp_path: Path):
+    write(tmp_path, "config.json")
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(HubError, match=r"index\.json: Is a directory; give this user the right"):
+        resolve(str(tmp_path))
+    notes = tmp_path / "models--org--plain" / "refs"
+    notes.parent.mkdir()
+    notes.write_text("")  # no folder
+    assert f"{notes}" in fetch(hub.url, tmp_path, "org/plain")["error"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_entered_is_told_of(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(HubError, match="Permission denied; give this user the right"):
+        resolve(str(tmp_path / "closed" / "model"))
 
 
 @pytest.mark.parametrize("model_id", ["/no/such/place", "./none", "none", "a/b/c", "model.gguf", "~/none"])

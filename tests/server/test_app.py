@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from xlane.engine import RequestFailed
-from xlane.server import front
+from xlane.server import front, models
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
@@ -20,6 +20,7 @@ from xlane.server.middleware import AnswerFailures, BodyLimit
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
 from .conftest import Rig
+from .test_models import made
 
 GENERATIONS: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"inputs": "a"}),
@@ -101,6 +102,36 @@ def test_an_engine_that_is_not_well(rig: Rig):
     rig.engine.healthy = False
     response = rig.client.get("/health")
     assert (response.status_code, response.json()["error"]) == (503, "unhealthy")
+
+
+def test_where_none_of_several_models_can_be_served_health_says_why(monkeypatch: pytest.MonkeyPatch):
+    several, stands = made()
+    app = create_app(stands["a"].backend, ServerConfig(), several)
+    with TestClient(app) as client:
+
+        async def lose(name: str) -> None:
+            held = stands[name].held
+            assert held is not None
+            held.lost.set()
+            await asyncio.sleep(0.01)
+
+        def health() -> tuple[int, str]:
+            answer = client.get("/health")
+            return answer.status_code, answer.json()["error"] if answer.content else ""
+
+        assert client.portal is not None
+        client.portal.call(several.load)
+        client.portal.call(lose, "a")
+        status, why = health()
+        assert status == client.get("/v2/health/ready").status_code == 503
+        assert why.startswith("no model is loaded, and a cannot be: it died 5 times in a row")
+        asked = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "model": "b"})
+        assert (asked.status_code, health()) == (200, (200, "")), "another one is there"
+        client.portal.call(lose, "b")
+        assert "and b cannot be" in health()[1]
+        monkeypatch.setattr(models, "FAILURE_S", 0.0)
+        assert health() == (200, ""), "or none would be asked for, and tried again"
+        client.portal.call(several.unload, 0.0)
 
 
 class TestKey:

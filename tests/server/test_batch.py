@@ -120,6 +120,52 @@ def test_a_run_goes_on_where_the_one_before_was_cut_off(asked: tuple[list[str], 
     assert len(answers) == 6
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        line("a"),
+        "notes",
+        f"{line('a')}\n",
+        '{"id":"batch_req_0","custom_id":"a"}\nnotes\n{"id":"batch',
+        '{"id":"batch_req_0","custom_id":"a"}\nnotes',
+    ],
+)
+def test_a_file_that_is_no_output_is_left_as_it_is(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").write_text(line("a") + "\n")
+    (tmp_path / "out").write_text(text)
+    assert cli.run(["batch", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")], {}) == 2
+    assert "out is no output of a batch, line" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == text
+
+
+def test_nothing_is_touched_where_input_and_output_are_confused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    told = tmp_path / "told"
+    told.write_text(line("a"))
+    (tmp_path / "same").symlink_to(told)
+    for other, said in (
+        ("none", "none: No such file"),
+        ("told", "is the input too"),
+        ("same", "is the input too"),
+    ):
+        assert cli.run(["batch", "-i", str(tmp_path / other), "-o", str(told)], {}) == 2
+        assert said in capsys.readouterr().err
+    assert told.read_text() == line("a")
+
+
+@pytest.mark.parametrize("cut", [1, 12, 30])
+def test_a_first_line_that_was_cut_off_is_answered_again(
+    cut: int, asked: tuple[list[str], FakeEngine], tmp_path: Path
+):
+    run(tmp_path, [line("a")], *asked[0])
+    whole = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").write_bytes(whole[:cut])
+    assert [answer["custom_id"] for answer in run(tmp_path, [line("a")], *asked[0])] == ["a"]
+
+
 def test_only_so_many_are_asked_at_once(
     asked: tuple[list[str], FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

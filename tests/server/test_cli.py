@@ -1,6 +1,7 @@
 """The command line: what is typed or set arrives in the right config, and what is wrong is told in one line."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -346,6 +347,38 @@ def test_usage_is_code_2_and_interrupt_130(
     assert cli.run(["serve", "--nope"], {}) == 2
     assert capsys.readouterr().err.startswith("error: unknown option --nope")
     assert run(monkeypatch, KeyboardInterrupt()) == 130
+
+
+@pytest.mark.parametrize(
+    ("line", "environ", "told"),
+    [
+        ("serve --json-output --cuda-graphs 1", {}, ["INFO", "ERROR"]),
+        ("serve", {"JSON_OUTPUT": "true"}, ["ERROR"]),
+        ("serve --json-output --nope", {}, ["ERROR"]),
+        ("serve --nope", {"JSON_OUTPUT": "1"}, ["ERROR"]),
+        ("serve --json-output=false --nope", {"JSON_OUTPUT": "1"}, None),
+    ],
+)
+def test_where_lines_are_json_notes_and_the_last_word_are_too(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    environ: dict[str, str],
+    told: list[str] | None,
+):
+    def fail(*configs: object) -> int:
+        raise PlanError("needs 3 GB")
+
+    monkeypatch.setattr("xlane.server.serve.serve", fail)
+    assert cli.run(line.split(), environ) == (2 if "--nope" in line else 3)
+    lines = capsys.readouterr().err.splitlines()
+    if told is None:
+        assert lines[-1].startswith("error: unknown option")
+        return
+    entries = [json.loads(each) for each in lines]
+    assert [entry["level"] for entry in entries] == told
+    said = entries[-1]["fields"]["message"]
+    assert said.startswith("unknown option --nope" if "--nope" in line else "needs 3 GB")
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch):

@@ -66,6 +66,18 @@ def test_json_is_one_object_a_line():
     assert next(e["fields"] for e in entries if e["fields"]["message"] == "plan")["kv_pages"] == 100
 
 
+def test_what_another_process_says_is_json_where_all_is():
+    entry = logs.json_line("ERROR", {"message": "m"}, "t")
+    out, plain = io.StringIO(), io.StringIO()
+    for line in ("libtpu: a warning", "", entry):
+        Console(out, json_output=True).pass_on(line)
+        Console(plain).pass_on(line)
+    told = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [each["fields"]["message"] for each in told] == ["libtpu: a warning", "m"]
+    assert told[1] == json.loads(entry)
+    assert plain.getvalue() == f"libtpu: a warning\n\n{entry}\n"
+
+
 def test_a_terminal_gets_bars_and_lines_stay_whole(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()

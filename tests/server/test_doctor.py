@@ -173,6 +173,16 @@ def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not (tmp_path / "not").exists()
 
 
+def test_a_folder_that_may_not_be_looked_into_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    found = doctor.room("cache", tmp_path / "closed", "--cache-dir")
+    assert (found.status, found.do) == ("fail", "choose --cache-dir")
+    assert found.found.endswith("closed: Permission denied")
+
+
 def test_variables_that_matter():
     told = doctor.variables(
         {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "HOME": "/h", "XLANE_KEY": "s"}

@@ -227,6 +227,13 @@ def test_every_metric_that_is_looked_at_exists(rig: Rig, name: str):
     assert looked_at - sample_names(used(rig)) == set()
 
 
+def test_models_that_nobody_asks_for_are_no_alarm():
+    alerts, board = (DOCS / "alerts.yaml").read_text(), (DOCS / "grafana.json").read_text()
+    by_instance = "max by (instance) (xlane_ready"
+    assert alerts.count("xlane_ready") == alerts.count(f"{by_instance}) == 0") == 1
+    assert board.count("xlane_ready") == board.count(by_instance) == 1
+
+
 def test_every_metric_of_ours_is_on_the_board(rig: Rig):
     board = queried(json.loads((DOCS / "grafana.json").read_text()))
     ours = {re.sub("_(bucket|sum|count)$", "", n) for n in sample_names(used(rig)) if n.startswith("xlane_")}

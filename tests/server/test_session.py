@@ -103,9 +103,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         command: list[str] | None = None,
         grace_s: float = 20,
         within: Sequence[str] = (),
+        engine: str = "",
     ) -> RunningServer:
         model = str(fake_model(tmp_path / "model"))
-        fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s), str(grace_s)]
+        fake = [sys.executable, "-m", "tests.support.fake_session", model, str(turn_s), str(grace_s), engine]
         running.append(RunningServer(command or fake, within))
         return running[-1]
 
@@ -201,6 +202,50 @@ def test_what_does_not_end_in_time_is_told_so_and_the_exit_is_in_order(start: St
     assert done == "data: [DONE]"
     assert json.loads(last[6:])["error"]["code"] == "incomplete_generation"
     assert server.process.wait(PATIENCE_S) == 0
+
+
+def engine_that_comes_once(folder: Path, then: str) -> str:
+    """A script that runs the fake engine the first time, and `then` from then on."""
+    script = folder / "engine.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "begun = pathlib.Path(__file__).with_suffix('.begun')\n"
+        f"if begun.exists(): {then}\n"
+        "begun.touch()\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'tests.support.fake_core', *sys.argv[1:]])\n"
+    )
+    return str(script)
+
+
+def last_event_after_the_engine(server: RunningServer, then: Callable[[], None] = lambda: None) -> Any:
+    """What a stream ends with whose engine is killed and does not come back; `then` is called after that."""
+    body = {"prompt": "w1", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        events = (line for line in answer.iter_lines() if line.startswith("data: "))
+        next(events)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        server.until("died: killed by SIGKILL")
+        then()
+        *_, last, done = events
+    assert done == "data: [DONE]"
+    return json.loads(last[6:])
+
+
+def test_who_waits_for_an_engine_when_the_time_to_drain_is_over_is_told(start: Start, tmp_path: Path):
+    server = start(0.02, grace_s=0.5, engine=engine_that_comes_once(tmp_path, "time.sleep(600)")).ready()
+    last = last_event_after_the_engine(server, lambda: server.process.send_signal(signal.SIGTERM))
+    assert last["error"]["code"] == "engine_lost"
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_who_waits_for_an_engine_is_told_when_none_comes_any_more(start: Start, tmp_path: Path):
+    server = start(
+        0.02, grace_s=300, engine=engine_that_comes_once(tmp_path, "sys.exit('no device')")
+    ).ready()
+    assert last_event_after_the_engine(server)["error"]["code"] == "engine_lost"
+    began = time.monotonic()
+    assert server.process.wait(PATIENCE_S) == 1
+    assert time.monotonic() - began < 10, "not the time to drain"
 
 
 def test_a_second_signal_does_not_wait(start: Start):

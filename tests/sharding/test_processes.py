@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from llguidance import LLMatcher
 
 from tests.engine.conftest import ids, request, run
 from tests.sharding.test_meshes import PROMPTS, SPLIT_VOCAB
+from tests.support.group_process import DRAIN_S
 from tests.support.guided import MODEL_VOCAB, byte_level
 from tests.support.tiny import tiny_model
 from tests.support.untrained import untrained_model
@@ -163,6 +166,38 @@ def test_a_follower_does_not_outlive_its_leader(running: list[subprocess.Popen[s
     _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
     assert follower.returncode == 5, errors
     assert "the leader (process 0 at 127.0.0.1:" in errors
+
+
+def test_a_follower_that_is_told_to_end_waits_for_its_leader_and_ends(running: list[subprocess.Popen[str]]):
+    leader, follower = running
+    began = time.monotonic()
+    follower.send_signal(signal.SIGTERM)
+    _, errors = follower.communicate(timeout=ENDS_WITHIN_S)
+    assert time.monotonic() - began >= DRAIN_S
+    assert follower.returncode == 5, errors
+    assert "process 1 was told to end, and the leader goes on" in errors
+    assert leader.wait(ENDS_WITHIN_S) == 5
+
+
+def test_processes_that_met_still_end_by_sigterm():
+    join = "import sys, time; from xlane.sharding.processes import join_processes as join; join(sys.argv[1], 2, int(sys.argv[2]))"
+    told = [
+        sys.executable,
+        "-c",
+        f"{join}; print('met', flush=True); time.sleep(60)",
+        f"127.0.0.1:{free_ports()}",
+    ]
+    both = [subprocess.Popen([*told, str(number)], stdout=subprocess.PIPE, text=True) for number in (0, 1)]
+    try:
+        for process in reversed(both):
+            assert process.stdout is not None
+            assert "met\n" in process.stdout
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(ENDS_WITHIN_S / 4) == -signal.SIGTERM
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
 
 
 def test_a_group_that_lost_a_process_is_started_again_and_its_stream_goes_on(tmp_path: Path):

@@ -34,8 +34,8 @@ def write_tokenizer(directory: Path, vocab_size: int, **settings: object) -> Non
     (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 4096, **settings}))
 
 
-def main(directory: str, turn_s: str = "0.002", grace_s: str = "20") -> int:
-    """Serve until a signal."""
+def main(directory: str, turn_s: str = "0.002", grace_s: str = "20", engine: str = "") -> int:
+    """Serve until a signal. `engine` is a script that runs the engine; default the fake one."""
     import uvloop
 
     from xlane.engine import EngineConfig
@@ -44,7 +44,8 @@ def main(directory: str, turn_s: str = "0.002", grace_s: str = "20") -> int:
     from xlane.server.flags import RunConfig
     from xlane.server.session import Session
 
-    command = [sys.executable, "-m", "tests.support.fake_core", "--turn-s", turn_s]
+    runs = [engine] if engine else ["-m", "tests.support.fake_core"]
+    command = [sys.executable, *runs, "--turn-s", turn_s]
     config = ServerConfig(port=0, graceful_termination_timeout_s=float(grace_s))
     console = Console(json_output=True)
     session = Session(EngineConfig(model_id=directory), config, RunConfig(), console, command)

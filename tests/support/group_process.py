@@ -17,6 +17,9 @@ from xlane.engine.follow import follow
 from xlane.engine.local import LocalClient
 from xlane.engine.start import start
 
+DRAIN_S = 2.0
+"""How long a follower goes on after SIGTERM."""
+
 
 def main() -> int:
     model, options = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -24,7 +27,7 @@ def main() -> int:
     try:
         with few_programs():
             if config.process_id:
-                follow(config, model)
+                follow(config, model, drain_s=DRAIN_S)
                 return 0
             engine = start(config, model)
     except EngineError as error:

@@ -29,7 +29,8 @@ STUBS = {
         mapfile -t lines <"$file"
         while [[ "$1" == --* ]]; do shift; done
         exec env -i PATH="$PATH" CALLS="$CALLS" "${lines[@]}" "$@" """,
-    "gcloud": 'case "$1" in secrets) echo "value-of-${5#--secret=}" ;; esac',
+    # A secret is printed as it was stored: most often without an end of line.
+    "gcloud": 'case "$1" in secrets) printf %s "value-of-${5#--secret=}" ;; esac',
     "python3.13": """
         [[ "$1" != -c ]] || exit 0
         mkdir -p "$3/bin"
@@ -204,13 +205,13 @@ def test_weights_lie_on_a_disk(host: Host):
 
 
 @pytest.mark.parametrize("endpoints", ["n:1:10.0.0.2,n:2:10.0.0.3", "10.0.0.2,10.0.0.3"])
-@pytest.mark.parametrize(("worker", "command"), [("0", "serve"), ("1", "engine")])
+@pytest.mark.parametrize(("worker", "command"), [("0", "serve"), ("1", "engine --drain=95")])
 def test_the_hosts_of_a_slice_serve_together(host: Host, endpoints: str, worker: str, command: str):
     host.metadata |= {"worker-network-endpoints": endpoints, "agent-worker-number": worker}
     calls = host.boot()
     assert "xlane warmup" not in calls
     assert f"ExecStart=/opt/xlane/bin/xlane {command}\n" in host.unit
-    engine = read(command, host.environment).engine
+    engine = read(command.split()[0], host.environment).engine
     assert (engine.coordinator, engine.processes, engine.process_id) == ("10.0.0.2:8476", 2, int(worker))
 
 
