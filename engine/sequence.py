@@ -87,10 +87,11 @@ class Sequence:
 
     @property
     def waits(self) -> bool:
-        """Nothing may be sampled now: where it stands is not known, or its next token's mask is not there."""
+        """Nothing may be sampled now: where it stands is not known, or its next token's mask is not there, or never will be."""
         if self.guide is None:
             return self.guessed > 0
-        return self.in_flight > 0 or not self.guide.mask.done()
+        mask = self.guide.mask
+        return self.in_flight > 0 or not mask.done() or mask.exception() is not None
 
     @property
     def hopes(self) -> bool:
