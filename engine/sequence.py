@@ -146,11 +146,10 @@ class Sequence:
 
     @property
     def salt(self) -> bytes:
-        """Only requests of the same salt share pages; an adapter makes other pages of the same tokens."""
-        salt = self.request.cache_salt
-        if self.adapter:
-            salt = f"{self.adapter_digest}\0{salt}"
-        return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        """Only requests of the same salt share pages; an adapter makes other pages of the same tokens. A digest has no NUL, so no
+        salt of a request without one makes an adapter's keys."""
+        apart = f"{self.adapter_digest}\0{self.request.cache_salt}"
+        return hashlib.blake2b(apart.encode(), digest_size=16).digest()
 
     @property
     def counts(self) -> bool:

@@ -60,6 +60,18 @@ def test_who_must_not_share_computes_everything(changes: dict[str, Any]) -> None
     assert segments(plans.plan()) == [("r1", 0, 12, True)]
 
 
+@pytest.mark.parametrize("salt", ["", "abc 2.0", "abc 2.0\0", "\0abc 2.0\0", "\0"])
+def test_no_salt_finds_the_pages_of_an_adapter(salt: str) -> None:
+    plans = scheduler(lanes=4, chunk_tokens=64)
+    for number, (digest, named) in enumerate((("abc 2.0", ""), ("", salt), ("abc 2.0", ""), ("", salt))):
+        one = sequence(number, list(range(12)))
+        one.adapter, one.adapter_digest = int(digest != ""), digest
+        one.request = replace(one.request, cache_salt=named)
+        plans.add(one)
+    found = [start for _, start, *_ in segments(plans.plan())]
+    assert found == [0, 0, 8, 8], "each only what was computed under the same adapter and salt"
+
+
 def test_shared_pages_are_taken_for_new_ones_only_when_nobody_holds_them() -> None:
     plans = scheduler(pages=4, lanes=2, chunk_tokens=32)
     one = sequence(0, 8, max_tokens=1)
