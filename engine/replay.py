@@ -54,6 +54,8 @@ class _Progress:
     """Which engine it runs in, counted by losses."""
     alone: bool = False
     """On trial: nothing else runs, so if the engine is lost now it was this request."""
+    waited: bool = False
+    """For the trials of others."""
 
     @property
     def elapsed_s(self) -> float:
@@ -104,19 +106,32 @@ class _Progress:
                 f"request {self.request.id} was not finished in {self.request.deadline_s:g} s"
             )
 
+    async def until(self, event: asyncio.Event) -> None:
+        """Wait for it. Raises DeadlineExceeded if the request's own deadline passes before."""
+        self.waited = True
+        try:
+            await asyncio.wait_for(event.wait(), None if self.left_s == math.inf else self.left_s)
+        except TimeoutError:
+            self.check_deadline()
+
     def rest(self) -> Request:
-        """What is still to be asked. Its id is fresh: the lost engine may live, and hold the old one for a moment yet."""
+        """What is still to be asked. Its id is fresh: the lost engine may live, and hold the old one for a moment yet.
+
+        Raises DeadlineExceeded if no time is left for it.
+        """
         request = self.request
-        if not self.losses:
-            return request
-        return replace(
-            request,
-            id=f"{request.id}~{self.losses}",
-            resume_ids=(*request.resume_ids, *self.ids),
-            # They came with the first output.
-            prompt_logprobs=None if self.ids else request.prompt_logprobs,
-            deadline_s=None if request.deadline_s is None else self.left_s,
-        )
+        if self.losses:
+            request = replace(
+                request,
+                id=f"{request.id}~{self.losses}",
+                resume_ids=(*request.resume_ids, *self.ids),
+                # They came with the first output.
+                prompt_logprobs=None if self.ids else request.prompt_logprobs,
+            )
+        if request.deadline_s is not None and (self.losses or self.waited):
+            self.check_deadline()
+            request = replace(request, deadline_s=self.left_s)
+        return request
 
     def ended(self) -> StepOutput | None:
         """The last output, if only the news of the end was lost with an engine."""
@@ -149,7 +164,7 @@ class _Trials:
     async def attempt(self, progress: _Progress) -> AsyncIterator[None]:
         """Wait until it may start; it runs until the end of the block."""
         while not self._may_start(progress):
-            await self._news.wait()
+            await progress.until(self._news)
         if progress in self._suspects:
             self._on_trial = progress
             progress.alone = not self._running
@@ -248,6 +263,7 @@ class ReplayingClient:
             except (Overloaded, EngineStopped) as error:
                 # Raised before any output. A caller may be refused a request, but not the rest of one we took.
                 pause = error.retry_after_s if isinstance(error, Overloaded) else MAX_POLL_S
+                pause = min(pause, progress.left_s)
                 if not progress.losses or self._closed.is_set() or time.monotonic() + pause > give_up:
                     raise
             await self._pause(pause)

@@ -170,6 +170,46 @@ async def test_the_deadline_runs_on_while_no_engine_is_there():
     assert 4 < inner.asked[1].deadline_s < 5
 
 
+@pytest.mark.parametrize("refusal", [Overloaded("full", retry_after_s=60), EngineStopped("draining")])
+async def test_no_deadline_passes_unseen_while_an_engine_refuses(refusal: EngineError):
+    inner = Scripted([out(1), LOST], *[[refusal]] * 9)
+    with pytest.raises(DeadlineExceeded, match="r0"):
+        await asyncio.wait_for(collect(ReplayingClient(inner), make_request(deadline_s=0.1)), 10)
+    assert all((asked.deadline_s or 0) > 0 for asked in inner.asked)
+
+
+class Trial(Scripted):
+    """Request r0 loses it twice, and makes no token before `end`."""
+
+    def __init__(self) -> None:
+        super().__init__([LOST], [LOST])
+        self.begun, self.end = asyncio.Event(), asyncio.Event()
+
+    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        if not self.scripts:
+            self.begun.set()
+            await self.end.wait()
+            self.scripts = [[out(1, finish=FinishReason.LENGTH)]] * 2
+        async for output in super().submit(request):
+            yield output
+
+
+async def test_a_deadline_runs_on_during_the_trial_of_another():
+    inner = Trial()
+    client = ReplayingClient(inner)
+    suspect = asyncio.ensure_future(collect(client, make_request(0)))
+    await inner.begun.wait()
+    with pytest.raises(DeadlineExceeded, match="r1"):
+        await asyncio.wait_for(collect(client, make_request(1, deadline_s=0.05)), 10)
+    late = asyncio.ensure_future(collect(client, make_request(2, deadline_s=60)))
+    await asyncio.sleep(0.05)
+    inner.end.set()
+    assert ids_of(await suspect) == ids_of(await late) == [1]
+    assert [asked.id for asked in inner.asked] == ["r0", "r0~1", "r0~2", "r2"]
+    assert inner.asked[3].deadline_s is not None
+    assert inner.asked[3].deadline_s < 60
+
+
 @pytest.mark.parametrize("refusal", [Overloaded("full", retry_after_s=0.01), EngineStopped("draining")])
 async def test_only_a_new_request_may_be_refused(refusal: EngineError):
     with pytest.raises(type(refusal)):
