@@ -12,7 +12,8 @@ A request that itself kills the engine must not be replayed for ever. Who killed
    `max_losses` engines, however far it got. Once may be chance: who kills an engine from outside does not look what runs.
 
 A killer so costs four deaths of the engine, or a few more if its tokens die with it, and no other stream. A new token
-ends suspicion. An engine that ended in order, or was not reached, makes nobody a suspect.
+ends suspicion. An engine that ended in order, or was not reached, makes nobody a suspect. What one that ends cuts short goes on
+in the next, unless it was we who ended it.
 Knows only `EngineClient`; not processes, not the wire.
 """
 
@@ -225,6 +226,7 @@ class ReplayingClient:
         self._recovering: asyncio.Task[None] | None = None
         self._trials = _Trials()
         self._closed = asyncio.Event()
+        self._leaving = False
         self.replays = 0
         """Requests submitted again since the start, for the metrics."""
 
@@ -258,6 +260,10 @@ class ReplayingClient:
                     async for output in outputs:
                         if output.tokens:
                             self._trials.acquit(progress)
+                        if output.finish_reason is FinishReason.ABORT and not self._leaving:
+                            if output.tokens:
+                                yield progress.take(replace(output, finish_reason=None), asked_s)
+                            raise EngineLost("the engine was told to end", blameless=True)
                         yield progress.take(output, asked_s)
                 return
             except (Overloaded, EngineStopped) as error:
@@ -314,6 +320,10 @@ class ReplayingClient:
         except TimeoutError:
             pass
 
+    def leave(self) -> None:
+        """From now on the engine is ended by us: what it cuts short has ended."""
+        self._leaving = True
+
     async def info(self) -> EngineInfo:
         """See `EngineClient.info`."""
         return await self._inner.info()
@@ -336,6 +346,7 @@ class ReplayingClient:
 
     async def drain(self, timeout_s: float) -> None:
         """See `EngineClient.drain`."""
+        self.leave()
         await self._inner.drain(timeout_s)
 
     async def close(self) -> None:

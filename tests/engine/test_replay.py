@@ -239,6 +239,29 @@ async def test_an_engine_that_ended_in_order_or_was_not_reached_makes_nobody_a_s
     assert ids_of(await collect(ReplayingClient(inner), make_request())) == [1, 2]
 
 
+@pytest.mark.parametrize("made", [(), (2,), (2, 3)])
+async def test_what_an_engine_that_ends_cuts_short_goes_on_in_the_next(made: tuple[int, ...]):
+    abort, end = FinishReason.ABORT, FinishReason.LENGTH
+    inner = Scripted([out(1), out(*made, finish=abort, timing=Timing(1, 1, 1))], [out(9, finish=end)])
+    outputs = await collect(ReplayingClient(inner), make_request(max_tokens=5))
+    assert ids_of(outputs) == [1, *made, 9]
+    assert [output.finish_reason for output in outputs if output.finish_reason] == [end]
+    assert inner.asked[1].resume_ids == (1, *made)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_what_an_engine_that_we_end_cuts_short_has_ended(drains: bool):
+    inner = Scripted([out(1), out(2, finish=FinishReason.ABORT)])
+    client = ReplayingClient(inner)
+    outputs = client.submit(make_request())
+    await anext(outputs)
+    if drains:
+        await client.drain(0)
+    else:
+        client.leave()
+    assert [output.finish_reason async for output in outputs] == [FinishReason.ABORT]
+
+
 async def test_a_new_token_ends_suspicion_but_not_for_ever():
     steps = [[out(n), LOST] for n in range(20)]
     with pytest.raises(RequestFailed, match="7 engines"):
@@ -316,10 +339,13 @@ async def test_no_bystander_is_ever_blamed(killers: int):
 
 
 @asynccontextmanager
-async def killable(turn_s: float = 0.002, **options) -> AsyncIterator[tuple[Supervisor, ReplayingClient]]:
+async def killable(
+    turn_s: float = 0.002, drain_s: float = 5.0, **options
+) -> AsyncIterator[tuple[Supervisor, ReplayingClient]]:
     """An engine process that is started again whenever it dies, and a client that replays over it."""
+    turns = ["--turn-s", str(turn_s), "--drain-s", str(drain_s)]
     supervisor = Supervisor(
-        [sys.executable, "-m", "tests.support.fake_core", "--turn-s", str(turn_s)],
+        [sys.executable, "-m", "tests.support.fake_core", *turns],
         policy=RestartPolicy(first_delay_s=0.01),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -361,6 +387,22 @@ async def test_killed_engines_cost_no_token():
         assert [o.finish_reason for o in outputs if o.finish_reason] == [FinishReason.LENGTH]
         assert outputs[-1].finish_reason is FinishReason.LENGTH
         assert {output.request_id for output in outputs} == {request.id}
+
+
+async def test_an_engine_that_is_told_to_end_costs_no_token():
+    requests = [make_request(n, max_tokens=300, prompt=(n + 1, 2, 3)) for n in range(3)]
+    async with killable(turn_s=0.01, drain_s=0.05) as (supervisor, client):
+        streams = [client.submit(request) for request in requests]
+        firsts = [await anext(stream) for stream in streams]
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGTERM)
+
+        async def whole(first: StepOutput, stream: AsyncIterator[StepOutput]) -> list[int]:
+            return ids_of([first, *[output async for output in stream]])
+
+        told = await asyncio.gather(*map(whole, firsts, streams))
+        assert supervisor.restarts == 1
+    assert told == [expected_ids(request) for request in requests]
 
 
 @pytest.mark.parametrize("token", [KILL_TOKEN, KILL_AT_ONCE_TOKEN], ids=["after two tokens", "at once"])
