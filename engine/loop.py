@@ -6,7 +6,8 @@ counts as dead. Knows no asyncio and no wire.
 
 A sequence with a grammar cannot run ahead: its next token's mask follows from its last token. The mask is computed from
 the moment that token is read, while the device works on the turn just launched, and the sequence is in the turn after
-that one: every second turn beside free sequences, every turn alone.
+that one: every second turn beside free sequences, every turn alone. A mask that takes long is waited for only if nobody can
+do anything without it.
 
 Guesses at a sequence's next tokens need its last one, too. While there is hope of some (`Scheduler.hopes`), nobody runs
 ahead: the device waits for the host, which costs less than a launch without guesses.
@@ -18,6 +19,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
 
 from .errors import DeadlineExceeded, EngineError, EngineLost, EngineStopped, InvalidRequest, RequestFailed
 from .local import Delivery, RequestError, Sink
@@ -32,7 +36,7 @@ logger = logging.getLogger(__name__)
 STALL_S = 60.0
 """A loop that has work but has not turned for so long is not healthy."""
 LEAST_PATIENCE_S = 0.0005
-"""For masks, at least; at most half a step, in which the device has something to do."""
+"""For masks, at least; at most half a step, in which the device has something to do, or everybody waits for one."""
 
 
 class Loop:
@@ -58,6 +62,10 @@ class Loop:
         self._delivering = False
         """Last outputs are on their way to their sinks. Guarded by `_wake`."""
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._stuck = False
+        """The last turn had nothing to launch and nothing to read, and nothing has happened since."""
+        self._late: set[Future[np.ndarray]] = set()
+        """Masks that were waited for before."""
         self._closed = False
         self._stopping = False
         self._failed: str | None = None
@@ -172,6 +180,7 @@ class Loop:
             turn = self._scheduler.plan()
             ahead_s = time.perf_counter()
             ahead = self._runner.launch(turn)
+            self._stuck = ahead is None and read is None
             self._stamp(turn)
             if behind is not None:
                 waited_s = self._finish(behind, behind_s)
@@ -181,24 +190,38 @@ class Loop:
             self._turned_s = time.monotonic()
 
     def _await_masks(self, device_works: bool) -> None:
-        """Let masks become ready, but nobody who has none to wait for wait for them. A sequence that can have none ends."""
+        """Let masks become ready, but nobody's step wait for somebody's that takes long. A sequence that can have none ends."""
         guided = self._scheduler.guided()
         masks = [sequence.guide.mask for sequence in guided if sequence.guide is not None]
         if missing := [mask for mask in masks if not mask.done()]:
-            alone = all(sequence.guide is not None for sequence in self._scheduler.sequences())
-            half_step_s = self._counters.step_ms / 2e3 if device_works else 0.0
-            for mask in missing:
-                mask.add_done_callback(self._notice)
-            with self._wake:
-                self._wake.wait_for(
-                    lambda: self._has_news() or all(mask.done() for mask in missing),
-                    STALL_S / 4 if alone else max(LEAST_PATIENCE_S, half_step_s),
-                )
+            self._wait_for(missing, device_works)
         failed: list[tuple[Sequence, Delivery]] = []
         for sequence, mask in zip(guided, masks):
             if mask.done() and (error := mask.exception()) is not None:
                 failed.append(self._end_with(sequence, error))
         self._emit(failed)
+
+    def _wait_for(self, missing: list[Future[np.ndarray]], device_works: bool) -> None:
+        """Until one of these is there, if nothing can be done before. Else a moment, so that they go on together; where the device
+        would wait, too, only once for each."""
+        new = [mask for mask in missing if mask not in self._late]
+        for mask in new:
+            mask.add_done_callback(self._notice)
+        if self._stuck and len(missing) == self._scheduler.running:
+            awaited, enough, patience_s = missing, any, self._until_deadline(STALL_S / 4)
+        else:
+            awaited, enough = (missing if device_works else new), all
+            worth = device_works or all(one.guide is not None for one in self._scheduler.sequences())
+            patience_s = max(LEAST_PATIENCE_S, self._counters.step_ms / 2e3 if worth else 0.0)
+        with self._wake:
+            self._wake.wait_for(
+                lambda: self._has_news() or enough(mask.done() for mask in awaited), patience_s
+            )
+        self._late = {mask for mask in missing if not mask.done()}
+
+    def _until_deadline(self, most_s: float) -> float:
+        """Seconds until the next deadline, at most so many."""
+        return min(most_s, self._deadlines[0][0] - time.monotonic()) if self._deadlines else most_s
 
     def _notice(self, mask: object) -> None:
         with self._wake:
@@ -246,7 +269,9 @@ class Loop:
             if sequence is not None:
                 self._scheduler.drop(sequence)
                 ended.append((sequence, sequence.abort()))
-        self._emit([*ended, *self._overdue()])
+        ended += self._overdue()
+        self._stuck &= not (arrived or ended)
+        self._emit(ended)
         return not (self._stopping and not self._live)
 
     def _has_news(self) -> bool:

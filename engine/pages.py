@@ -6,8 +6,8 @@ is vLLM's automatic prefix caching: full pages, named by a chain of hashes (`cha
 """
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -99,6 +99,11 @@ class PageAllocator:
     def idle(self, pages: Sequence[int]) -> int:
         """How many of these nobody holds."""
         return sum(not self._holders[page] for page in pages)
+
+    def held_by(self, holders: Iterable[Sequence[int]]) -> set[int]:
+        """Pages that nobody would hold if all of these holders gave theirs back."""
+        counts = Counter(page for pages in holders for page in pages)
+        return {page for page, count in counts.items() if count == self._holders[page]}
 
     def disown(self, pages: Sequence[int]) -> None:
         """What these held pages hold is no good: nobody shall find it."""

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 KEY_BYTES = 16
+_FORMAT = "xlane prefix cache 3"
+"""Counts how keys are made, too: under keys of another making pages could be found by whom they are not for."""
 _MOST_HEADER_BYTES = 1 << 20
 
 
@@ -70,7 +72,7 @@ def _header(identity: str, page_bytes: int, count: int) -> bytes:
     """The length of the header, and the header."""
     end = count * page_bytes
     head = {
-        "__metadata__": {"format": "xlane prefix cache 2", "identity": identity},
+        "__metadata__": {"format": _FORMAT, "identity": identity},
         "pages": _tensor([count, page_bytes], 0, end),
         "digests": _tensor([count, KEY_BYTES], end, end + count * KEY_BYTES),
         "keys": _tensor([count, KEY_BYTES], end + count * KEY_BYTES, end + 2 * count * KEY_BYTES),

@@ -12,7 +12,8 @@ A request that itself kills the engine must not be replayed for ever. Who killed
    `max_losses` engines, however far it got. Once may be chance: who kills an engine from outside does not look what runs.
 
 A killer so costs four deaths of the engine, or a few more if its tokens die with it, and no other stream. A new token
-ends suspicion. An engine that ended in order, or was not reached, makes nobody a suspect.
+ends suspicion. An engine that ended in order, or was not reached, makes nobody a suspect. What one that ends cuts short goes on
+in the next, unless it was we who ended it.
 Knows only `EngineClient`; not processes, not the wire.
 """
 
@@ -55,6 +56,8 @@ class _Progress:
     """Which engine it runs in, counted by losses."""
     alone: bool = False
     """On trial: nothing else runs, so if the engine is lost now it was this request."""
+    waited: bool = False
+    """For the trials of others."""
 
     @property
     def elapsed_s(self) -> float:
@@ -108,19 +111,32 @@ class _Progress:
                 f"request {self.request.id} was not finished in {self.request.deadline_s:g} s"
             )
 
+    async def until(self, event: asyncio.Event) -> None:
+        """Wait for it. Raises DeadlineExceeded if the request's own deadline passes before."""
+        self.waited = True
+        try:
+            await asyncio.wait_for(event.wait(), None if self.left_s == math.inf else self.left_s)
+        except TimeoutError:
+            self.check_deadline()
+
     def rest(self) -> Request:
-        """What is still to be asked. Its id is fresh: the lost engine may live, and hold the old one for a moment yet."""
+        """What is still to be asked. Its id is fresh: the lost engine may live, and hold the old one for a moment yet.
+
+        Raises DeadlineExceeded if no time is left for it.
+        """
         request = self.request
-        if not self.losses:
-            return request
-        return replace(
-            request,
-            id=f"{request.id}~{self.losses}",
-            resume_ids=(*request.resume_ids, *self.ids),
-            # They came with the first output.
-            prompt_logprobs=None if self.ids else request.prompt_logprobs,
-            deadline_s=None if request.deadline_s is None else self.left_s,
-        )
+        if self.losses:
+            request = replace(
+                request,
+                id=f"{request.id}~{self.losses}",
+                resume_ids=(*request.resume_ids, *self.ids),
+                # They came with the first output.
+                prompt_logprobs=None if self.ids else request.prompt_logprobs,
+            )
+        if request.deadline_s is not None and (self.losses or self.waited):
+            self.check_deadline()
+            request = replace(request, deadline_s=self.left_s)
+        return request
 
     def ended(self) -> StepOutput | None:
         """The last output, if only the news of the end was lost with an engine."""
@@ -151,7 +167,7 @@ class _Trials:
     async def attempt(self, progress: _Progress) -> AsyncIterator[None]:
         """Wait until it may start; it runs until the end of the block."""
         while not self._may_start(progress):
-            await self._news.wait()
+            await progress.until(self._news)
         if progress in self._suspects:
             self._on_trial = progress
             progress.alone = not self._running
@@ -212,6 +228,7 @@ class ReplayingClient:
         self._recovering: asyncio.Task[None] | None = None
         self._trials = _Trials()
         self._closed = asyncio.Event()
+        self._leaving = False
         self.replays = 0
         """Requests submitted again since the start, for the metrics."""
 
@@ -245,11 +262,16 @@ class ReplayingClient:
                     async for output in outputs:
                         if output.tokens:
                             self._trials.acquit(progress)
+                        if output.finish_reason is FinishReason.ABORT and not self._leaving:
+                            if output.tokens:
+                                yield progress.take(replace(output, finish_reason=None), asked_s)
+                            raise EngineLost("the engine was told to end", blameless=True)
                         yield progress.take(output, asked_s)
                 return
             except (Overloaded, EngineStopped) as error:
                 # Raised before any output. A caller may be refused a request, but not the rest of one we took.
                 pause = error.retry_after_s if isinstance(error, Overloaded) else MAX_POLL_S
+                pause = min(pause, progress.left_s)
                 if not progress.losses or self._closed.is_set() or time.monotonic() + pause > give_up:
                     raise
             await self._pause(pause)
@@ -300,6 +322,10 @@ class ReplayingClient:
         except TimeoutError:
             pass
 
+    def leave(self) -> None:
+        """From now on the engine is ended by us: what it cuts short has ended."""
+        self._leaving = True
+
     async def info(self) -> EngineInfo:
         """See `EngineClient.info`."""
         return await self._inner.info()
@@ -322,6 +348,7 @@ class ReplayingClient:
 
     async def drain(self, timeout_s: float) -> None:
         """See `EngineClient.drain`. Who waits for an engine then waits no more."""
+        self.leave()
         try:
             await self._inner.drain(timeout_s)
         finally:

@@ -250,7 +250,7 @@ class Scheduler:
         yielding = [s for s in self._running if s.request.priority > sequence.request.priority]
         staying = len(self._running) - len(yielding)
         while not self._lanes or self._short(sequence, len(self._running)) > 0:
-            if not yielding or self._short(sequence, staying) > sum(len(s.pages) for s in yielding):
+            if not yielding or self._short(sequence, staying) > self._gain(sequence, yielding):
                 return False
             self._preempt(yielding.pop())
         return True
@@ -260,6 +260,10 @@ class Scheduler:
         found = self._known(sequence)
         reserve = beside + 1 if beside else 0
         return self._needed(sequence, found) + reserve - (self.pages.free - self.pages.idle(found))
+
+    def _gain(self, sequence: Sequence, yielding: list[Sequence]) -> int:
+        """Pages that it could take if all of these gave way: none that others hold too, or that it will share itself."""
+        return len(self.pages.held_by(s.pages for s in yielding).difference(self._known(sequence)))
 
     def _needed(self, sequence: Sequence, found: list[int]) -> int:
         return pages_for(len(sequence.tokens), self.limits.page_tokens) - len(found)

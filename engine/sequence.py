@@ -87,10 +87,11 @@ class Sequence:
 
     @property
     def waits(self) -> bool:
-        """Nothing may be sampled now: where it stands is not known, or its next token's mask is not there."""
+        """Nothing may be sampled now: where it stands is not known, or its next token's mask is not there, or never will be."""
         if self.guide is None:
             return self.guessed > 0
-        return self.in_flight > 0 or not self.guide.mask.done()
+        mask = self.guide.mask
+        return self.in_flight > 0 or not mask.done() or mask.exception() is not None
 
     @property
     def hopes(self) -> bool:
@@ -145,11 +146,10 @@ class Sequence:
 
     @property
     def salt(self) -> bytes:
-        """Only requests of the same salt share pages; an adapter makes other pages of the same tokens."""
-        salt = self.request.cache_salt
-        if self.adapter:
-            salt = f"{self.adapter_digest}\0{salt}"
-        return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        """Only requests of the same salt share pages; an adapter makes other pages of the same tokens. A digest has no NUL, so no
+        salt of a request without one makes an adapter's keys."""
+        apart = f"{self.adapter_digest}\0{self.request.cache_salt}"
+        return hashlib.blake2b(apart.encode(), digest_size=16).digest()
 
     @property
     def counts(self) -> bool:

@@ -159,7 +159,7 @@ class _Step:
     local_rotation: tuple[jax.Array, ...]
     """Empty where no layer needs it."""
     adapters: jax.Array | None
-    """float[T, S]: 1 where a token has the adapter; None where there are none."""
+    """bool[T, S]: where a token has the adapter; None where there are none."""
     kernels: Kernels
     one_token_rows: int
 
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
     def _chosen(self, adapters: jax.Array | None) -> jax.Array | None:
         if adapters is None or self.config.lora is None:
             return None
-        return jax.nn.one_hot(adapters - 1, self.config.lora.slots, dtype=jnp.float32)
+        return jax.nn.one_hot(adapters - 1, self.config.lora.slots, dtype=jnp.bool_)
 
     def _embedded(self, tokens: jax.Array, batch: PagedBatch, kernels: Kernels) -> jax.Array:
         x = self.embed(tokens)

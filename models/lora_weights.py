@@ -3,7 +3,6 @@
 Knows what lies where in them (`lora.py` tells the layout); not which adapter is in which slot, nor devices.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -51,7 +50,7 @@ class AdapterArrays:
 
     def read(self, spec: ParamSpec, adapters: Sequence[Adapter], index: Index) -> np.ndarray:
         """A slice of a parameter with these adapters in the first slots and nothing in the others. Raises CheckpointError for a
-        number that is not finite, which would reach the tokens of other adapters."""
+        number that is not finite as it is stored, which would reach the tokens of other adapters."""
         recipe, *_ = self.maps[_map(spec)]
         named = [(adapter, self._names(spec, adapter)) for adapter in adapters]
         parts = len(recipe.names)
@@ -61,9 +60,10 @@ class AdapterArrays:
             for slot, (adapter, names) in enumerate(named):
                 for part, name in enumerate(names):
                     if adapter.changes(name):
-                        out[slot, part, : adapter.rank] = _rows(adapter, name, "lora_A", 0, adapter.rank)
+                        rows = _rows(adapter, name, "lora_A", 0, adapter.rank, spec.dtype)
+                        out[slot, part, : adapter.rank] = rows
             return out.reshape(spec.shape)[index].astype(spec.dtype)
-        up = _Up(named, recipe.names, spec.shape[-1] // (parts * self.rank), self.rank)
+        up = _Up(named, recipe.names, spec.shape[-1] // (parts * self.rank), self.rank, spec.dtype)
         return assemble(recipe, up, spec, index)
 
     def read_slot(self, spec: ParamSpec, adapter: Adapter) -> tuple[np.ndarray, int]:
@@ -132,6 +132,8 @@ class _Up:
     names: tuple[str, ...]
     slots: int
     rank: int
+    dtype: str
+    """As which they are stored."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Never asked: rows lie as they are."""
@@ -143,7 +145,7 @@ class _Up:
         part = self.names.index(name)
         for slot, (adapter, own) in enumerate(self.adapters):
             if adapter.changes(own[part]):
-                rows = _rows(adapter, own[part], "lora_B", start, stop) * np.float32(adapter.scale)
+                rows = _rows(adapter, own[part], "lora_B", start, stop, self.dtype, adapter.scale)
                 out[:, slot, part, : adapter.rank] = rows
         return out.reshape(stop - start, -1)
 
@@ -152,10 +154,17 @@ def _map(spec: ParamSpec) -> str:
     return spec.path[: -len(A)]
 
 
-def _rows(adapter: Adapter, name: str, part: str, start: int, stop: int) -> np.ndarray:
-    """float32[rows, …] of a tensor of an adapter. Raises CheckpointError."""
+def _rows(
+    adapter: Adapter, name: str, part: str, start: int, stop: int, dtype: str, scale: float = 1.0
+) -> np.ndarray:
+    """[rows, …] of a tensor of an adapter, times a scale. Raises CheckpointError."""
     tensor = adapter.tensor(name, part)
-    rows = adapter.tensors.read_rows(tensor, start, stop).astype(np.float32)
-    if not math.isfinite(np.abs(rows).sum(dtype=np.float64)):
-        raise CheckpointError(f"adapter {adapter.name}: tensor {tensor} has numbers that are not finite")
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+        rows = adapter.tensors.read_rows(tensor, start, stop).astype(np.float32) * np.float32(scale)
+        rows = rows.astype(dtype)
+    if not np.isfinite(rows).all():
+        scaled = "" if scale == 1.0 else f" times its scale of {scale:g} (lora_alpha)"
+        raise CheckpointError(
+            f"adapter {adapter.name}: tensor {tensor}{scaled} has numbers that are not finite in {dtype}"
+        )
     return rows

@@ -89,15 +89,14 @@ class Linear(nnx.Module):
         self.lora_b = nnx.data(param((*outputs, ranks), (*by_output, None), dtype))
 
     def __call__(self, x: jax.Array, kernels: Kernels, adapters: jax.Array | None = None) -> jax.Array:
-        """x [T, D] -> [T, outputs]; `adapters` [T, S]: 1 where a token has the adapter."""
+        """x [T, D] -> [T, outputs]; `adapters` bool[T, S]: where a token has the adapter."""
         y = self._mapped(x, kernels)
         if adapters is None or self.lora_a is None or self.lora_b is None:
             return y
         # All adapters' ranks at once, then those of the others are struck out: they are few beside D, and a gather of each token's own
-        # would read as much and multiply worse.
-        ranks = _times(x, self.lora_a[...]) * jnp.repeat(
-            adapters, self.lora_a.shape[0] // adapters.shape[1], axis=1
-        )
+        # would read as much and multiply worse. Not by a factor of 0, which would leave a NaN of what overflows under another.
+        own = jnp.repeat(adapters, self.lora_a.shape[0] // adapters.shape[1], axis=1)
+        ranks = jnp.where(own, _times(x, self.lora_a[...]), 0.0)
         return y + _times(ranks.astype(x.dtype), self.lora_b[...].reshape(self.outputs, -1)).astype(y.dtype)
 
     def _mapped(self, x: jax.Array, kernels: Kernels) -> jax.Array:

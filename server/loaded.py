@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ..engine.client import EngineClient
 from ..engine.config import EngineConfig
 from ..engine.errors import EngineError
 from ..engine.process import READY, ProcessEvent, Progress, Supervisor
@@ -60,7 +59,7 @@ class LoadedModel:
         self._tokenizer_config_path = tokenizer_config_path
         self._command = command
         self._supervisor: Supervisor | None = None
-        self._client: EngineClient | None = None
+        self._client: ReplayingClient | None = None
         self._watching: asyncio.Task[None] | None = None
 
     async def load(self) -> EngineInfo:
@@ -105,6 +104,8 @@ class LoadedModel:
 
     async def unload(self, timeout_s: float = ENGINE_STOP_S, hurry: asyncio.Event | None = None) -> None:
         """End the engine, which has so many seconds for it, or half a one from the moment that `hurry` is set."""
+        if self._client is not None:
+            self._client.leave()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])

@@ -61,7 +61,7 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number; required unless the family has a default."""
         value = self._take(key, default)
-        if type(value) not in (int, float) or not value > 0:
+        if not _is_positive(value):
             raise self.refusal(key, value, "a positive number is expected")
         return float(value)
 
@@ -76,11 +76,7 @@ class Fields:
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of so many positive numbers."""
         value = self._take(key, None)
-        if (
-            not isinstance(value, list)
-            or len(value) != count
-            or not all(type(x) in (int, float) and x > 0 for x in value)
-        ):
+        if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
             raise self.refusal(key, value, f"a list of {count} positive numbers is expected")
         return tuple(float(x) for x in value)
 
@@ -217,6 +213,11 @@ def _advice(key: str) -> str:
     if key == "auto_map":
         return "the model brings its own code, which is never run here"
     return "this option is not understood, and leaving it out could change the model's answers"
+
+
+def _is_positive(value: Any) -> bool:
+    """A number above 0 that a float holds; JSON as Python reads it knows Infinity, and integers of any length."""
+    return type(value) in (int, float) and 0 < value <= 1e308
 
 
 def eos_ids(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[int, ...]:

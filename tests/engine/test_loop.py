@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 
-from tests.support.fake_device import FakeDevice, Oracle, expected_ids
+from tests.support.fake_device import FakeDevice, FakeGuide, Oracle, expected_ids
 from xlane.engine import (
     DeadlineExceeded,
     EngineLost,
@@ -84,13 +84,21 @@ class Rig:
         assert self.gate.wait(20)
 
     def ask(
-        self, name: str, *, sink: Sink | None = None, max_tokens: int = 5, guesses: int = 0, **changes
+        self,
+        name: str,
+        *,
+        sink: Sink | None = None,
+        max_tokens: int = 5,
+        guesses: int = 0,
+        guide: FakeGuide | None = None,
+        **changes,
     ) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         prompt = tuple(1 + ord(letter) % 60 for letter in name)
         asked = Request(id=name, prompt_ids=prompt, sampling=sampling, **changes)
         most = min(MOST, len(prompt) + max_tokens)
         sequence = Sequence(asked, sink or self.sink, next(self._arrivals), most)
+        sequence.guide = guide  # type: ignore[assignment]
         if guesses:
             sequence.drafter = Oracle(sequence, guesses, MOST, lambda at: at % 5 == 0)  # type: ignore[assignment]
         assert self.loop.submit(sequence)

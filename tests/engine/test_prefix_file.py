@@ -57,6 +57,12 @@ def test_another_identity_and_another_form_are_refused(written: Path) -> None:
         prefix_file.read(written, "me", PAGE_BYTES + 1, 9)
 
 
+def test_keys_that_were_made_otherwise_are_refused(written: Path) -> None:
+    written.write_bytes(written.read_bytes().replace(b"prefix cache 3", b"prefix cache 2"))
+    with pytest.raises(UnusableFile, match="not as this version writes it"):
+        prefix_file.read(written, "me", PAGE_BYTES, 9)
+
+
 def test_no_damage_goes_unseen(written: Path) -> None:
     """Whichever byte is another, or how much is missing: an error, or, where a page is not read, the same pages."""
     whole = written.read_bytes()

@@ -185,6 +185,46 @@ async def test_the_deadline_runs_on_while_no_engine_is_there():
     assert 4 < inner.asked[1].deadline_s < 5
 
 
+@pytest.mark.parametrize("refusal", [Overloaded("full", retry_after_s=60), EngineStopped("draining")])
+async def test_no_deadline_passes_unseen_while_an_engine_refuses(refusal: EngineError):
+    inner = Scripted([out(1), LOST], *[[refusal]] * 9)
+    with pytest.raises(DeadlineExceeded, match="r0"):
+        await asyncio.wait_for(collect(ReplayingClient(inner), make_request(deadline_s=0.1)), 10)
+    assert all((asked.deadline_s or 0) > 0 for asked in inner.asked)
+
+
+class Trial(Scripted):
+    """Request r0 loses it twice, and makes no token before `end`."""
+
+    def __init__(self) -> None:
+        super().__init__([LOST], [LOST])
+        self.begun, self.end = asyncio.Event(), asyncio.Event()
+
+    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        if not self.scripts:
+            self.begun.set()
+            await self.end.wait()
+            self.scripts = [[out(1, finish=FinishReason.LENGTH)]] * 2
+        async for output in super().submit(request):
+            yield output
+
+
+async def test_a_deadline_runs_on_during_the_trial_of_another():
+    inner = Trial()
+    client = ReplayingClient(inner)
+    suspect = asyncio.ensure_future(collect(client, make_request(0)))
+    await inner.begun.wait()
+    with pytest.raises(DeadlineExceeded, match="r1"):
+        await asyncio.wait_for(collect(client, make_request(1, deadline_s=0.05)), 10)
+    late = asyncio.ensure_future(collect(client, make_request(2, deadline_s=60)))
+    await asyncio.sleep(0.05)
+    inner.end.set()
+    assert ids_of(await suspect) == ids_of(await late) == [1]
+    assert [asked.id for asked in inner.asked] == ["r0", "r0~1", "r0~2", "r2"]
+    assert inner.asked[3].deadline_s is not None
+    assert inner.asked[3].deadline_s < 60
+
+
 @pytest.mark.parametrize("refusal", [Overloaded("full", retry_after_s=0.01), EngineStopped("draining")])
 async def test_only_a_new_request_may_be_refused(refusal: EngineError):
     with pytest.raises(type(refusal)):
@@ -212,6 +252,29 @@ async def test_an_engine_that_ended_in_order_or_was_not_reached_makes_nobody_a_s
     over = EngineLost("over", blameless=True)
     inner = Scripted(*[[over]] * 9, [LOST], [out(1), over], [out(2, finish=FinishReason.LENGTH)])
     assert ids_of(await collect(ReplayingClient(inner), make_request())) == [1, 2]
+
+
+@pytest.mark.parametrize("made", [(), (2,), (2, 3)])
+async def test_what_an_engine_that_ends_cuts_short_goes_on_in_the_next(made: tuple[int, ...]):
+    abort, end = FinishReason.ABORT, FinishReason.LENGTH
+    inner = Scripted([out(1), out(*made, finish=abort, timing=Timing(1, 1, 1))], [out(9, finish=end)])
+    outputs = await collect(ReplayingClient(inner), make_request(max_tokens=5))
+    assert ids_of(outputs) == [1, *made, 9]
+    assert [output.finish_reason for output in outputs if output.finish_reason] == [end]
+    assert inner.asked[1].resume_ids == (1, *made)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_what_an_engine_that_we_end_cuts_short_has_ended(drains: bool):
+    inner = Scripted([out(1), out(2, finish=FinishReason.ABORT)])
+    client = ReplayingClient(inner)
+    outputs = client.submit(make_request())
+    await anext(outputs)
+    if drains:
+        await client.drain(0)
+    else:
+        client.leave()
+    assert [output.finish_reason async for output in outputs] == [FinishReason.ABORT]
 
 
 async def test_a_new_token_ends_suspicion_but_not_for_ever():
@@ -294,10 +357,13 @@ async def test_no_bystander_is_ever_blamed(killers: int):
 
 
 @asynccontextmanager
-async def killable(turn_s: float = 0.002, **options) -> AsyncIterator[tuple[Supervisor, ReplayingClient]]:
+async def killable(
+    turn_s: float = 0.002, drain_s: float = 5.0, **options
+) -> AsyncIterator[tuple[Supervisor, ReplayingClient]]:
     """An engine process that is started again whenever it dies, and a client that replays over it."""
+    turns = ["--turn-s", str(turn_s), "--drain-s", str(drain_s)]
     supervisor = Supervisor(
-        [sys.executable, "-m", "tests.support.fake_core", "--turn-s", str(turn_s)],
+        [sys.executable, "-m", "tests.support.fake_core", *turns],
         policy=RestartPolicy(first_delay_s=0.01),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -339,6 +405,22 @@ async def test_killed_engines_cost_no_token():
         assert [o.finish_reason for o in outputs if o.finish_reason] == [FinishReason.LENGTH]
         assert outputs[-1].finish_reason is FinishReason.LENGTH
         assert {output.request_id for output in outputs} == {request.id}
+
+
+async def test_an_engine_that_is_told_to_end_costs_no_token():
+    requests = [make_request(n, max_tokens=300, prompt=(n + 1, 2, 3)) for n in range(3)]
+    async with killable(turn_s=0.01, drain_s=0.05) as (supervisor, client):
+        streams = [client.submit(request) for request in requests]
+        firsts = [await anext(stream) for stream in streams]
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGTERM)
+
+        async def whole(first: StepOutput, stream: AsyncIterator[StepOutput]) -> list[int]:
+            return ids_of([first, *[output async for output in stream]])
+
+        told = await asyncio.gather(*map(whole, firsts, streams))
+        assert supervisor.restarts == 1
+    assert told == [expected_ids(request) for request in requests]
 
 
 @pytest.mark.parametrize("token", [KILL_TOKEN, KILL_AT_ONCE_TOKEN], ids=["after two tokens", "at once"])

@@ -60,6 +60,18 @@ def test_who_must_not_share_computes_everything(changes: dict[str, Any]) -> None
     assert segments(plans.plan()) == [("r1", 0, 12, True)]
 
 
+@pytest.mark.parametrize("salt", ["", "abc 2.0", "abc 2.0\0", "\0abc 2.0\0", "\0"])
+def test_no_salt_finds_the_pages_of_an_adapter(salt: str) -> None:
+    plans = scheduler(lanes=4, chunk_tokens=64)
+    for number, (digest, named) in enumerate((("abc 2.0", ""), ("", salt), ("abc 2.0", ""), ("", salt))):
+        one = sequence(number, list(range(12)))
+        one.adapter, one.adapter_digest = int(digest != ""), digest
+        one.request = replace(one.request, cache_salt=named)
+        plans.add(one)
+    found = [start for _, start, *_ in segments(plans.plan())]
+    assert found == [0, 0, 8, 8], "each only what was computed under the same adapter and salt"
+
+
 def test_shared_pages_are_taken_for_new_ones_only_when_nobody_holds_them() -> None:
     plans = scheduler(pages=4, lanes=2, chunk_tokens=32)
     one = sequence(0, 8, max_tokens=1)
@@ -71,3 +83,31 @@ def test_shared_pages_are_taken_for_new_ones_only_when_nobody_holds_them() -> No
     assert plans.pages.evictions == 2
     plans.add(sequence(2, 8, max_tokens=1))
     assert segments(plans.plan()) == [("r2", 0, 8, True)]
+
+
+BEGIN = list(range(10, 26))
+"""Four pages."""
+
+
+@pytest.mark.parametrize("enough", [False, True])
+@pytest.mark.parametrize(
+    ("stays", "comes", "gain"),
+    [([30] * 17, [40] * 17, 6), ([*BEGIN, 30], [40] * 17, 2), ([30] * 17, [*BEGIN, 40], 2)],
+    ids=["what they share", "what one that stays holds too", "what the newcomer shares"],
+)
+def test_nobody_gives_way_in_vain_for_shared_pages(
+    stays: list[int], comes: list[int], gain: int, enough: bool
+) -> None:
+    """Two lesser sequences hold five pages each, four of them the same."""
+    plans = scheduler(lanes=4, chunk_tokens=64)
+    plans.add(sequence(0, stays))
+    plans.plan()
+    for number in (1, 2):
+        plans.add(sequence(number, [*BEGIN, number], priority=1))
+    plans.plan()
+    needs = (1 if comes[0] == BEGIN[0] else 5) + 2  # a page to grow into for each that then runs
+    plans.pages.take(plans.pages.free - (needs - gain) + (not enough))
+    plans.add(sequence(3, comes))
+    turn = plans.plan()
+    assert [name for name, *_ in segments(turn)] == (["r3"] if enough else [])
+    assert plans.preemptions == (2 if enough else 0)

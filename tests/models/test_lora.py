@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from tests.support.tiny import hf_logits, tiny_model
 from xlane.models.attention import XlaKernels
 from xlane.models.decoder import DecoderGraph
 from xlane.models.errors import CheckpointError, ModelError
+from xlane.models.modules import Linear, Style
 from xlane.models.opened import open_model
 
 DOWN = "base_model.model.model.layers.1.mlp.down_proj"
@@ -95,6 +97,8 @@ def test_an_adapter_adds_to_weights_in_few_bits_what_it_adds_to_others(tiny: Pat
         ({}, {"bias": "all"}, "bias = 'all': supported: none"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save = "),
         ({}, {"peft_type": "IA3"}, "peft_type = 'IA3': supported: LORA"),
+        ({}, {"lora_alpha": np.inf}, "lora_alpha = inf: a positive number is expected"),
+        ({}, {"lora_alpha": 10**400}, "lora_alpha = 10+: a positive number is expected"),
         ({}, {"twist": 1}, "twist = 1: this option is not understood"),
         ({"base_model.model.lm_head.lora_A.weight": np.ones((4, 64), np.float32)}, {}, "lm_head.lora_A.weight changes nothing"),
         ({DOWN + ".lora_B.weight": np.ones((65, 4), np.float32)}, {}, r"adapter x: .*lora_B.weight is \(65, 4\), expected \(64, 4\)"),
@@ -122,6 +126,49 @@ def test_what_cannot_be_added_is_refused_by_name(
 
     with pytest.raises(ModelError, match=problem):
         read()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "alpha", "dtype"),
+    [
+        ("lora_B", 1.0, 1e40, "float32"),
+        ("lora_B", 0.0, 1e40, "float32"),
+        ("lora_B", 2e38, 8.0, "bfloat16"),
+        ("lora_B", 3.4e38, 4.0, "bfloat16"),
+        ("lora_B", 4e4, 8.0, "float16"),
+        ("lora_B", np.nan, 4.0, "float32"),
+        ("lora_A", 1e5, 4.0, "float16"),
+        ("lora_A", -np.inf, 4.0, "float32"),
+    ],
+)
+def test_what_is_not_finite_as_it_is_stored_is_refused_by_name(
+    part: str, value: float, alpha: float, dtype: str, tiny: Path, tmp_path: Path
+) -> None:
+    """All slots are multiplied at once, so it would reach other adapters' tokens."""
+    plain, tensor = tiny_model("llama-biases", tiny), f"{DOWN}.{part}.weight"
+    good, _ = lora(plain, tmp_path / "good", 4, "proj")
+    bad = changed(good, tmp_path / "bad", lambda found: found[tensor].fill(value), lora_alpha=alpha)
+    opened = open_model(plain, adapters=[("x", str(bad))])
+    assert opened.source is not None
+    path = f"layers.1.down.{part.lower()}"
+    (spec,) = (spec for spec in DecoderGraph.of(opened.config, dtype).specs if spec.path == path)
+    with pytest.raises(CheckpointError, match=f"adapter x: tensor {tensor} .*not finite in {dtype}"):
+        opened.source.read(spec, whole(spec.shape))
+
+
+def test_what_overflows_under_one_adapter_is_nothing_to_the_tokens_of_others() -> None:
+    linear = Linear((3, 4), (None, None), False, Style("float32", packed=False))
+    linear.adapt("float32", 4)
+    assert linear.lora_a is not None
+    assert linear.lora_b is not None
+    linear.weight.set_value(jnp.zeros((3, 4)))
+    linear.lora_a.set_value(jnp.array([[3e38] * 4] * 2 + [[1.0] * 4] * 2))
+    linear.lora_b.set_value(jnp.ones((3, 4)))
+    had = jnp.array([[False, False], [False, True], [True, False]])
+    none, second, first = np.asarray(linear(jnp.ones((3, 4)), XlaKernels("cpu"), had))
+    assert not none.any()
+    assert (second == 8).all()
+    assert np.isinf(first).all()
 
 
 def test_a_folder_without_an_adapter_is_refused(tiny: Path, tmp_path: Path) -> None:
