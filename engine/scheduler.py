@@ -250,7 +250,9 @@ class Scheduler:
         yielding = [s for s in self._running if s.request.priority > sequence.request.priority]
         staying = len(self._running) - len(yielding)
         while not self._lanes or self._short(sequence, len(self._running)) > 0:
-            if not yielding or self._short(sequence, staying) > self._gain(sequence, yielding):
+            short, most = self._short(sequence, staying), sum(len(s.pages) for s in yielding)
+            # `most` counts what they share many times, but costs nothing.
+            if not yielding or short > most or short > self._gain(sequence, yielding):
                 return False
             self._preempt(yielding.pop())
         return True

@@ -84,7 +84,7 @@ class ServerConfig:
     """Most alternatives per token of one native request."""
     prompt_logprobs: bool = True
     """Whether a request may ask for the log-probabilities of its prompt, which cost a prefill that skips no cached page."""
-    max_client_batch_size: int = 128
+    max_client_batch_size: int = 64
     """Most prompts of one `/v1/completions` request."""
     max_token_bytes: int = 512
     """Longest text one token may stand for, UTF-8 bytes. A prompt longer than the token limit times this is refused

@@ -174,11 +174,13 @@ class Models:
 
     @property
     def failure(self) -> str:
-        """Why nothing can be served: the latest failure, while no model is there or on its way and that one is not tried again;
-        empty if something can."""
+        """Why nothing can be served: the latest failure, while no model is there or on its way, none that left in order could come
+        back, and that one is not tried again; empty if something can."""
         last = max(self.all.values(), key=lambda model: model.failed_at)
-        states = {model.state for model in self.all.values()}
-        lost = last.state == "failed" and states <= {"failed", "not loaded"} and last.untried_s > 0
+        lost = last.state == "failed" and last.untried_s > 0
+        lost &= all(
+            m.state == "failed" or (m.state == "not loaded" and not m.loaded_at) for m in self.all.values()
+        )
         return f"no model is loaded, and {last.name} cannot be: {last.failure}" if lost else ""
 
     def leave(self) -> None:

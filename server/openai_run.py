@@ -11,6 +11,7 @@ from ..models.tokenizer import unmarked
 from .backend import Serving
 from .detokenize import Detokenizer
 from .entry import Entry
+from .errors import Invalid
 from .front import Front
 from .generate import Done, Progress, Run, TextToken, collect, run_all
 from .headers import Clock, stream_headers
@@ -154,6 +155,10 @@ def plan(
         for prompt in prompts
         for request in requests_of(checked, prompt.ids, max(1, prompt.max_tokens))
     ]
+    if len(runs) > (most := serving.info.lanes + serving.info.max_queued):
+        raise Invalid(
+            f"{len(runs)} sequences in one request, and at most {most} have room in the engine (lanes and --max-queued): ask for fewer"
+        )
     for prompt in prompts:
         front.metrics.input_length.observe(len(prompt.ids))
         front.metrics.max_new_tokens.observe(prompt.max_tokens)

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from xlane.engine import RequestFailed
-from xlane.server import front, models
+from xlane.server import front
 from xlane.server.app import create_app
 from xlane.server.backend import Backend
 from xlane.server.config import ServerConfig
@@ -20,7 +20,6 @@ from xlane.server.middleware import AnswerFailures, BodyLimit
 from ..support.byte_tokenizer import ByteTokenizer
 from ..support.fake_engine import FakeEngine
 from .conftest import Rig
-from .test_models import made
 
 GENERATIONS: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"inputs": "a"}),
@@ -102,36 +101,6 @@ def test_an_engine_that_is_not_well(rig: Rig):
     rig.engine.healthy = False
     response = rig.client.get("/health")
     assert (response.status_code, response.json()["error"]) == (503, "unhealthy")
-
-
-def test_where_none_of_several_models_can_be_served_health_says_why(monkeypatch: pytest.MonkeyPatch):
-    several, stands = made()
-    app = create_app(stands["a"].backend, ServerConfig(), several)
-    with TestClient(app) as client:
-
-        async def lose(name: str) -> None:
-            held = stands[name].held
-            assert held is not None
-            held.lost.set()
-            await asyncio.sleep(0.01)
-
-        def health() -> tuple[int, str]:
-            answer = client.get("/health")
-            return answer.status_code, answer.json()["error"] if answer.content else ""
-
-        assert client.portal is not None
-        client.portal.call(several.load)
-        client.portal.call(lose, "a")
-        status, why = health()
-        assert status == client.get("/v2/health/ready").status_code == 503
-        assert why.startswith("no model is loaded, and a cannot be: it died 5 times in a row")
-        asked = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "model": "b"})
-        assert (asked.status_code, health()) == (200, (200, "")), "another one is there"
-        client.portal.call(lose, "b")
-        assert "and b cannot be" in health()[1]
-        monkeypatch.setattr(models, "FAILURE_S", 0.0)
-        assert health() == (200, ""), "or none would be asked for, and tried again"
-        client.portal.call(several.unload, 0.0)
 
 
 class TestKey:
@@ -426,6 +395,15 @@ class TestFewPermits:
     def test_a_number_that_is_none_is_told_as_such(self, rig: Rig, n: int):
         answer = rig.chat(n=n)
         assert message_of(answer) == f"`n` must be between 1 and 16. Given: {n}"
+
+
+@pytest.mark.parametrize("prompts", [3, 4])
+def test_more_prompts_than_the_engine_has_room_for_will_never_be_served(rig: Rig, prompts: int):
+    few = replace(rig.engine.info_value, lanes=2, max_queued=1)
+    rig.backend.ready(rig.engine, ByteTokenizer(), few)
+    answer = rig.post("/v1/completions", prompt=["a"] * prompts, max_tokens=1)
+    assert answer.status_code == (200 if prompts == 3 else 400)
+    assert prompts == 3 or "at most 3 have room in the engine" in message_of(answer)
 
 
 def test_info(rig: Rig):

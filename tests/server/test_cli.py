@@ -133,7 +133,7 @@ def test_the_launcher_differs_where_tgi_does():
         read("serve --limit max_stop_sequences=9", defaults=flags.TGI_DEFAULTS).server.max_stop_sequences == 9
     )
     server = read("serve").server
-    assert (server.max_stop_sequences, server.max_client_batch_size) == (64, 128)
+    assert (server.max_stop_sequences, server.max_client_batch_size) == (64, 64)
     assert read("serve --hostname 127.0.0.1", defaults=flags.TGI_DEFAULTS).server.host == "127.0.0.1"
 
 

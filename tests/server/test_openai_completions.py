@@ -57,7 +57,7 @@ def test_special_tokens_are_added_unless_they_are_in_the_text(rig: Rig, asked: b
     ("prompt", "param"),
     [
         ("", "prompt"), ([], "prompt"), ([[]], "prompt"), ([""], "prompt"), (["a", 1], "prompt"),
-        ([-1], "prompt"), ([259], "prompt"), ([2**31], "prompt"), ([[97], "a"], "prompt"), (["a"] * 129, "prompt"),
+        ([-1], "prompt"), ([259], "prompt"), ([2**31], "prompt"), ([[97], "a"], "prompt"), (["a"] * 65, "prompt"),
         ([0.5], "prompt[0]"), (None, "prompt"),
     ],
 )  # fmt: skip

@@ -28,6 +28,8 @@ BRANCHES = ("-Wa,-mbranches-within-32B-boundaries", "-mbranches-within-32B-bound
 a jump is decoded anew each time it runs (Intel's "jump conditional code erratum"): a product took 5 to 9 % longer or not by
 where its loop happened to be put. Other machines' compilers know neither."""
 TIMEOUT_S = 300
+AT_ONCE = 4
+"""Compilers, at most: each takes some 400 MB."""
 
 _FOLDER = Path(__file__).parent
 
@@ -129,7 +131,7 @@ def _link(compiler: str, folder: str, library: str) -> str | None:
     sources = sorted(_FOLDER.glob("*.cc"), key=lambda source: -source.stat().st_size)
     objects = [f"{folder}/{source.stem}.o" for source in sources]
     commands = [[compiler, *flags, "-c", str(source), "-o", to] for source, to in zip(sources, objects)]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as several:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, AT_ONCE)) as several:
         reasons = [*several.map(_reason, commands)]
     link = [compiler, "-shared", "-pthread", *objects, "-o", library]
     return next(filter(None, reasons), None) or _reason(link)
