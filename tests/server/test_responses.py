@@ -183,7 +183,7 @@ def test_an_empty_answer_still_has_an_item(rig: Rig):
     assert without_ids(found[-1]["response"]) == without_ids(ask(rig).json())
 
 
-@pytest.mark.parametrize("value", [f"{30**20}", f"{'[' * 300}{']' * 300}", f"{'[' * 900}{']' * 900}"])
+@pytest.mark.parametrize("value", [f"{30**20}", f"{'[' * 190}{']' * 190}", f"{'[' * 900}{']' * 900}"])
 @pytest.mark.parametrize(
     "asked",
     [
@@ -200,6 +200,9 @@ def test_what_was_asked_for_is_told_whatever_it_holds(rig: Rig, asked: dict[str,
     for stream in (False, True):
         sent = json.dumps({**body, "stream": stream}).replace('"VALUE"', value)
         answer = rig.client.post("/v1/responses", content=sent, headers={"content-type": "application/json"})
+        if next(iter(asked)) == "tools" and value.startswith("[" * 200):
+            assert answer.status_code == 400, "a schema that deep nobody can follow"
+            continue
         assert answer.status_code == 200, answer.text
         assert answer.text.replace(" ", "").count(f'"x":{value}') == (3 if stream else 1)
 

@@ -37,7 +37,7 @@ def check(*, streaming: bool = False, **parameters: Any) -> Checked:
         ({"typical_p": 1.1}, "`typical_p` must be > 0.0 and <= 1.0"),
         ({"top_k": 0}, "`top_k` must be strictly positive"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
-        ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
+        ({"stop": ["a"] * 65}, "`stop` supports up to 64 stop sequences. Given: 65"),
         ({"stop": [""]}, "`stop` sequences must have between 1 and 1000 characters"),
         ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
         ({"seed": -1}, "`seed` must be >= 0 and <= 18446744073709551615"),
