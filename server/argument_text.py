@@ -69,19 +69,14 @@ def target(reference: Any, root: Mapping[str, Any]) -> Any:
 def argument_json(text: str, kinds: frozenset[str]) -> str:
     """The JSON of a value: of one of these types, if it can be one of them, else of whatever it is."""
     if kinds == TEXT:
-        return quoted(text)
+        return as_json(text)
     found = _value(text)
     if found is None:
-        return quoted(text)
+        return as_json(text)
     kind, written = found
     fits = kind in kinds or (kind == "integer" and "number" in kinds)
     # A text in quotes was meant to have them, where a text may stand.
-    return sound(written) if (fits and kind != "string") or "string" not in kinds else quoted(text)
-
-
-def quoted(text: str) -> str:
-    """A text as JSON."""
-    return as_json(text)
+    return sound(written) if (fits and kind != "string") or "string" not in kinds else as_json(text)
 
 
 def as_json(value: Any) -> str:

@@ -8,7 +8,7 @@ is it known what it is. Knows tags and schemas; what stands around a call is `to
 from collections.abc import Mapping
 from typing import Any
 
-from .argument_text import KINDS, TEXT, argument_json, kinds_of, quoted
+from .argument_text import KINDS, TEXT, argument_json, as_json, kinds_of
 from .call_scan import FAILED, MAX_HEAD_CHARS, NO_ARGUMENTS, NOTHING, SPACES, CallScan, Scanned
 from .tool_formats import Tags
 
@@ -90,8 +90,8 @@ class TagScan(CallScan):
         self._arguments += 1
         opening = '"' if self._kinds == TEXT else ""
         if self._arguments == 1:
-            return Scanned(self._name, f"{{{quoted(key)}: {opening}")
-        return Scanned(arguments=f", {quoted(key)}: {opening}")
+            return Scanned(self._name, f"{{{as_json(key)}: {opening}")
+        return Scanned(arguments=f", {as_json(key)}: {opening}")
 
     def _before_value(self, char: str) -> Scanned:
         if char in SPACES and not self._held:
@@ -116,7 +116,7 @@ class TagScan(CallScan):
             said += 1
         text, self._held = self._held[:said], self._held[said:]
         if self._kinds == TEXT:
-            return Scanned(arguments=quoted(text)[1:-1]) if text else NOTHING
+            return Scanned(arguments=as_json(text)[1:-1]) if text else NOTHING
         self._read.append(text)
         return NOTHING
 

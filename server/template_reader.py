@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .argument_text import argument_json, as_json, kinds_of, quoted
+from .argument_text import argument_json, as_json, kinds_of
 from .call_scan import object_text
 from .generate import Progress
 from .reader import Told
@@ -181,7 +181,7 @@ class TemplateReader:
             properties = schema.get("properties")
             known = properties if isinstance(properties, Mapping) else {}
             fields = [
-                f"{quoted(k)}: {_json(v, kinds_of(known.get(k), schema))}" for k, v in arguments.items()
+                f"{as_json(k)}: {_json(v, kinds_of(known.get(k), schema))}" for k, v in arguments.items()
             ]
             return name, f"{{{', '.join(fields)}}}"
         text = object_text(arguments)

@@ -1,5 +1,5 @@
-"""Configurations that were not made for these tests: those of published models, marks of their training and all, and what
-transformers 5 writes of the tiny models that transformers 4 makes here."""
+"""Configurations that were not made for these tests: those of published models as far as they are known, marks of their
+training and all, and what transformers 5 writes of the tiny models that transformers 4 makes here."""
 
 import json
 import logging
