@@ -135,6 +135,7 @@ def _gptq(fields: Fields) -> Schemes:
     fields.skip(*_GPTQ_HOW)
     version = fields.text("checkpoint_format", "format", default="gptq")
     fields.one_of("checkpoint_format", version, "gptq", "gptq_v2")
+    fields.one_of("data_type", fields.text("data_type", default="int"), "int")
     fields.one_of("pack_dtype", fields.text("pack_dtype", default="int32"), "int32")
     group = fields.size_or_all("group_size", 128)
     scheme = Scheme(
@@ -178,8 +179,8 @@ def _compressed_tensors(fields: Fields) -> Schemes:
     fields.one_of("quantization_status", status, "compressed", "frozen")
     form = fields.text("format", default="pack-quantized")
     for key in ("sparsity_config", "transform_config"):
-        if fields.table(key) and fields.table(key).get("format") != "dense":  # which is all that there is
-            raise fields.refusal(key, fields.table(key), "weights kept sparse or rotated are not read")
+        if (how := fields.table(key)) and how.get("format") != "dense":  # which is all that there is
+            raise fields.refusal(key, how, "weights kept sparse or rotated are not read")
     rules: list[tuple[str, Scheme | None]] = [(_pattern(name), None) for name in fields.names("ignore")]
     groups, numbers = fields.mapping("config_groups"), fields.table("config_groups")
     for number in numbers:
@@ -266,6 +267,6 @@ _GPTQ_HOW = (
     "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse", "disable_exllama",
     "autoround_version", "iters", "lr", "minmax_lr", "nsamples", "seqlen", "enable_minmax_tuning", "enable_quanted_input",
     "enable_norm_bias_tuning", "gradient_accumulate_steps", "low_gpu_mem_usage", "low_cpu_mem_usage", "amp", "scale_dtype",
-    "quant_block_list", "not_use_best_mse", "dynamic_max_gap", "train_bs", "act_bits", "data_type",
+    "quant_block_list", "not_use_best_mse", "dynamic_max_gap", "train_bs", "act_bits",
 )  # fmt: skip
 """How the weights were found, and who should compute with them."""

@@ -51,6 +51,14 @@ def test_what_transformers_does_not_read_either_is_told_of(caplog: pytest.LogCap
     assert "colour = 'blue'" in caplog.text
 
 
+def test_weights_that_are_no_integers_are_refused():
+    """AutoRound has kinds of 4 bits that are floats."""
+    config = PUBLISHED["GPTQ of AutoRound"]
+    floats = {**config["quantization_config"], "data_type": "mx_fp"}
+    with pytest.raises(UnsupportedModel, match="data_type = 'mx_fp'"):
+        config_from_hf({**config, "quantization_config": floats})
+
+
 @pytest.mark.parametrize("key", ["attention_bias_of_keys", "sliding_window"])
 def test_what_may_mean_something_is_refused(key: str):
     """A model that transformers does not know, and a key that means something elsewhere."""
